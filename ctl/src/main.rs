@@ -1,0 +1,3 @@
+//! cryptctl
+#![forbid(unsafe_code)]
+fn main() {}

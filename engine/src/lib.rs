@@ -1,0 +1,28 @@
+//! The encryption data path: kernels, ring, pipeline, formats.
+//!
+//! ```text
+//! control socket ─ request ─▶ job ─ plan ─▶ pipeline        (slow: may block, allocate, log)
+//! ──────────────────────────────────────────────────────────────────────────────────────────
+//! source Queue ─▶ read ─▶ crypt in place ─▶ write ─▶ sink Queue   (fast: no locks, no allocation, no log)
+//!                   └─ completions return the same slot ─┘
+//! ```
+//!
+//! Ranks: a module imports only from ranks below its own (a test checks it).
+//!
+//! | rank | modules |
+//! |---|---|
+//! | 0 | `units` `error` `limits` `telemetry::record` (and the wire crate `proto`) |
+//! | 1 | `sys` `crypto` |
+//! | 2 | `backend` `format` `key` |
+//! | 3 | `pipeline` |
+//! | 4 | `job` `export` |
+//! | 5 | `control` `telemetry::prometheus` `config` |
+//! | 6 | `daemon`, `main` |
+
+pub mod backend;
+pub mod crypto;
+pub mod error;
+pub mod job;
+pub mod pipeline;
+pub mod sys;
+pub mod units;

@@ -1,0 +1,2 @@
+//! cryptd
+fn main() {}

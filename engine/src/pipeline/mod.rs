@@ -1,0 +1,49 @@
+//! (interface; the implementation is being written beside this) The workers and the slots that move data.
+
+use crate::error::Error;
+
+/// Which [`crate::backend::Queue`] workers use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QueueChoice {
+    /// io_uring, else threads with a warning.
+    #[default]
+    Auto,
+    /// io_uring or fail.
+    IoUring,
+    /// The thread pool.
+    Threads,
+}
+
+/// How many workers, and the memory each owns.
+#[derive(Debug, Clone)]
+pub struct PipelineConfig {
+    /// CPUs to pin one worker to each; must lie in the allowed set. Never empty.
+    pub cpus: Vec<u32>,
+    /// Pin the workers?
+    pub pin: bool,
+    /// The queue.
+    pub queue: QueueChoice,
+    /// Bytes of one buffer, the largest chunk: a power of two, 64 KiB..=16 MiB.
+    pub buffer_bytes: u32,
+    /// Buffers of one worker, 4..=256.
+    pub buffers_per_worker: u32,
+}
+
+/// A running set of workers. Dropping it drains and joins them.
+pub struct Pipeline {}
+
+impl Pipeline {
+    /// Start the workers.
+    ///
+    /// # Errors
+    /// No memory, no io_uring although it was demanded, or a CPU that may not be used.
+    pub fn start(config: PipelineConfig) -> Result<Self, Error> {
+        let _ = config;
+        todo!()
+    }
+
+    /// The workers as they are.
+    pub fn status(&self) -> Vec<proto::WorkerStatus> {
+        todo!()
+    }
+}
