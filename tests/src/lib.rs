@@ -213,7 +213,8 @@ impl Start {
         if let Some(uid) = self.user {
             use std::os::unix::process::CommandExt;
             command.uid(uid).gid(uid).current_dir("/");
-            std::os::unix::fs::chown(dir.join("cryptd.toml"), Some(uid), Some(uid)).expect("given to the user");
+            std::os::unix::fs::chown(dir.join("cryptd.toml"), Some(uid), Some(uid))
+                .expect("given to the user");
         }
         let log = std::fs::File::create(dir.join("cryptd.log")).expect("log");
         let child = command.stderr(log).spawn().expect("cryptd starts");
