@@ -113,7 +113,7 @@ pub struct Config {
     pub per_user_max: u32,
     /// Finished jobs remembered.
     pub remembered_max: u32,
-    /// Log level.
+    /// Log level, as the filter takes it.
     pub log: tracing::Level,
 }
 

@@ -13,7 +13,7 @@ use std::time::Instant;
 use rustix::process::{Resource, Rlimit};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{self, Config, Overrides, Surroundings};
+use crate::config::{self, Config, Overrides, RawConfig, Surroundings};
 use crate::control::dispatch::{About, Service, memlock_needed};
 use crate::control::listener::{self, Listener};
 use crate::control::{Control, ControlConfig, Mailbox};
@@ -54,8 +54,10 @@ pub enum Ended {
 /// `Invalid` and `Unsupported`: the configuration. Anything else: the machine.
 pub fn run(options: &Options) -> Result<Ended> {
     let hardened = process::harden()?;
-    let config = configure(options)?;
-    start_log(&config)?;
+    let raw = config::read(options.config.as_deref())?;
+    // Before the rest is checked: a kernel that fails its self-test is told in the log.
+    start_log(raw.log.as_deref().unwrap_or("info"))?;
+    let config = configure(raw, options)?;
     if options.check {
         return Ok(Ended::Checked);
     }
@@ -121,8 +123,7 @@ pub fn run(options: &Options) -> Result<Ended> {
     Ok(Ended::Left)
 }
 
-fn configure(options: &Options) -> Result<Config> {
-    let raw = config::read(options.config.as_deref())?;
+fn configure(raw: RawConfig, options: &Options) -> Result<Config> {
     let around = Surroundings {
         cpus: affinity::allowed_cpus()?,
         runtime_dir: std::env::var_os(proto::socket::RUNTIME_DIR_VARIABLE),
@@ -131,14 +132,14 @@ fn configure(options: &Options) -> Result<Config> {
     Config::build(raw, &options.over, &around, options.config.as_deref())
 }
 
-fn start_log(config: &Config) -> Result<()> {
+fn start_log(level: &str) -> Result<()> {
     let filter = match std::env::var(LOG_VARIABLE) {
         Ok(text) => EnvFilter::try_new(&text).map_err(|error| {
             Error::new(ErrorKind::Invalid, "bad log filter")
                 .at(format_args!("{LOG_VARIABLE}={text}"))
                 .because(error)
         })?,
-        Err(_) => EnvFilter::new(config.log.as_str()),
+        Err(_) => EnvFilter::new(level),
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     Ok(())

@@ -28,6 +28,8 @@ pub const UNSENT_HIGH: usize = 64 * 1024;
 pub const LINE_TIME: Duration = Duration::from_secs(30);
 /// Seconds for which a client may leave everything unread before it is taken for dead.
 pub const STALL_SECONDS: u64 = 600;
+/// How long a leaving daemon waits for clients to take the last replies and events.
+pub const LINGER: Duration = Duration::from_secs(5);
 /// Pause in accepting after the process ran out of descriptors.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long a starting daemon waits for the one that holds the lock to answer or to leave.

@@ -371,6 +371,26 @@ fn a_slow_reader_misses_progress_but_not_the_end() {
     }
 }
 
+#[test]
+fn the_end_of_a_job_reaches_a_slow_reader_also_when_the_daemon_leaves() {
+    let mut daemon = Daemon::start();
+    let mut slow = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut slow);
+    slow.request(Call::Watch { job, interval_ms: Some(100) }, &[]);
+    let line = b"{\"v\":1,\"id\":77,\"call\":{\"status\":{}}}\n".repeat(1000);
+    slow.stream().set_write_timeout(Some(Duration::from_millis(200))).expect("timeout");
+    assert!((0..1000).any(|_| slow.send(&line).is_err()));
+    daemon.signal(Signal::TERM);
+    eventually("it is leaving", || daemon.log().contains("leaving"));
+    daemon.signal(Signal::TERM);
+    let finished = std::iter::from_fn(|| slow.receive()).any(
+        |response| matches!(response.body, Body::Event(Event::Finished(info)) if info.state == JobState::Cancelled),
+    );
+    assert!(finished, "the connection ended without the job's end");
+    drop(slow);
+    assert!(daemon.wait().success());
+}
+
 // ---- users
 
 /// Run by `other_users_are_kept_apart` as another user: prints how each verb was answered.

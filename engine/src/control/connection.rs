@@ -251,3 +251,80 @@ impl Connection {
         flags
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::job::Owner;
+
+    fn pair() -> (Connection, UnixStream) {
+        let (near, far) = UnixStream::pair().expect("pair");
+        near.set_nonblocking(true).expect("nonblocking");
+        let owner = Owner { uid: 7, gid: 7, groups: vec![] };
+        (Connection::new(near.into(), Peer::new(owner, 7)), far)
+    }
+
+    #[test]
+    fn lines_are_taken_one_by_one() {
+        let (mut connection, mut far) = pair();
+        let (mut scratch, now) = (vec![0; proto::MAX_LINE], Instant::now());
+        far.write_all(b"one\ntwo\nthr").expect("sent");
+        for expected in ["one\n", "two\n"] {
+            match connection.receive(&mut scratch, now) {
+                Received::Line(line, _) => assert_eq!(line, expected.as_bytes()),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(connection.receive(&mut scratch, now), Received::Nothing));
+        far.write_all(b"ee\n").expect("sent");
+        assert!(
+            matches!(connection.receive(&mut scratch, now), Received::Line(line, _) if line == b"three\n")
+        );
+        drop(far);
+        assert!(matches!(connection.receive(&mut scratch, now), Received::End));
+    }
+
+    #[test]
+    fn a_line_begun_must_end_in_time_however_often_a_byte_comes() {
+        let (mut connection, mut far) = pair();
+        let (mut scratch, start) = (vec![0; proto::MAX_LINE], Instant::now());
+        assert_eq!(connection.deadline(Duration::MAX / 4), None, "an idle connection is due nothing");
+        for second in 0..30 {
+            far.write_all(b"x").expect("sent");
+            let now = start + Duration::from_secs(second);
+            assert!(matches!(connection.receive(&mut scratch, now), Received::Nothing));
+            assert!(!connection.dawdles(now));
+        }
+        assert_eq!(connection.deadline(Duration::from_secs(999)), Some(start + limits::LINE_TIME));
+        assert!(connection.dawdles(start + limits::LINE_TIME));
+        far.write_all(b"\n").expect("sent");
+        assert!(matches!(connection.receive(&mut scratch, start), Received::Line(..)));
+        assert!(!connection.dawdles(start + 2 * limits::LINE_TIME), "the next line has its own time");
+    }
+
+    #[test]
+    fn a_reader_stalls_only_if_it_takes_nothing() {
+        let (mut connection, mut far) = pair();
+        let (start, stall) = (Instant::now(), Duration::from_secs(10));
+        while connection.unsent() == 0 {
+            connection.say(1, Body::Error(line::failure(ErrorKind::Internal, "x".repeat(10_000))));
+            assert!(connection.flush(start));
+        }
+        while connection.unsent() <= limits::UNSENT_HIGH {
+            assert!(connection.listens());
+            connection.say(1, Body::Error(line::failure(ErrorKind::Internal, "x".repeat(10_000))));
+        }
+        assert!(!connection.listens(), "nothing new is asked of one who owes reading");
+        assert!(!connection.stalls(start + stall / 2, stall));
+        assert!(connection.stalls(start + stall, stall));
+        // It reads a little: it is slow, not dead.
+        far.read_exact(&mut vec![0; 100_000]).expect("data");
+        assert!(connection.flush(start + stall));
+        assert!(!connection.stalls(start + stall + stall / 2, stall));
+        drop(far);
+        assert!(!connection.flush(start + stall), "gone");
+    }
+}

@@ -136,6 +136,8 @@ pub struct Control {
     leaving: bool,
     idle_since: Option<Instant>,
     accept_again: Option<Instant>,
+    /// Leaving, with nothing left to do but to be read: until then.
+    linger: Option<Instant>,
     /// No later than the earliest deadline of any connection.
     alarm: Option<Instant>,
     scratch: Box<[u8]>,
@@ -173,6 +175,7 @@ impl Control {
             leaving: false,
             idle_since: None,
             accept_again: None,
+            linger: None,
             alarm: None,
             scratch: vec![0; proto::MAX_LINE].into_boxed_slice(),
         })
@@ -212,7 +215,7 @@ impl Control {
 
     fn timeout(&self, now: Instant) -> Option<Timespec> {
         let idle = self.idle_since.zip(self.config.idle_exit).map(|(since, time)| since + time);
-        let first = [idle, self.accept_again, self.alarm].into_iter().flatten().min()?;
+        let first = [idle, self.accept_again, self.linger, self.alarm].into_iter().flatten().min()?;
         // Rounded up: waking a moment early would only go round once more.
         let wait = first.saturating_duration_since(now) + Duration::from_millis(1);
         Timespec::try_from(wait).ok()
@@ -551,6 +554,7 @@ impl Control {
         let working = self.service.registry.active() > 0 || self.submitting > 0 || !self.pending.is_empty();
         if working {
             self.idle_since = None;
+            self.linger = None;
             return false;
         }
         if self.leaving {
@@ -564,15 +568,21 @@ impl Control {
         self.config.idle_exit.is_some_and(|time| now.duration_since(since) >= time)
     }
 
-    /// `false`: a client came at the last moment, and stays.
+    /// `false`: a client came at the last moment and stays, or has not yet read how its job ended.
     fn leave(&mut self, now: Instant) -> bool {
         // The end of a job may be visible before its notice has come.
         let watched = self.connections.values().flat_map(|connection| &connection.watches);
         let watched: BTreeSet<JobId> = watched.map(|watch| watch.job).collect();
         self.tell_all(Some(&watched), now);
+        // Nor may it be lost because its reader is slow.
+        let linger = *self.linger.get_or_insert(now + limits::LINGER);
+        if now < linger && self.connections.values().any(|connection| connection.unsent() > 0) {
+            return false;
+        }
         while let Some(stream) = self.listener.leave() {
             if !self.leaving {
                 self.admit(stream, now);
+                self.linger = None;
                 return false;
             }
         }
