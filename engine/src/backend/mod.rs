@@ -16,7 +16,10 @@
 //! 3. `push` makes no system call, `kick` at most one per batch (io_uring);
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
-use std::os::fd::OwnedFd;
+pub mod device;
+pub mod uring;
+
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -134,7 +137,6 @@ pub trait Queue {
     ///
     /// # Errors
     /// See [`Refused`].
-    #[expect(clippy::result_large_err, reason = "the operation goes back whole to its owner")]
     fn push(&mut self, op: Op) -> Result<(), (Refused, Op)>;
 
     /// Hand everything pushed to the kernel: one system call for the batch, none if there is nothing new.
@@ -166,4 +168,12 @@ pub trait Queue {
 
     /// What this queue is.
     fn facts(&self) -> QueueFacts;
+}
+
+/// Does a regular file end at (or before) `offset`?
+fn ends_at(file: BorrowedFd<'_>, offset: u64) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+            && u64::try_from(stat.st_size).is_ok_and(|size| offset >= size)
+    })
 }
