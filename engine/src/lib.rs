@@ -22,7 +22,11 @@
 pub mod backend;
 pub mod crypto;
 pub mod error;
+pub mod format;
 pub mod job;
+pub mod key;
+pub mod limits;
 pub mod pipeline;
 pub mod sys;
+pub mod telemetry;
 pub mod units;

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use proto::{Bench, BenchRow, Submit};
 
 use crate::crypto::Kernel;
-use crate::crypto::bench::{Operation, measure};
+use crate::crypto::measure::{Operation, measure};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::state::Job;
 
@@ -71,7 +71,7 @@ fn kernels(bench: &Bench) -> Result<Vec<Kernel>> {
 /// # Errors
 /// `Cancelled` between two measurements.
 pub fn run(job: &Job, bench: &Bench) -> Result<()> {
-    let buffer_bytes = bench.buffer_bytes.unwrap_or(BUFFER_BYTES);
+    let buffer_bytes = bench.buffer_bytes.unwrap_or(BUFFER_BYTES) as usize;
     let millis = bench.millis.unwrap_or(MILLIS);
     let rounds = bench.rounds.unwrap_or(ROUNDS);
     for kernel in kernels(bench)? {

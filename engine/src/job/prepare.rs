@@ -9,7 +9,7 @@ use std::sync::Arc;
 use proto::{Action, Format, Sink, Source, Submit, Tuning};
 
 use crate::backend::device::{Device, Nature, Purpose};
-use crate::crypto::{Kernel, SectorCipher, VolumeKey, cipher};
+use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::raw;
 use crate::job::Owner;
@@ -128,7 +128,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         let what = "source and sink are the same file or device";
         return Err(Error::new(ErrorKind::Conflict, what).at(source.name()));
     }
-    let cipher = build_cipher(means.kernel, &key, format.key_bytes, layout)?;
+    let cipher = build_cipher(means.kernel, key, format.key_bytes, layout)?;
 
     let total = check_sizes(action, &source, &sink, unit, &tuning)?;
     let new_file = action != Action::Verify && is_file(&sink);
@@ -187,15 +187,15 @@ fn open_sink(sink: &Sink, action: Action, descriptors: &mut Descriptors) -> Resu
 
 fn build_cipher(
     kernel: Kernel,
-    secret: &[u8],
+    secret: Secret,
     key_bytes: u32,
-    layout: crate::crypto::Layout,
+    layout: Layout,
 ) -> Result<Box<dyn SectorCipher>> {
     if secret.len() != key_bytes as usize {
         let what = format!("the volume key has the wrong length: {key_bytes} bytes are needed");
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    cipher(kernel, &VolumeKey::new(secret)?, layout)
+    cipher(kernel, &VolumeKey::from_secret(secret)?, layout)
 }
 
 /// A regular file used by offset.
