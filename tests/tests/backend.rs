@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::backend::device::{Device, Purpose};
+use engine::backend::threads::ThreadsQueue;
 use engine::backend::uring::UringQueue;
 use engine::backend::{Done, Op, Port, Position, Queue, Refused, What};
 use engine::error::ErrorKind;
@@ -40,6 +41,10 @@ fn uring(arena: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
         }
         Err(error) => panic!("{error:?}"),
     }
+}
+
+fn threads(_: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
+    Some(Box::new(ThreadsQueue::new(3, depth).expect("threads")))
 }
 
 fn bench(make: Make, buffers: u32, bytes: u32, depth: u32) -> Option<Bench> {
@@ -536,6 +541,7 @@ fn ready_says_when_a_stream_can_move(make: Make) {
 fn random_operations_match_a_model(make: Make) {
     const CHUNK: u64 = 16 << 10;
     const CHUNKS: u64 = 64;
+    const PLACES: usize = 64;
     let seed = 0x5eed_0001;
     let Some(mut bench) = bench(make, 16, 16 << 10, 16) else { return };
     let (_scratch, file) = Scratch::new();
@@ -543,7 +549,7 @@ fn random_operations_match_a_model(make: Make) {
     let port = bench.attach(file.try_clone().expect("clone"));
     let mut random = Random(seed);
     let mut model = vec![0u8; usize::try_from(CHUNK * CHUNKS).expect("small")];
-    let mut busy = [false; CHUNKS as usize];
+    let mut busy = [false; PLACES];
     let mut flight: Vec<Option<(u64, u64, u32, u32)>> = vec![None; 10_000];
     let mut pushed = 0usize;
     let mut finished = 0usize;
@@ -665,3 +671,4 @@ macro_rules! contract {
 }
 
 contract!(uring, on_io_uring);
+contract!(threads, on_threads);

@@ -178,11 +178,7 @@ fn failure(result: i32, cancelled: bool) -> std::io::Error {
 }
 
 fn transfer(write: bool, port: Port, position: Position, buf: Buf, span: Span) -> Submission {
-    assert!(
-        span.start <= span.end && span.end as usize <= buf.len(),
-        "span {span:?} is not in a buffer of {} bytes",
-        buf.len()
-    );
+    super::check_span(&buf, &span);
     let offset = match position {
         Position::At(offset) => offset,
         Position::Stream => CURRENT_POSITION,
