@@ -25,7 +25,6 @@ pub mod error;
 pub mod format;
 pub mod job;
 pub mod key;
-pub mod limits;
 pub mod pipeline;
 pub mod sys;
 pub mod telemetry;

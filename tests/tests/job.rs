@@ -14,7 +14,8 @@ use engine::job::{JobConfig, Owner, Registry};
 use engine::pipeline::{Pipeline, PipelineConfig};
 use engine::units::DataUnit;
 use proto::{
-    Action, Commit, ErrorKind, Format, JobId, JobInfo, JobState, Raw, Sink, Source, Submit, Tuning, TweakKind, Volume,
+    Action, Commit, ErrorKind, Format, JobId, JobInfo, JobState, Raw, Sink, Source, Submit, Tuning,
+    TweakKind, Volume,
 };
 
 const MIB: usize = 1 << 20;
@@ -109,8 +110,13 @@ struct Request {
 
 impl Request {
     fn new(action: Action, unit: u32) -> Self {
-        let raw =
-            Raw { key_bytes: 64, data_unit: unit, tweak: TweakKind::Plain64, large_tweak: false, tweak_offset: 0 };
+        let raw = Raw {
+            key_bytes: 64,
+            data_unit: unit,
+            tweak: TweakKind::Plain64,
+            large_tweak: false,
+            tweak_offset: 0,
+        };
         Self {
             submit: Submit {
                 action,
@@ -232,13 +238,21 @@ fn files_round_trip_at_every_size() {
                 let plain = noise(units * unit as usize, 7 + units as u64);
                 let source = scratch.file("plain", &plain);
                 let (volume, back) = (scratch.0.join("volume"), scratch.0.join("back"));
-                let info = Request::new(Action::Encrypt, unit).from_file(&source).to_new_file(&volume).run(&registry);
+                let info = Request::new(Action::Encrypt, unit)
+                    .from_file(&source)
+                    .to_new_file(&volume)
+                    .run(&registry);
                 assert_done(&info);
                 assert_eq!(info.progress.done_bytes, plain.len() as u64);
                 let stored = std::fs::read(&volume).expect("the volume");
-                assert!(stored == encrypted(&plain, unit), "{queue:?}, {units} units of {unit}: wrong ciphertext");
+                assert!(
+                    stored == encrypted(&plain, unit),
+                    "{queue:?}, {units} units of {unit}: wrong ciphertext"
+                );
                 assert!(!scratch.0.join("volume.partial").exists());
-                assert_done(&Request::new(Action::Decrypt, unit).from_file(&volume).to_new_file(&back).run(&registry));
+                assert_done(
+                    &Request::new(Action::Decrypt, unit).from_file(&volume).to_new_file(&back).run(&registry),
+                );
                 assert!(std::fs::read(&back).expect("the plaintext") == plain, "{units} units of {unit}");
                 let verify = Request::new(Action::Verify, unit).from_file(&source);
                 assert_done(&verify.to_file(File::open(&volume).expect("open"), "volume").run(&registry));
@@ -294,14 +308,19 @@ fn a_pipe_can_feed_a_file_and_a_file_a_pipe() {
     let plain = noise(9 * MIB + 4096, 5);
     let (source, mut feed) = std::io::pipe().expect("pipe");
     let volume = scratch.0.join("volume");
-    let job = Request::new(Action::Encrypt, 4096).from_stream(source).to_new_file(&volume).start(&registry).expect("ok");
+    let job = Request::new(Action::Encrypt, 4096)
+        .from_stream(source)
+        .to_new_file(&volume)
+        .start(&registry)
+        .expect("ok");
     feed.write_all(&plain).expect("feed");
     drop(feed);
     assert_done(&wait(&registry, job));
     assert!(std::fs::read(&volume).expect("volume") == encrypted(&plain, 4096));
 
     let (mut drain, sink) = std::io::pipe().expect("pipe");
-    let job = Request::new(Action::Decrypt, 4096).from_file(&volume).to_stream(sink).start(&registry).expect("ok");
+    let job =
+        Request::new(Action::Decrypt, 4096).from_file(&volume).to_stream(sink).start(&registry).expect("ok");
     let mut back = Vec::new();
     drain.read_to_end(&mut back).expect("drain");
     assert_done(&wait(&registry, job));
@@ -532,7 +551,9 @@ fn a_wrong_request_changes_nothing() {
     check("a surplus descriptor", ErrorKind::Invalid, request);
     check("bad data unit", ErrorKind::Invalid, {
         let mut request = fresh();
-        let Some(Volume { format: Format::Raw(raw), .. }) = &mut request.submit.volume else { unreachable!() };
+        let Some(Volume { format: Format::Raw(raw), .. }) = &mut request.submit.volume else {
+            unreachable!()
+        };
         raw.data_unit = 1000;
         request
     });
@@ -575,7 +596,9 @@ fn a_wrong_request_changes_nothing() {
     });
     check("a sink open for reading", ErrorKind::Invalid, {
         let empty = scratch.file("readonly", b"");
-        Request::new(Action::Encrypt, 512).from_file(&source).to_file(File::open(empty).expect("open"), "readonly")
+        Request::new(Action::Encrypt, 512)
+            .from_file(&source)
+            .to_file(File::open(empty).expect("open"), "readonly")
     });
     assert_eq!(registry.active(), 0);
 }
@@ -604,7 +627,11 @@ fn cancel_removes_the_sink_even_from_a_stalled_pipe() {
         let scratch = Scratch::new("cancel");
         let (source, mut feed) = std::io::pipe().expect("pipe");
         let sink = scratch.0.join("sink");
-        let job = Request::new(Action::Encrypt, 512).from_stream(source).to_new_file(&sink).start(&registry).expect("ok");
+        let job = Request::new(Action::Encrypt, 512)
+            .from_stream(source)
+            .to_new_file(&sink)
+            .start(&registry)
+            .expect("ok");
         feed.write_all(&noise(64 * 1024, 1)).expect("feed");
         wait_for(&registry, job, "running", |info| info.state == JobState::Running);
         registry.cancel(job).expect("cancellable");
@@ -618,7 +645,11 @@ fn cancel_removes_the_sink_even_from_a_stalled_pipe() {
         // And when it is the reader of the sink that stalls.
         let (_drain, sink) = std::io::pipe().expect("pipe");
         let source = scratch.file("plain", &noise(8 * MIB, 1));
-        let job = Request::new(Action::Encrypt, 512).from_file(&source).to_stream(sink).start(&registry).expect("ok");
+        let job = Request::new(Action::Encrypt, 512)
+            .from_file(&source)
+            .to_stream(sink)
+            .start(&registry)
+            .expect("ok");
         wait_for(&registry, job, "running", |info| info.state == JobState::Running);
         registry.cancel(job).expect("cancellable");
         assert_eq!(wait(&registry, job).state, JobState::Cancelled, "{queue:?}");
@@ -688,7 +719,11 @@ fn a_reader_that_leaves_is_named() {
         let scratch = Scratch::new("epipe");
         let source = scratch.file("plain", &noise(8 * MIB, 1));
         let (drain, sink) = std::io::pipe().expect("pipe");
-        let job = Request::new(Action::Decrypt, 512).from_file(&source).to_stream(sink).start(&registry).expect("ok");
+        let job = Request::new(Action::Decrypt, 512)
+            .from_file(&source)
+            .to_stream(sink)
+            .start(&registry)
+            .expect("ok");
         drop(drain);
         let (kind, message) = failure(&wait(&registry, job));
         assert_eq!(kind, ErrorKind::Io);
@@ -709,12 +744,24 @@ fn many_jobs_share_the_workers_and_surplus_ones_wait() {
         let (read, feed) = std::io::pipe().expect("pipe");
         feeds.push(feed);
         let sink = scratch.0.join(format!("stalled{at}"));
-        jobs.push(Request::new(Action::Encrypt, 512).from_stream(read).to_new_file(&sink).start(&registry).expect("ok"));
+        jobs.push(
+            Request::new(Action::Encrypt, 512)
+                .from_stream(read)
+                .to_new_file(&sink)
+                .start(&registry)
+                .expect("ok"),
+        );
     }
     let mut copies = Vec::new();
     for at in 0..10 {
         let sink = scratch.0.join(format!("sink{at}"));
-        copies.push(Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink).start(&registry).expect("ok"));
+        copies.push(
+            Request::new(Action::Encrypt, 512)
+                .from_file(&source)
+                .to_new_file(&sink)
+                .start(&registry)
+                .expect("ok"),
+        );
     }
     for copy in copies {
         assert_done(&wait(&registry, copy));
@@ -763,7 +810,11 @@ fn a_stream_that_outgrows_a_device_is_stopped_at_its_end() {
     let (source, mut feed) = std::io::pipe().expect("pipe");
     let sink = OpenOptions::new().read(true).write(true).open(device.path()).expect("open");
     let name = device.path().display().to_string();
-    let job = Request::new(Action::Encrypt, 512).from_stream(source).to_file(sink, &name).start(&registry).expect("ok");
+    let job = Request::new(Action::Encrypt, 512)
+        .from_stream(source)
+        .to_file(sink, &name)
+        .start(&registry)
+        .expect("ok");
     // The daemon leaves the pipe when the sink is full.
     let _ = feed.write_all(&noise(5 * MIB, 1));
     drop(feed);
@@ -775,11 +826,17 @@ fn a_stream_that_outgrows_a_device_is_stopped_at_its_end() {
 #[test]
 fn block_devices_round_trip() {
     let registry = registry(QueueChoice::IoUring);
-    let (Some(one), Some(two)) = (tests::loop_device(24 * MIB as u64), tests::loop_device(32 * MIB as u64)) else {
+    let (Some(one), Some(two)) = (tests::loop_device(24 * MIB as u64), tests::loop_device(32 * MIB as u64))
+    else {
         return;
     };
     let plain = noise(24 * MIB, 17);
-    OpenOptions::new().write(true).open(one.path()).expect("open").write_all(&plain).expect("fill the device");
+    OpenOptions::new()
+        .write(true)
+        .open(one.path())
+        .expect("open")
+        .write_all(&plain)
+        .expect("fill the device");
     let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path).expect("open");
     let encrypt = Request::new(Action::Encrypt, 4096).from_file(one.path());
     assert_done(&encrypt.to_file(open(two.path()), "two").run(&registry));
@@ -790,8 +847,10 @@ fn block_devices_round_trip() {
     assert!(stored == encrypted(&plain, 4096));
     let verify = Request::new(Action::Verify, 4096).from_file(one.path());
     assert_done(&verify.to_file(open(two.path()), "two").run(&registry));
-    let (kind, message) =
-        Request::new(Action::Encrypt, 4096).from_file(two.path()).to_file(open(one.path()), "one").refused(&registry);
+    let (kind, message) = Request::new(Action::Encrypt, 4096)
+        .from_file(two.path())
+        .to_file(open(one.path()), "one")
+        .refused(&registry);
     assert_eq!(kind, ErrorKind::NoSpace);
     assert!(message.contains("33554432") && message.contains("25165824"), "{message}");
 }

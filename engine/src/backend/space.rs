@@ -33,8 +33,9 @@ impl Device {
     /// # Errors
     /// Not a file, no room, or a limit of the filesystem.
     pub fn set_len(&self, bytes: u64) -> Result<()> {
-        ftruncate(self.file(), bytes)
-            .map_err(|errno| Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(self.name()))
+        ftruncate(self.file(), bytes).map_err(|errno| {
+            Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(self.name())
+        })
     }
 
     /// Reserve blocks for `0..bytes`, so that a full filesystem says so now. Filesystems that cannot are left alone.

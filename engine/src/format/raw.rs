@@ -34,10 +34,18 @@ pub fn layout(raw: &Raw) -> Result<Layout> {
     }
     let step = u64::from(raw.data_unit / 512);
     if !raw.tweak_offset.is_multiple_of(step) {
-        let what = format!("tweak offset of {} sectors: it must be a multiple of {step}, one data unit", raw.tweak_offset);
+        let what = format!(
+            "tweak offset of {} sectors: it must be a multiple of {step}, one data unit",
+            raw.tweak_offset
+        );
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    Ok(Layout { unit_bytes: raw.data_unit, kind: raw.tweak, large: raw.large_tweak, offset_sectors: raw.tweak_offset })
+    Ok(Layout {
+        unit_bytes: raw.data_unit,
+        kind: raw.tweak,
+        large: raw.large_tweak,
+        offset_sectors: raw.tweak_offset,
+    })
 }
 
 #[cfg(test)]
@@ -46,8 +54,13 @@ mod tests {
 
     use super::*;
 
-    const RAW: Raw =
-        Raw { key_bytes: 64, data_unit: 4096, tweak: TweakKind::Plain64, large_tweak: false, tweak_offset: 0 };
+    const RAW: Raw = Raw {
+        key_bytes: 64,
+        data_unit: 4096,
+        tweak: TweakKind::Plain64,
+        large_tweak: false,
+        tweak_offset: 0,
+    };
 
     #[test]
     fn accepts_what_dm_crypt_has() {

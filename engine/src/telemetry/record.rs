@@ -102,7 +102,8 @@ fn index(stage: Stage) -> usize {
 impl Default for StageRecord {
     fn default() -> Self {
         let empty = || {
-            Histogram::new_with_bounds(LATENCY_NS_MIN, LATENCY_NS_MAX, DIGITS).expect("the bounds are constants in range")
+            Histogram::new_with_bounds(LATENCY_NS_MIN, LATENCY_NS_MAX, DIGITS)
+                .expect("the bounds are constants in range")
         };
         Self { histograms: std::array::from_fn(|_| empty()), bytes: [0; 5], ns: [0; 5] }
     }
