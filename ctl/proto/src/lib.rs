@@ -7,7 +7,7 @@
 //! ← {"v":1,"id":9,"event":{"progress":{…}}}              only after `watch` with id 9, until `finished`
 //! ```
 //!
-//! Rules: a line is at most [`MAX_LINE`] bytes including its newline. Unknown fields of a *request* are refused (a typing
+//! Rules: a request line is at most [`MAX_LINE`] bytes including its newline, a response line [`MAX_RESPONSE`]. Unknown fields of a *request* are refused (a typing
 //! error must not silently change what happens to a volume); unknown fields of a *reply* are ignored, so an
 //! older client understands a newer daemon. Files and secrets travel as descriptors (`SCM_RIGHTS`), attached to the first
 //! byte of the request line that names them by their index; never as paths or bytes in the JSON.
@@ -18,10 +18,16 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod socket;
+
 /// The version in every line's `v`. A daemon answers a request of another version with [`ErrorKind::Version`].
 pub const PROTOCOL_VERSION: u32 = 1;
-/// Longest line either side accepts, bytes, newline included.
+/// Longest request line, bytes, newline included.
 pub const MAX_LINE: usize = 64 * 1024;
+/// Longest response line, bytes, newline included: a `list` of every remembered job must fit.
+pub const MAX_RESPONSE: usize = 8 * 1024 * 1024;
+/// Longest `name` of a source or sink, bytes.
+pub const MAX_NAME: usize = 4096;
 /// Most descriptors one request may carry.
 pub const MAX_DESCRIPTORS: usize = 8;
 /// Largest secret accepted through a descriptor, bytes (cryptsetup's own limit for key files).
