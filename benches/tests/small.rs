@@ -8,7 +8,8 @@ use serde_json::Value;
 
 /// Run the sweep with these cases in a directory of its own; its rows, and what it said on stderr.
 fn sweep(cases: &str) -> (Vec<Value>, String) {
-    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-{cases}-{}", std::process::id()));
+    let scratch =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-{cases}-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).expect("creates");
     let json = scratch.join("rows.json");
     let output = Command::new(env!("CARGO_BIN_EXE_sweep"))
@@ -21,7 +22,8 @@ fn sweep(cases: &str) -> (Vec<Value>, String) {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     eprint!("{said}");
     let rows = std::fs::read_to_string(&json);
-    let left: Vec<_> = std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
     std::fs::remove_dir_all(&scratch).expect("removes");
     assert!(output.status.success(), "the sweep failed: {said}");
     assert_eq!(left, [json], "the sweep left files behind");
@@ -53,7 +55,10 @@ fn both_ways_between_files_are_measured_and_checked() {
     let (rows, said) = sweep("disk,disk-decrypt");
     let names = contenders(&rows);
     for (name, tool) in [("fio copy", "fio"), ("qemu-img", "qemu-img"), ("openssl enc ctr", "openssl")] {
-        assert!(names.contains(name) || said.contains(&format!("{tool} is not installed")), "{names:?}\n{said}");
+        assert!(
+            names.contains(name) || said.contains(&format!("{tool} is not installed")),
+            "{names:?}\n{said}"
+        );
     }
     assert!(names.contains("cryptctl") || said.contains("SKIP cryptctl"), "{names:?}");
     // A result that was not checked has no place in the table: all of ours, and what rivals decrypted.
