@@ -20,9 +20,14 @@
 //! | 6 | `daemon`, `main` |
 
 pub mod backend;
+pub mod config;
+pub mod control;
 pub mod crypto;
+pub mod daemon;
 pub mod error;
 pub mod job;
+pub mod key;
+pub mod limits;
 pub mod pipeline;
 pub mod sys;
 pub mod units;

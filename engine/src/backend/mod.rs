@@ -16,12 +16,16 @@
 //! 3. `push` makes no system call, `kick` at most one per batch (io_uring);
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
-use std::os::fd::OwnedFd;
+pub mod device;
+pub mod threads;
+pub mod uring;
+
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::error::Error;
-use crate::sys::buffer::Buf;
+use crate::error::{Error, ErrorKind};
+use crate::sys::buffer::{Arena, Buf};
 
 /// A file attached to a queue; the index of its registered descriptor. Valid until detached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -134,7 +138,6 @@ pub trait Queue {
     ///
     /// # Errors
     /// See [`Refused`].
-    #[expect(clippy::result_large_err, reason = "the operation goes back whole to its owner")]
     fn push(&mut self, op: Op) -> Result<(), (Refused, Op)>;
 
     /// Hand everything pushed to the kernel: one system call for the batch, none if there is nothing new.
@@ -166,4 +169,58 @@ pub trait Queue {
 
     /// What this queue is.
     fn facts(&self) -> QueueFacts;
+}
+
+/// Does a regular file end at (or before) `offset`?
+fn ends_at(file: BorrowedFd<'_>, offset: u64) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file()
+            && u64::try_from(stat.st_size).is_ok_and(|size| offset >= size)
+    })
+}
+
+/// The assertion of every queue at its door: the kernel must stay inside the buffer.
+fn check_span(buf: &Buf, span: &Span) {
+    let bytes = buf.len();
+    assert!(
+        span.start <= span.end && span.end as usize <= bytes,
+        "span {span:?} is not in a buffer of {bytes} bytes"
+    );
+}
+
+/// Which queue a worker uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QueueChoice {
+    /// io_uring, else threads; the reason is in [`QueueFacts::fallback_reason`].
+    #[default]
+    Auto,
+    /// io_uring or fail.
+    IoUring,
+    /// The thread pool.
+    Threads,
+}
+
+/// Threads of a fallback queue: enough to keep an SSD busy, few enough for a core.
+const FALLBACK_THREADS_MAX: u32 = 16;
+
+/// The queue of one worker, made on the worker's own thread: `depth` operations in flight, buffers of `arena`.
+///
+/// # Errors
+/// io_uring was demanded and cannot be used, or no threads can be started.
+pub fn open_queue(choice: QueueChoice, arena: &Arena, depth: u32) -> Result<Box<dyn Queue>, Error> {
+    let threads = || threads::ThreadsQueue::new(depth.min(FALLBACK_THREADS_MAX), depth);
+    match choice {
+        QueueChoice::Threads => Ok(Box::new(threads()?)),
+        QueueChoice::IoUring => Ok(Box::new(uring::UringQueue::new(arena, depth)?)),
+        QueueChoice::Auto => match uring::UringQueue::new(arena, depth) {
+            Ok(queue) => Ok(Box::new(queue)),
+            // Whatever is wrong with io_uring here, threads may still work; if they do not either, both causes count.
+            Err(no_ring) => match threads() {
+                Ok(queue) => Ok(Box::new(queue.because(no_ring.chain()))),
+                Err(error) => {
+                    Err(Error::new(ErrorKind::Limit, format!("no I/O queue ({no_ring})")).because(error))
+                }
+            },
+        },
+    }
 }

@@ -1,18 +1,7 @@
 //! (interface; the implementation is being written beside this) The workers and the slots that move data.
 
+pub use crate::backend::QueueChoice;
 use crate::error::Error;
-
-/// Which [`crate::backend::Queue`] workers use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum QueueChoice {
-    /// io_uring, else threads with a warning.
-    #[default]
-    Auto,
-    /// io_uring or fail.
-    IoUring,
-    /// The thread pool.
-    Threads,
-}
 
 /// How many workers, and the memory each owns.
 #[derive(Debug, Clone)]

@@ -1,3 +1,6 @@
 //! Everything Linux: the only place, with the instruction-set kernels of `crypto`, where `unsafe` is allowed.
 
 pub mod buffer;
+pub mod op;
+pub mod process;
+pub mod ring;

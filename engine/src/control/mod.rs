@@ -1,0 +1,582 @@
+//! The control thread: one epoll loop that serves every client, and nothing of the data path.
+//!
+//! ```text
+//! listener ─▶ connection ─ line ─▶ line::parse ─▶ dispatch (rights, checks) ─▶ registry
+//!                 ▲                                      │ submit: a thread of its own
+//!                 └────── replies, events ◀── wake ◀─────┴──── registry's notify(job)
+//! ```
+//!
+//! Invariants:
+//! 1. nothing here blocks: sockets are nonblocking, and what may block (`Registry::submit` looks at devices) runs on one of at
+//!    most [`limits::SUBMITS_AT_ONCE`] short-lived threads; the connection's next line waits meanwhile, so replies
+//!    keep their order and one client holds one submission;
+//! 2. every buffer and count is bounded by [`limits`]; a client that reaches a bound harms only itself;
+//! 3. progress events are sent only into an empty buffer, so a slow reader misses some; state changes and the end never;
+//! 4. a job submitted without `detach` is cancelled when its connection ends, however it ends;
+//! 5. the loop leaves only when no job is active: idle (nobody connected for the set time), or told to.
+
+pub mod connection;
+pub mod dispatch;
+pub mod line;
+pub mod listener;
+pub mod policy;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use proto::{Body, ErrorKind, Event, JobId, Reply, Submit};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec};
+use rustix::io::Errno;
+
+use self::connection::{Connection, Received, Watch};
+use self::dispatch::{Action, Service};
+use self::listener::Listener;
+use self::policy::Peer;
+use crate::error::{Error, Result};
+use crate::job::Owner;
+use crate::limits;
+use crate::sys::process;
+
+const LISTENER: u64 = u64::MAX;
+const WAKER: u64 = u64::MAX - 1;
+const SIGNALS: u64 = u64::MAX - 2;
+
+/// What other threads have to say to the loop. Bounded by the number of jobs and of submissions.
+#[derive(Debug, Default)]
+struct News {
+    jobs: BTreeSet<JobId>,
+    submitted: Vec<Submitted>,
+}
+
+#[derive(Debug)]
+struct Submitted {
+    connection: u64,
+    id: u64,
+    detach: bool,
+    result: Result<(JobId, Vec<String>)>,
+}
+
+/// Interrupts the loop from any thread.
+#[derive(Debug)]
+pub struct Mailbox {
+    wake: OwnedFd,
+    news: Mutex<News>,
+}
+
+impl Mailbox {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn new() -> Result<Arc<Self>> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::io("cannot make an eventfd", error))?;
+        Ok(Arc::new(Self { wake, news: Mutex::default() }))
+    }
+
+    /// A job's state changed. For `Registry::start`.
+    pub fn job_changed(&self, job: JobId) {
+        self.post(|news| {
+            news.jobs.insert(job);
+        });
+    }
+
+    fn post(&self, put: impl FnOnce(&mut News)) {
+        put(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner));
+        // Full means already awake.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn take(&self) -> News {
+        // Before the news is taken: what is posted in between wakes the loop once more.
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        std::mem::take(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Choices of the loop.
+#[derive(Debug, Clone)]
+pub struct ControlConfig {
+    /// User the daemon runs as.
+    pub uid: u32,
+    /// Leave after this long without connections and jobs.
+    pub idle_exit: Option<Duration>,
+    /// Disconnect a client that reads nothing for this long.
+    pub client_stall: Duration,
+    /// Connections at one time.
+    pub connections_max: usize,
+}
+
+struct Pending {
+    connection: u64,
+    id: u64,
+    owner: Owner,
+    submit: Box<Submit>,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// The loop and all it serves.
+pub struct Control {
+    config: ControlConfig,
+    service: Service,
+    listener: Listener,
+    signals: UnixStream,
+    mailbox: Arc<Mailbox>,
+    epoll: OwnedFd,
+    connections: HashMap<u64, Connection>,
+    per_user: HashMap<u32, usize>,
+    next: u64,
+    pending: VecDeque<Pending>,
+    submitting: usize,
+    /// Told to leave: no new jobs.
+    leaving: bool,
+    idle_since: Option<Instant>,
+    accept_again: Option<Instant>,
+    /// No later than the earliest deadline of any connection.
+    alarm: Option<Instant>,
+    scratch: Box<[u8]>,
+}
+
+impl Control {
+    /// `signals` delivers one byte for every request to leave that comes as a signal; nonblocking.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn new(
+        config: ControlConfig,
+        service: Service,
+        listener: Listener,
+        signals: UnixStream,
+        mailbox: Arc<Mailbox>,
+    ) -> Result<Self> {
+        let failed = |error| Error::io("cannot set up epoll", error);
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(failed)?;
+        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(failed)?;
+        epoll::add(&epoll, &mailbox.wake, EventData::new_u64(WAKER), EventFlags::IN).map_err(failed)?;
+        epoll::add(&epoll, &signals, EventData::new_u64(SIGNALS), EventFlags::IN).map_err(failed)?;
+        Ok(Self {
+            config,
+            service,
+            listener,
+            signals,
+            mailbox,
+            epoll,
+            connections: HashMap::new(),
+            per_user: HashMap::new(),
+            next: 0,
+            pending: VecDeque::new(),
+            submitting: 0,
+            leaving: false,
+            idle_since: None,
+            accept_again: None,
+            alarm: None,
+            scratch: vec![0; proto::MAX_LINE].into_boxed_slice(),
+        })
+    }
+
+    /// Serve until told to leave or idle for long enough.
+    ///
+    /// # Errors
+    /// epoll itself failed.
+    pub fn run(mut self) -> Result<()> {
+        let mut events = Vec::with_capacity(256);
+        loop {
+            let now = Instant::now();
+            if self.may_leave(now) && self.leave(now) {
+                return Ok(());
+            }
+            let timeout = self.timeout(now);
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(Error::io("epoll failed", error)),
+            }
+            let now = Instant::now();
+            for event in &events {
+                match event.data.u64() {
+                    LISTENER => self.accept(now),
+                    WAKER => self.read_news(now),
+                    SIGNALS => self.read_signals(),
+                    key => self.serve(key, event.flags, now),
+                }
+            }
+            self.keep_time(now);
+        }
+    }
+
+    // ---- time
+
+    fn timeout(&self, now: Instant) -> Option<Timespec> {
+        let idle = self.idle_since.zip(self.config.idle_exit).map(|(since, time)| since + time);
+        let first = [idle, self.accept_again, self.alarm].into_iter().flatten().min()?;
+        // Rounded up: waking a moment early would only go round once more.
+        let wait = first.saturating_duration_since(now) + Duration::from_millis(1);
+        Timespec::try_from(wait).ok()
+    }
+
+    fn keep_time(&mut self, now: Instant) {
+        if self.accept_again.is_some_and(|at| now >= at) {
+            self.accept_again = None;
+            self.watch_listener(EventFlags::IN);
+        }
+        if self.alarm.is_none_or(|at| now < at) {
+            return;
+        }
+        self.alarm = None;
+        let keys: Vec<u64> = self.connections.keys().copied().collect();
+        for key in keys {
+            let Some(connection) = self.connections.get_mut(&key) else { continue };
+            if connection.stalls(now, self.config.client_stall) {
+                tracing::info!(uid = connection.peer.owner.uid, "a client stopped reading: disconnected");
+                self.close(key);
+                continue;
+            }
+            if connection.dawdles(now) {
+                let why = format!("request line not finished within {} s", limits::LINE_TIME.as_secs());
+                connection.refuse(line::failure(ErrorKind::Limit, why));
+            }
+            self.tell(key, None, now);
+            self.settle(key, now);
+        }
+    }
+
+    // ---- arrivals and departures
+
+    fn accept(&mut self, now: Instant) {
+        for _ in 0..limits::ACCEPTS_PER_TURN {
+            match self.listener.accept() {
+                Ok(Some(stream)) => self.admit(stream, now),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept connections; trying again soon");
+                    self.watch_listener(EventFlags::empty());
+                    self.accept_again = Some(now + limits::ACCEPT_PAUSE);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn watch_listener(&self, flags: EventFlags) {
+        epoll::modify(&self.epoll, &self.listener, EventData::new_u64(LISTENER), flags)
+            .expect("the listener is in the set as long as the loop runs");
+    }
+
+    fn admit(&mut self, stream: OwnedFd, now: Instant) {
+        let owner = match process::peer(&stream) {
+            Ok(peer) => Owner { uid: peer.uid, gid: peer.gid, groups: peer.groups },
+            Err(error) => {
+                tracing::warn!(error = error.chain(), "a connection without credentials: refused");
+                return;
+            }
+        };
+        let uid = owner.uid;
+        let of_user = self.per_user.get(&uid).copied().unwrap_or(0);
+        let mut connection = Connection::new(stream, Peer::new(owner, self.config.uid));
+        if self.connections.len() >= self.config.connections_max
+            || of_user >= limits::CONNECTIONS_PER_USER_MAX.min(self.config.connections_max)
+        {
+            connection.refuse(line::failure(ErrorKind::Limit, "too many connections"));
+            connection.flush(now);
+            return;
+        }
+        let key = self.next;
+        self.next += 1;
+        if epoll::add(&self.epoll, &connection.stream, EventData::new_u64(key), EventFlags::IN).is_err() {
+            return;
+        }
+        *self.per_user.entry(uid).or_default() += 1;
+        self.connections.insert(key, connection);
+        self.idle_since = None;
+    }
+
+    fn close(&mut self, key: u64) {
+        let Some(connection) = self.connections.remove(&key) else { return };
+        let _ = epoll::delete(&self.epoll, &connection.stream);
+        let uid = connection.peer.owner.uid;
+        if let Some(count) = self.per_user.get_mut(&uid) {
+            *count -= 1;
+            if *count == 0 {
+                self.per_user.remove(&uid);
+            }
+        }
+        self.pending.retain(|pending| pending.connection != key || pending.submit.detach);
+        for job in connection.attached {
+            self.cancel(job);
+        }
+    }
+
+    /// Its end was requested; that it has ended already is as good.
+    fn cancel(&self, job: JobId) {
+        if let Err(error) = self.service.registry.cancel(job)
+            && !matches!(error.kind(), ErrorKind::Conflict | ErrorKind::NotFound)
+        {
+            tracing::error!(job, error = error.chain(), "cannot cancel");
+        }
+    }
+
+    // ---- one client
+
+    fn serve(&mut self, key: u64, flags: EventFlags, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        if flags.intersects(EventFlags::HUP | EventFlags::ERR) && !connection.listens() {
+            // Gone, and nothing of it would be read: epoll would report this for ever.
+            return self.close(key);
+        }
+        for _ in 0..limits::LINES_PER_TURN {
+            let Some(connection) = self.connections.get_mut(&key) else { return };
+            if !connection.listens() {
+                break;
+            }
+            match connection.receive(&mut self.scratch, now) {
+                Received::Line(line, descriptors) => self.request(key, &line, descriptors, now),
+                Received::Nothing => break,
+                Received::End => connection.hang_up(),
+                Received::Broken(failure) => connection.refuse(failure),
+            }
+        }
+        self.settle(key, now);
+    }
+
+    fn request(&mut self, key: u64, line: &[u8], descriptors: Vec<OwnedFd>, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let request = match line::parse(line) {
+            Ok(request) => request,
+            Err((id, failure)) => return connection.say(id, Body::Error(failure)),
+        };
+        let id = request.id;
+        match self.service.act(&connection.peer, request.call, descriptors) {
+            Ok(Action::Reply(reply)) => connection.say(id, Body::Ok(reply)),
+            Ok(Action::Watch(job, interval)) => {
+                if connection.watches.len() >= limits::WATCHES_MAX {
+                    let why = format!("more than {} watches on one connection", limits::WATCHES_MAX);
+                    return connection.say(id, Body::Error(line::failure(ErrorKind::Limit, why)));
+                }
+                let (number, state) = (job.job, job.state);
+                connection.say(id, Body::Ok(Reply::Job(job.clone())));
+                if state.is_final() {
+                    connection.say(id, Body::Event(Event::Finished(job)));
+                } else {
+                    let due = now + interval;
+                    connection.watches.push(Watch { id, job: number, state, interval, due });
+                    // It may have changed between the look and the watch, and that notice went to nobody.
+                    self.mailbox.job_changed(number);
+                }
+            }
+            Ok(Action::Submit(submit, descriptors)) => self.submit(key, id, submit, descriptors),
+            Ok(Action::Shutdown(cancel)) => {
+                let jobs = self.service.registry.active();
+                connection.say(id, Body::Ok(Reply::ShuttingDown { jobs }));
+                self.shut_down(cancel);
+            }
+            Err(error) => connection.say(id, Body::Error(error.to_failure())),
+        }
+    }
+
+    /// Send what can be sent, adjust what epoll watches, or close.
+    fn settle(&mut self, key: u64, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let alive = connection.flush(now);
+        if !alive || (connection.closing && connection.unsent() == 0) {
+            return self.close(key);
+        }
+        let wanted = connection.wanted();
+        if wanted != connection.interest {
+            connection.interest = wanted;
+            epoll::modify(&self.epoll, &connection.stream, EventData::new_u64(key), wanted)
+                .expect("a connection is in the set until it is closed");
+        }
+        let deadline = connection.deadline(self.config.client_stall);
+        self.alarm = [self.alarm, deadline].into_iter().flatten().min();
+    }
+
+    // ---- jobs
+
+    fn submit(&mut self, key: u64, id: u64, submit: Box<Submit>, descriptors: Vec<OwnedFd>) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let registry = &self.service.registry;
+        if connection.attached.len() >= limits::ATTACHED_MAX {
+            connection.attached.retain(|job| registry.show(*job).is_some_and(|job| !job.state.is_final()));
+        }
+        let refusal = if self.leaving {
+            Some(line::failure(ErrorKind::ShuttingDown, "the daemon is leaving"))
+        } else if connection.attached.len() >= limits::ATTACHED_MAX {
+            let why = format!("more than {} jobs on one connection", limits::ATTACHED_MAX);
+            Some(line::failure(ErrorKind::Limit, why))
+        } else {
+            None
+        };
+        if let Some(failure) = refusal {
+            return connection.say(id, Body::Error(failure));
+        }
+        connection.submitting = true;
+        let owner = connection.peer.owner.clone();
+        self.pending.push_back(Pending { connection: key, id, owner, submit, descriptors });
+        self.start_submits();
+    }
+
+    fn start_submits(&mut self) {
+        while self.submitting < limits::SUBMITS_AT_ONCE {
+            let Some(Pending { connection, id, owner, submit, descriptors }) = self.pending.pop_front()
+            else {
+                return;
+            };
+            let (registry, mailbox) = (self.service.registry.clone(), self.mailbox.clone());
+            let detach = submit.detach;
+            let work = move || {
+                let result = registry.submit(&owner, *submit, descriptors);
+                mailbox.post(|news| news.submitted.push(Submitted { connection, id, detach, result }));
+            };
+            self.submitting += 1;
+            if let Err(error) = std::thread::Builder::new().name("submit".into()).spawn(work) {
+                let result = Err(Error::io("cannot start a thread", error));
+                self.mailbox.post(|news| news.submitted.push(Submitted { connection, id, detach, result }));
+            }
+        }
+    }
+
+    fn read_news(&mut self, now: Instant) {
+        let news = self.mailbox.take();
+        for Submitted { connection: key, id, detach, result } in news.submitted {
+            self.submitting -= 1;
+            let Some(connection) = self.connections.get_mut(&key) else {
+                if let (Ok((job, _)), false) = (result, detach) {
+                    self.cancel(job);
+                }
+                continue;
+            };
+            connection.submitting = false;
+            match result {
+                Ok((job, warnings)) => {
+                    if !detach {
+                        connection.attached.insert(job);
+                    }
+                    connection.say(id, Body::Ok(Reply::Submitted { job, warnings }));
+                }
+                Err(error) => connection.say(id, Body::Error(error.to_failure())),
+            }
+            self.settle(key, now);
+        }
+        self.start_submits();
+        if !news.jobs.is_empty() {
+            self.tell_all(Some(&news.jobs), now);
+        }
+    }
+
+    fn tell_all(&mut self, jobs: Option<&BTreeSet<JobId>>, now: Instant) {
+        let watching: Vec<u64> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| !connection.watches.is_empty())
+            .map(|(key, _)| *key)
+            .collect();
+        for key in watching {
+            self.tell(key, jobs, now);
+            self.settle(key, now);
+        }
+    }
+
+    /// Events for one connection: of `jobs`, whose state changed; or with `None` of every watch that is due.
+    fn tell(&mut self, key: u64, jobs: Option<&BTreeSet<JobId>>, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let mut watches = std::mem::take(&mut connection.watches);
+        watches.retain_mut(|watch| {
+            let due = now >= watch.due;
+            if jobs.map_or(!due, |jobs| !jobs.contains(&watch.job)) {
+                return true;
+            }
+            let Some(job) = self.service.registry.show(watch.job) else {
+                let why = format!("job {} is no longer remembered", watch.job);
+                connection.say(watch.id, Body::Error(line::failure(ErrorKind::NotFound, why)));
+                return false;
+            };
+            if job.state != watch.state {
+                watch.state = job.state;
+                let event = Event::State { job: watch.job, state: job.state };
+                connection.say(watch.id, Body::Event(event));
+            }
+            if job.state.is_final() {
+                connection.say(watch.id, Body::Event(Event::Finished(Box::new(job))));
+                return false;
+            }
+            if due {
+                watch.due = now + watch.interval;
+                let moves = matches!(job.state, proto::JobState::Running | proto::JobState::Flushing);
+                if moves && connection.unsent() == 0 {
+                    let event = Event::Progress { job: watch.job, progress: job.progress };
+                    connection.say(watch.id, Body::Event(event));
+                }
+            }
+            true
+        });
+        connection.watches = watches;
+    }
+
+    // ---- the end
+
+    fn read_signals(&mut self) {
+        let mut bytes = [0; 16];
+        while let Ok(count) = rustix::io::read(&self.signals, &mut bytes) {
+            for _ in 0..count {
+                // The first asks to leave when the work is done, the second to leave.
+                self.shut_down(self.leaving);
+            }
+            if count == 0 {
+                return;
+            }
+        }
+    }
+
+    fn shut_down(&mut self, cancel: bool) {
+        let jobs = self.service.registry.active();
+        if !self.leaving {
+            tracing::info!(jobs, "leaving: no new jobs, waiting for the active ones");
+            self.leaving = true;
+        }
+        if cancel {
+            tracing::info!(jobs, "cancelling active jobs");
+            for job in self.service.registry.list() {
+                if !job.state.is_final() {
+                    self.cancel(job.job);
+                }
+            }
+        }
+    }
+
+    fn may_leave(&mut self, now: Instant) -> bool {
+        let working = self.service.registry.active() > 0 || self.submitting > 0 || !self.pending.is_empty();
+        if working {
+            self.idle_since = None;
+            return false;
+        }
+        if self.leaving {
+            return true;
+        }
+        if !self.connections.is_empty() {
+            self.idle_since = None;
+            return false;
+        }
+        let since = *self.idle_since.get_or_insert(now);
+        self.config.idle_exit.is_some_and(|time| now.duration_since(since) >= time)
+    }
+
+    /// `false`: a client came at the last moment, and stays.
+    fn leave(&mut self, now: Instant) -> bool {
+        // The end of a job may be visible before its notice has come.
+        let watched = self.connections.values().flat_map(|connection| &connection.watches);
+        let watched: BTreeSet<JobId> = watched.map(|watch| watch.job).collect();
+        self.tell_all(Some(&watched), now);
+        while let Some(stream) = self.listener.leave() {
+            if !self.leaving {
+                self.admit(stream, now);
+                return false;
+            }
+        }
+        tracing::info!(reason = if self.leaving { "told to" } else { "idle" }, "left");
+        true
+    }
+}

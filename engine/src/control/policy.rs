@@ -1,0 +1,120 @@
+//! Who may do what: peer credentials in, verbs and jobs out.
+//!
+//! Credentials are the kernel's word about the process that connected, read once at accept. A user sees and touches its own
+//! jobs; root touches all; root and the daemon's own user may end the daemon. Nothing else is ever asked.
+
+use proto::{Call, ErrorKind, JobInfo};
+
+use crate::error::Error;
+use crate::job::Owner;
+
+/// The verbs, for the policy and its messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// `hello`, `status`: about the daemon.
+    Ask,
+    /// `submit`, `list`, `show`, `watch`, `pause`, `resume`, `cancel`, `throttle`, `stats`: about jobs.
+    Job,
+    /// `shutdown`.
+    Shutdown,
+}
+
+impl Verb {
+    /// The verb of a call.
+    #[must_use]
+    pub fn of(call: &Call) -> Self {
+        match call {
+            Call::Hello {} | Call::Status {} => Self::Ask,
+            Call::Submit(_)
+            | Call::List {}
+            | Call::Show { .. }
+            | Call::Watch { .. }
+            | Call::Pause { .. }
+            | Call::Resume { .. }
+            | Call::Cancel { .. }
+            | Call::Throttle { .. }
+            | Call::Stats { .. } => Self::Job,
+            Call::Shutdown { .. } => Self::Shutdown,
+        }
+    }
+}
+
+/// A connection's rights, fixed at accept.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// Whose jobs it starts.
+    pub owner: Owner,
+    may_shut_down: bool,
+    all_jobs: bool,
+}
+
+impl Peer {
+    /// The rights of `owner` before a daemon run by `daemon_uid`.
+    #[must_use]
+    pub fn new(owner: Owner, daemon_uid: u32) -> Self {
+        let root = owner.uid == 0;
+        Self { may_shut_down: root || owner.uid == daemon_uid, all_jobs: root, owner }
+    }
+
+    /// May it use this verb at all?
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub fn check(&self, verb: Verb) -> Result<(), Error> {
+        match verb {
+            Verb::Ask | Verb::Job => Ok(()),
+            Verb::Shutdown if self.may_shut_down => Ok(()),
+            Verb::Shutdown => {
+                Err(Error::new(ErrorKind::Denied, "only root and the daemon's own user may shut it down"))
+            }
+        }
+    }
+
+    /// May it see and touch jobs of this user?
+    #[must_use]
+    pub fn owns(&self, uid: u32) -> bool {
+        self.all_jobs || self.owner.uid == uid
+    }
+
+    /// `job`, if this peer may see it.
+    ///
+    /// # Errors
+    /// `Denied`.
+    pub fn admit(&self, job: JobInfo) -> Result<JobInfo, Error> {
+        if self.owns(job.uid) {
+            Ok(job)
+        } else {
+            Err(Error::new(ErrorKind::Denied, format!("job {} belongs to another user", job.job)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_user_meets_exactly_its_own_rights() {
+        let daemon = 1000;
+        //   peer, its own jobs, jobs of 1000, jobs of 0, shutdown
+        for (uid, own, of_daemon, of_root, shutdown) in [
+            (0, true, true, true, true),
+            (1000, true, true, false, true),
+            (1001, true, false, false, false),
+            (65534, true, false, false, false),
+        ] {
+            let peer = Peer::new(Owner { uid, gid: uid, groups: vec![0, 1000] }, daemon);
+            assert_eq!(peer.owns(uid), own, "{uid}");
+            assert_eq!(peer.owns(1000), of_daemon, "{uid}");
+            assert_eq!(peer.owns(0), of_root, "{uid}");
+            assert_eq!(peer.check(Verb::Shutdown).is_ok(), shutdown, "{uid}");
+            assert!(peer.check(Verb::Ask).is_ok() && peer.check(Verb::Job).is_ok(), "{uid}");
+        }
+    }
+
+    #[test]
+    fn a_user_of_a_root_daemon_may_not_shut_it_down() {
+        let peer = Peer::new(Owner { uid: 1000, gid: 0, groups: vec![0] }, 0);
+        assert!(peer.check(Verb::Shutdown).is_err());
+    }
+}

@@ -1,0 +1,100 @@
+//! AES-NI: one block in a register of 128 bits.
+#![allow(unsafe_code)] // intrinsics
+
+use std::arch::x86_64::*;
+
+use super::schedule::Schedule;
+use super::tweak::Counter;
+use super::xts::{self, Run, Vector};
+
+/// One blocks in one register.
+#[derive(Clone, Copy)]
+struct Blocks(__m128i);
+
+impl Vector for Blocks {
+    const LANES: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut u8) {
+        // SAFETY: as the trait demands.
+        unsafe { _mm_storeu_si128(to.cast(), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn xor(self, b: Self) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm_xor_si128(self.0, b.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn xor3(self, b: Self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm_xor_si128(_mm_xor_si128(self.0, b.0), c.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn round<const FORWARD: bool>(self, key: Self) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe {
+            if FORWARD { _mm_aesenc_si128(self.0, key.0) } else { _mm_aesdec_si128(self.0, key.0) }
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn last_round<const FORWARD: bool>(self, key: Self) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe {
+            if FORWARD { _mm_aesenclast_si128(self.0, key.0) } else { _mm_aesdeclast_si128(self.0, key.0) }
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn advance_xor(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let shifted = Self(_mm_bslli_si128::<1>(self.0));
+            let out = _mm_bsrli_si128::<{ 16 - 1 }>(self.0);
+            shifted.xor3(Self(_mm_clmulepi64_si128::<0>(out, _mm_set1_epi64x(0x87))), c)
+        }
+    }
+}
+
+/// Encrypt a run in place.
+///
+/// # Safety
+/// As [`xts::crypt`], on a CPU with the features named here.
+#[target_feature(enable = "aes,pclmulqdq,sse2")]
+pub(super) unsafe fn encrypt<const K: usize>(schedule: &Schedule, counter: &Counter, run: Run) {
+    // SAFETY: the caller vouches for the run, the attribute for the features.
+    unsafe { xts::crypt::<Blocks, K, true>(schedule, counter, run) }
+}
+
+/// Decrypt a run in place.
+///
+/// # Safety
+/// As [`xts::crypt`], on a CPU with the features named here.
+#[target_feature(enable = "aes,pclmulqdq,sse2")]
+pub(super) unsafe fn decrypt<const K: usize>(schedule: &Schedule, counter: &Counter, run: Run) {
+    // SAFETY: the caller vouches for the run, the attribute for the features.
+    unsafe { xts::crypt::<Blocks, K, false>(schedule, counter, run) }
+}
+
+/// Decrypt with the old key and encrypt with the new one, in place.
+///
+/// # Safety
+/// As [`xts::recrypt`], on a CPU with the features named here.
+#[target_feature(enable = "aes,pclmulqdq,sse2")]
+pub(super) unsafe fn recrypt<const OLD: usize, const NEW: usize>(
+    old: (&Schedule, &Counter),
+    new: (&Schedule, &Counter),
+    run: Run,
+) {
+    // SAFETY: the caller vouches for the run, the attribute for the features.
+    unsafe { xts::recrypt::<Blocks, OLD, NEW>(old, new, run) }
+}
