@@ -47,7 +47,7 @@ pub fn loop_device(bytes: u64) -> Option<LoopDevice> {
         }
         other => {
             let _ = std::fs::remove_file(&backing);
-            eprintln!("SKIPPED: no loop device to be had here: {other:?}");
+            crate::skip(&format!("no loop device to be had here: {other:?}"));
             None
         }
     }
