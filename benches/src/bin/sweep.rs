@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -197,7 +198,8 @@ impl Scratch {
             )));
         }
         let path = std::path::absolute(parent)?.join(format!("sweep-{}", std::process::id()));
-        fs::create_dir(&path)?;
+        // Private, because a key and a socket live in it too.
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
 }
