@@ -48,7 +48,8 @@ pub fn copy(how: Copy, source: &Path, sink: &Path, size: u64) -> io::Result<Cost
     for (name, direction, path) in [("reader", "read", source), ("writer", "write", sink)] {
         fio.arg(format!("--name={name}"))
             .arg(format!("--rw={direction}"))
-            .arg(format!("--filename={}", path.display()));
+            // fio takes a colon for the end of a file name.
+            .arg(format!("--filename={}", path.display().to_string().replace(':', "\\:")));
     }
     fio.stdin(Stdio::null()).stdout(Stdio::null());
     let cost = run::pipeline(&mut [fio])?;

@@ -80,7 +80,7 @@ impl Daemon {
     pub fn command(&self, verb: &str, source: &Path, sink: &Path, tuning: &Tuning) -> Command {
         let mut command = Command::new(&self.programs.cryptctl);
         command.arg(verb).arg(source).arg(sink);
-        command.args(["--format", "raw", "--key-size", "512", "--sector-size", "4096", "--force", "--json"]);
+        command.args(["--format", "raw", "--key-size", "512", "--sector-size", "4096", "--force", "--quiet"]);
         command.arg("--key").arg(format!("file:{}", self.key.display()));
         command.arg("--socket").arg(&self.socket);
         let tunings = [
@@ -93,7 +93,6 @@ impl Daemon {
                 command.arg(flag).arg(value.to_string());
             }
         }
-        // With a stream as sink the events have no place on stdout.
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
     }

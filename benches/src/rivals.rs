@@ -14,7 +14,12 @@ pub fn write_passphrase(path: &Path) -> io::Result<()> {
 }
 
 fn secret(passphrase: &Path) -> String {
-    format!("secret,id=pass,file={}", passphrase.display())
+    format!("secret,id=pass,file={}", option(passphrase))
+}
+
+/// A path inside a qemu option list, where a comma separates and two of them are one.
+fn option(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 /// `qemu-img create` of the LUKS1 volume (aes-256, xts, plain64) that [`qemu`] encrypts into. Apart from it, because
@@ -38,8 +43,8 @@ pub fn qemu(encrypt: bool, wide: bool, passphrase: &Path, source: &Path, sink: &
         command.args(["-m", "16", "-W"]);
     }
     command.arg("--object").arg(secret(passphrase)).arg("--image-opts");
-    let luks = |path: &Path| format!("driver=luks,key-secret=pass,file.filename={}", path.display());
-    let raw = |path: &Path| format!("driver=raw,file.filename={}", path.display());
+    let luks = |path: &Path| format!("driver=luks,key-secret=pass,file.filename={}", option(path));
+    let raw = |path: &Path| format!("driver=raw,file.filename={}", option(path));
     if encrypt {
         command.args(["-n", "--target-image-opts"]).arg(raw(source)).arg(luks(sink));
     } else {
