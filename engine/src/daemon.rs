@@ -74,7 +74,7 @@ pub fn run(options: &Options) -> Result<Ended> {
     let connections_max = raise_descriptor_limit();
 
     let started = Instant::now();
-    let pipeline = Pipeline::start(config.pipeline.clone())?;
+    let pipeline = Arc::new(Pipeline::start(&config.pipeline)?);
     let workers = pipeline.status();
     let mailbox = Mailbox::new()?;
     let job_config = JobConfig {

@@ -16,8 +16,9 @@
 //! | 2 | `backend` `format` `key` |
 //! | 3 | `pipeline` |
 //! | 4 | `job` `export` |
-//! | 5 | `control` `telemetry::prometheus` `config` |
-//! | 6 | `daemon`, `main` |
+//! | 5 | `telemetry::prometheus` `config` |
+//! | 6 | `control` |
+//! | 7 | `daemon` `main` |
 
 pub mod backend;
 pub mod config;
@@ -25,9 +26,11 @@ pub mod control;
 pub mod crypto;
 pub mod daemon;
 pub mod error;
+pub mod format;
 pub mod job;
 pub mod key;
 pub mod limits;
 pub mod pipeline;
 pub mod sys;
+pub mod telemetry;
 pub mod units;

@@ -3,6 +3,8 @@
 //!
 //! Nothing here knows what is right: the tests do.
 
+mod loop_device;
+
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +18,8 @@ use std::time::{Duration, Instant};
 use proto::{Body, Call, ErrorKind, Event, Failure, JobInfo, Reply, Request, Response};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::{Pid, Signal};
+
+pub use loop_device::{LoopDevice, loop_device};
 
 /// Longer than any machine needs: reached only by a failing test.
 pub const PATIENCE: Duration = Duration::from_secs(60);

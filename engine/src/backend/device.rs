@@ -284,18 +284,6 @@ impl Device {
         })
     }
 
-    /// Make a regular file exactly this long; new bytes are a hole.
-    ///
-    /// # Errors
-    /// Not a file, no room, or a file system limit.
-    pub fn set_len(&mut self, bytes: u64) -> Result<()> {
-        fs::ftruncate(&self.file, bytes).map_err(|errno| {
-            Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(&self.name)
-        })?;
-        self.size = Some(bytes);
-        Ok(())
-    }
-
     /// Everything written, and the file's own metadata, durable. Streams have nothing to make durable.
     ///
     /// # Errors

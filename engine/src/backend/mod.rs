@@ -17,6 +17,7 @@
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
 pub mod device;
+pub mod space;
 pub mod threads;
 pub mod uring;
 

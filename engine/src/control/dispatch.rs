@@ -118,7 +118,7 @@ impl Service {
     }
 
     /// `act` on a job this peer may touch.
-    fn own<T>(&self, peer: &Peer, job: JobId, act: impl FnOnce(&Registry) -> Result<T>) -> Result<T> {
+    fn own<T>(&self, peer: &Peer, job: JobId, act: impl FnOnce(&Arc<Registry>) -> Result<T>) -> Result<T> {
         self.job(peer, job)?;
         act(&self.registry)
     }

@@ -1,13 +1,35 @@
-//! (interface; the implementation is being written beside this) Jobs: a user's intent with a number, its state, its end.
+//! Jobs: a user's intent with a number, its state, its end.
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `mod` | the registry: numbers, places, who waits |
+//! | `prepare` | from a request to a checked transfer |
+//! | `state` | one job as others see it |
+//! | `run` | one job from start to end |
+//! | `commit` | how a new file becomes visible, or vanishes |
+//! | `bench` | measuring instead of moving |
+//! | `clock` | running time, rate |
 
+pub mod bench;
+pub mod clock;
+pub mod commit;
+pub mod prepare;
+pub mod run;
+pub mod state;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use proto::{JobId, JobInfo, Stats, Submit};
+use proto::{Action, JobId, JobInfo, JobState, Stats, Submit};
 
 use crate::crypto::Kernel;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, Result};
+use crate::job::clock::per_second;
+use crate::job::prepare::{Means, Prepared, prepare};
+use crate::job::state::{Job, JobSpec};
 use crate::pipeline::Pipeline;
+use crate::telemetry::record::StageRecord;
 
 /// Whose job it is: the credentials of the socket's peer, read once at accept. Filesystem changes for a job (rename,
 /// unlink) are made with these rights.
@@ -34,18 +56,69 @@ pub struct JobConfig {
     pub remembered_max: u32,
 }
 
+/// What a job's thread will do.
+enum Load {
+    Transfer(Box<Prepared>),
+    Bench(proto::Bench),
+}
+
 /// All jobs of this daemon. Every method is quick and may be called from the control thread: the work is done elsewhere.
-pub struct Registry {}
+pub struct Registry {
+    config: JobConfig,
+    pipeline: Arc<Pipeline>,
+    notify: Arc<dyn Fn(JobId) + Send + Sync>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    last: JobId,
+    jobs: BTreeMap<JobId, Arc<Job>>,
+    waiting: VecDeque<(Arc<Job>, Load)>,
+    running: HashMap<u32, u32>,
+}
+
+impl Table {
+    fn running_total(&self) -> u32 {
+        self.running.values().sum()
+    }
+
+    /// Who goes next: the oldest waiting job of the user with the fewest running.
+    fn next(&mut self) -> Option<(Arc<Job>, Load)> {
+        let at = (0..self.waiting.len())
+            .min_by_key(|&at| self.running.get(&self.waiting[at].0.owner.uid).copied().unwrap_or(0))?;
+        self.waiting.remove(at)
+    }
+
+    /// Forget the oldest finished jobs beyond what is remembered.
+    fn forget(&mut self, remembered_max: u32) {
+        let finished: Vec<JobId> =
+            self.jobs.iter().filter(|(_, job)| job.state().is_final()).map(|(id, _)| *id).collect();
+        let surplus = finished.len().saturating_sub(remembered_max as usize);
+        for id in finished.into_iter().take(surplus) {
+            self.jobs.remove(&id);
+        }
+    }
+}
 
 impl Registry {
     /// `notify` is called from other threads whenever a job's state changed (not on progress).
     pub fn start(
         config: JobConfig,
-        pipeline: Pipeline,
+        pipeline: Arc<Pipeline>,
         notify: Box<dyn Fn(JobId) + Send + Sync>,
     ) -> Arc<Self> {
-        let _ = (config, pipeline, notify);
-        todo!()
+        Arc::new(Self { config, pipeline, notify: Arc::from(notify), table: Mutex::default() })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pipeline jobs run on.
+    #[must_use]
+    pub fn pipeline(&self) -> &Pipeline {
+        &self.pipeline
     }
 
     /// Check a request (descriptors of the right kind, sizes, key) and start or queue it. Returns warnings with the number.
@@ -53,73 +126,242 @@ impl Registry {
     /// # Errors
     /// Anything wrong with the request, before anything was written.
     pub fn submit(
-        &self,
+        self: &Arc<Self>,
         owner: &Owner,
         submit: Submit,
         descriptors: Vec<OwnedFd>,
-    ) -> Result<(JobId, Vec<String>), Error> {
-        let _ = (owner, submit, descriptors);
-        todo!()
+    ) -> Result<(JobId, Vec<String>)> {
+        self.check_room(owner)?;
+        let action = submit.action;
+        let detached = submit.detach;
+        let name = |name: Option<&str>| name.unwrap_or_default().to_owned();
+        let source = name(submit.source.as_ref().map(|source| source.name.as_str()));
+        let sink = name(submit.sink.as_ref().map(|sink| sink.name.as_str()));
+        let (load, transfer, total_bytes, warnings) = if action == Action::Bench {
+            let bench = bench::check(submit, &descriptors)?;
+            (Load::Bench(bench), None, None, Vec::new())
+        } else {
+            let means = Means {
+                kernel: self.config.kernel,
+                buffer_bytes: self.pipeline.buffer_bytes(),
+                workers: self.pipeline.workers(),
+            };
+            let mut prepared = prepare(means, owner, submit, descriptors)?;
+            let warnings = std::mem::take(&mut prepared.warnings);
+            let transfer = prepared.transfer.clone();
+            let total_bytes = prepared.total_bytes;
+            (Load::Transfer(Box::new(prepared)), Some(transfer), total_bytes, warnings)
+        };
+        let id = {
+            let mut table = self.table();
+            table.last += 1;
+            let id = table.last;
+            let notify = self.notify.clone();
+            let job = Job::new(JobSpec {
+                id,
+                owner: owner.clone(),
+                action,
+                detached,
+                source,
+                sink,
+                transfer,
+                total_bytes,
+                changed: Box::new(move |id| notify(id)),
+            });
+            table.jobs.insert(id, job.clone());
+            table.waiting.push_back((job, load));
+            id
+        };
+        self.start_waiting();
+        Ok((id, warnings))
+    }
+
+    fn check_room(&self, owner: &Owner) -> Result<()> {
+        let table = self.table();
+        let mine =
+            table.jobs.values().filter(|job| job.owner.uid == owner.uid && !job.state().is_final()).count();
+        if mine >= self.config.per_user_max as usize {
+            let what = format!(
+                "{mine} jobs are queued or running, and a user may have {}",
+                self.config.per_user_max
+            );
+            return Err(Error::new(ErrorKind::Limit, what).hint("wait for one to end, or cancel it"));
+        }
+        Ok(())
+    }
+
+    /// Start waiting jobs while there are places.
+    fn start_waiting(self: &Arc<Self>) {
+        loop {
+            let (job, load) = {
+                let mut table = self.table();
+                if table.running_total() >= self.config.running_max {
+                    return;
+                }
+                let Some(next) = table.next() else { return };
+                *table.running.entry(next.0.owner.uid).or_default() += 1;
+                next
+            };
+            let registry = self.clone();
+            let carried = job.clone();
+            let body = move || {
+                let ended = registry.carry(&carried, load);
+                registry.ended(&carried, ended);
+            };
+            if let Err(cause) = std::thread::Builder::new().name(format!("job{}", job.id)).spawn(body) {
+                // The load went down with the thread's body: nothing was written yet, and descriptors are closed.
+                self.ended(&job, Err(Error::io("cannot start the job's thread", cause)));
+            }
+        }
+    }
+
+    fn carry(&self, job: &Job, load: Load) -> Result<run::Ending> {
+        job.begin();
+        match load {
+            Load::Transfer(prepared) => match job.check_cancelled() {
+                Ok(()) => run::run(job, &self.pipeline, &prepared),
+                Err(cancelled) => {
+                    run::undo(job, &prepared);
+                    Err(cancelled)
+                }
+            },
+            Load::Bench(bench) => bench::run(job, &bench).map(|()| run::Ending::default()),
+        }
+    }
+
+    fn ended(self: &Arc<Self>, job: &Job, ended: Result<run::Ending>) {
+        job.end(ended);
+        {
+            let mut table = self.table();
+            if let Some(count) = table.running.get_mut(&job.owner.uid) {
+                *count -= 1;
+                if *count == 0 {
+                    table.running.remove(&job.owner.uid);
+                }
+            }
+            table.forget(self.config.remembered_max);
+        }
+        self.start_waiting();
     }
 
     /// All jobs, oldest first.
+    #[must_use]
     pub fn list(&self) -> Vec<JobInfo> {
-        todo!()
+        let jobs: Vec<Arc<Job>> = self.table().jobs.values().cloned().collect();
+        jobs.iter().map(|job| job.info()).collect()
+    }
+
+    fn job(&self, job: JobId) -> Result<Arc<Job>> {
+        let found = self.table().jobs.get(&job).cloned();
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("no job {job}")))
     }
 
     /// One job, or `None`.
+    #[must_use]
     pub fn show(&self, job: JobId) -> Option<JobInfo> {
-        let _ = job;
-        todo!()
+        self.job(job).ok().map(|job| job.info())
     }
 
     /// See `proto::Call::Pause`.
     ///
     /// # Errors
     /// `NotFound`, or `Conflict` when final.
-    pub fn pause(&self, job: JobId) -> Result<JobInfo, Error> {
-        let _ = job;
-        todo!()
+    pub fn pause(&self, job: JobId) -> Result<JobInfo> {
+        self.change(job, |job| job.set_paused(true))
     }
 
     /// See `proto::Call::Resume`.
     ///
     /// # Errors
     /// `NotFound`, or `Conflict` when final.
-    pub fn resume(&self, job: JobId) -> Result<JobInfo, Error> {
-        let _ = job;
-        todo!()
+    pub fn resume(&self, job: JobId) -> Result<JobInfo> {
+        self.change(job, |job| job.set_paused(false))
     }
 
     /// Ask for the end of a job; it is final a little later.
     ///
     /// # Errors
     /// `NotFound`, or `Conflict` when final already.
-    pub fn cancel(&self, job: JobId) -> Result<JobInfo, Error> {
-        let _ = job;
-        todo!()
+    pub fn cancel(self: &Arc<Self>, job: JobId) -> Result<JobInfo> {
+        let info = self.change(job, Job::cancel)?;
+        self.end_waiting(job);
+        Ok(info)
+    }
+
+    /// A job cancelled before it had a place ends at once, and gives back what it held.
+    fn end_waiting(self: &Arc<Self>, id: JobId) {
+        let waiting = {
+            let mut table = self.table();
+            let at = table.waiting.iter().position(|(job, _)| job.id == id);
+            at.and_then(|at| table.waiting.remove(at))
+        };
+        if let Some((job, load)) = waiting {
+            if let Load::Transfer(prepared) = &load {
+                run::undo(&job, prepared);
+            }
+            job.end(job.check_cancelled().map(|()| run::Ending::default()));
+        }
     }
 
     /// See `proto::Call::Throttle`.
     ///
     /// # Errors
     /// `NotFound`, `Conflict` when final, or `Invalid` for a rate of zero.
-    pub fn throttle(&self, job: JobId, bytes_per_second: Option<u64>) -> Result<JobInfo, Error> {
-        let _ = (job, bytes_per_second);
-        todo!()
+    pub fn throttle(&self, job: JobId, bytes_per_second: Option<u64>) -> Result<JobInfo> {
+        self.change(job, |job| job.throttle(bytes_per_second))
+    }
+
+    fn change(&self, job: JobId, act: impl FnOnce(&Job) -> Result<()>) -> Result<JobInfo> {
+        let job = self.job(job)?;
+        act(&job)?;
+        self.pipeline.wake();
+        Ok(job.info())
     }
 
     /// Statistics of one job, or of several merged.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn stats(&self, jobs: &[JobId]) -> Result<Stats, Error> {
-        let _ = jobs;
-        todo!()
+    pub fn stats(&self, jobs: &[JobId]) -> Result<Stats> {
+        let mut record = StageRecord::default();
+        let mut stats = Stats {
+            job: if let [one] = jobs { Some(*one) } else { None },
+            bytes: 0,
+            bytes_per_second: 0.0,
+            stages: Vec::new(),
+            bottleneck: None,
+            syscalls: 0,
+        };
+        let mut seconds = 0.0;
+        for &id in jobs {
+            let job = self.job(id)?;
+            let (mut part, mut syscalls) = job.record();
+            // While it runs, the workers have it; `run` moves it over when they have left.
+            if syscalls == 0
+                && matches!(job.state(), JobState::Running | JobState::Paused)
+                && let Some(transfer) = job.transfer()
+            {
+                let (live, calls) = self.pipeline.snapshot(&transfer);
+                part.merge(&live);
+                syscalls += calls;
+            }
+            record.merge(&part);
+            stats.syscalls += syscalls;
+            let (ran, bytes) = job.work_done();
+            seconds += ran;
+            stats.bytes += bytes;
+        }
+        stats.stages = record.to_stats();
+        stats.bytes_per_second = per_second(stats.bytes, seconds);
+        stats.bottleneck =
+            stats.stages.iter().max_by(|a, b| a.share.total_cmp(&b.share)).map(|stage| stage.stage);
+        Ok(stats)
     }
 
     /// Jobs not yet final.
+    #[must_use]
     pub fn active(&self) -> u32 {
-        todo!()
+        let active = self.table().jobs.values().filter(|job| !job.state().is_final()).count();
+        u32::try_from(active).unwrap_or(u32::MAX)
     }
 }

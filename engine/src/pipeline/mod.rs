@@ -1,7 +1,45 @@
-//! (interface; the implementation is being written beside this) The workers and the slots that move data.
+//! The workers: pinned threads that carry transfers, each with its own queue and buffers.
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `transfer` | what workers are told about a job, and what they report back |
+//! | `plan` | which extents, in which order, and when |
+//! | `worker` | the loop |
+//! | `slot` | one chunk in flight |
+//! | `crypt` | what is done to a chunk that is here |
+//! | `holes`, `zeros` | not reading holes, not writing zeros |
+//!
+//! Default layout *sharded*: every worker carries every transfer, and they claim chunks of its plan by one atomic. A
+//! transfer with an ordered end (a pipe) is carried by a single worker: order costs nothing when nothing is handed over,
+//! and one core crypts faster than any pipe moves.
+
+pub mod crypt;
+pub mod holes;
+pub mod plan;
+pub mod slot;
+pub mod transfer;
+pub mod worker;
+pub mod zeros;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, bounded, unbounded};
+use proto::WorkerStatus;
 
 pub use crate::backend::QueueChoice;
-use crate::error::Error;
+use crate::backend::{Wake, open_queue};
+use crate::error::{Error, ErrorKind};
+use crate::pipeline::transfer::Transfer;
+use crate::pipeline::worker::{Command, Worker};
+use crate::sys::affinity;
+use crate::sys::buffer::Arena;
+use crate::telemetry::record::StageRecord;
+
+/// How long a snapshot of statistics waits for a busy worker.
+const SNAPSHOT_WAIT: Duration = Duration::from_millis(500);
 
 /// How many workers, and the memory each owns.
 #[derive(Debug, Clone)]
@@ -18,21 +56,161 @@ pub struct PipelineConfig {
     pub buffers_per_worker: u32,
 }
 
-/// A running set of workers. Dropping it drains and joins them.
-pub struct Pipeline {}
+/// A running set of workers. Dropping it lets them finish what they carry, and joins them.
+pub struct Pipeline {
+    workers: Vec<Handle>,
+    buffer_bytes: u32,
+    /// Where the next ordered transfer goes: round robin.
+    next: AtomicU32,
+}
+
+struct Handle {
+    commands: Sender<Command>,
+    wake: Arc<dyn Wake>,
+    status: WorkerStatus,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    fn send(&self, command: Command) {
+        // A worker leaves only after `Exit`, and aborts the process if its queue breaks.
+        let _ = self.commands.send(command);
+        self.wake.wake();
+    }
+}
 
 impl Pipeline {
     /// Start the workers.
     ///
     /// # Errors
     /// No memory, no io_uring although it was demanded, or a CPU that may not be used.
-    pub fn start(config: PipelineConfig) -> Result<Self, Error> {
-        let _ = config;
-        todo!()
+    pub fn start(config: &PipelineConfig) -> Result<Self, Error> {
+        let mut workers = Vec::with_capacity(config.cpus.len());
+        for (index, &cpu) in config.cpus.iter().enumerate() {
+            workers.push(start_worker(index, cpu, config)?);
+        }
+        if workers.is_empty() {
+            return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
+        }
+        Ok(Self { workers, buffer_bytes: config.buffer_bytes, next: AtomicU32::new(0) })
     }
 
     /// The workers as they are.
-    pub fn status(&self) -> Vec<proto::WorkerStatus> {
-        todo!()
+    #[must_use]
+    pub fn status(&self) -> Vec<WorkerStatus> {
+        self.workers.iter().map(|worker| worker.status.clone()).collect()
     }
+
+    /// How many workers there are.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Bytes of one buffer: the largest chunk.
+    #[must_use]
+    pub fn buffer_bytes(&self) -> u32 {
+        self.buffer_bytes
+    }
+
+    /// Carry a transfer, on at most `workers_max` workers. Its end comes on [`Transfer::ended`].
+    pub fn run(&self, transfer: &Arc<Transfer>, workers_max: usize) {
+        let count = if transfer.is_ordered() { 1 } else { workers_max.clamp(1, self.workers.len()) };
+        transfer.begin(u32::try_from(count).expect("workers are few"));
+        let first = self.next.fetch_add(1, Ordering::Relaxed) as usize;
+        for offset in 0..count {
+            let worker = &self.workers[(first + offset) % self.workers.len()];
+            worker.send(Command::Start(transfer.clone()));
+        }
+    }
+
+    /// Make workers look again at gates and plans.
+    pub fn wake(&self) {
+        for worker in &self.workers {
+            worker.wake.wake();
+        }
+    }
+
+    /// Stage statistics of a running transfer so far, and its system calls: of the workers that have left it, and of
+    /// those that answer in time.
+    #[must_use]
+    pub fn snapshot(&self, transfer: &Arc<Transfer>) -> (StageRecord, u64) {
+        let (reply, answers) = unbounded();
+        for worker in &self.workers {
+            worker.send(Command::Snapshot(transfer.clone(), reply.clone()));
+        }
+        drop(reply);
+        let (mut record, mut syscalls) = transfer.final_record();
+        while let Ok((part, calls)) = answers.recv_timeout(SNAPSHOT_WAIT) {
+            record.merge(&part);
+            syscalls += calls;
+        }
+        (record, syscalls)
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        for worker in &self.workers {
+            worker.send(Command::Exit);
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take() {
+                // A worker that panicked has aborted the process in release builds.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn start_worker(index: usize, cpu: u32, config: &PipelineConfig) -> Result<Handle, Error> {
+    let (commands, inbox) = unbounded();
+    let (ready, started) = bounded(1);
+    let config = config.clone();
+    let body = move || {
+        // Everything is made on the worker's own thread: its memory is local to its core, and a ring has one issuer.
+        let made = (|| {
+            if config.pin {
+                affinity::pin(cpu)?;
+            }
+            let mut arena = Arena::new(config.buffers_per_worker, config.buffer_bytes)?;
+            let opened = open_queue(config.queue, &arena, 2 * config.buffers_per_worker)?;
+            let facts = opened.facts();
+            let memory = arena.facts();
+            let status = WorkerStatus {
+                cpu: config.pin.then_some(cpu),
+                queue: facts.name.to_owned(),
+                queue_fallback_reason: facts.fallback_reason,
+                buffers: memory.count,
+                buffer_bytes: memory.buffer_bytes,
+                buffers_registered: facts.buffers_registered,
+                buffers_locked: memory.locked,
+                pages: memory.pages.name().to_owned(),
+            };
+            let wake = opened.waker();
+            Ok((Worker::new(index, opened, arena.take_all(), inbox), wake, status))
+        })();
+        match made {
+            Ok((worker, wake, status)) => {
+                // The starter waits for this.
+                let _ = ready.send(Ok((wake, status)));
+                if let Err(error) = worker.run() {
+                    // What is in flight can no longer be accounted for, and the kernel may own our buffers.
+                    tracing::error!("worker {index}: {}", error.chain());
+                    std::process::abort();
+                }
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+            }
+        }
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("worker{index}"))
+        .spawn(body)
+        .map_err(|cause| Error::io("cannot start a worker thread", cause))?;
+    let (wake, status) = started
+        .recv()
+        .map_err(|cause| Error::new(ErrorKind::Internal, "a worker died while starting").because(cause))??;
+    Ok(Handle { commands, wake, status, thread: Some(thread) })
 }

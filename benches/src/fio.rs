@@ -1,0 +1,98 @@
+//! The limit: what fio reaches when it reads one file and writes another at the same time.
+//!
+//! Reader and writer move the same number of bytes, start together, and know nothing of each other: no byte read has to
+//! be written, nothing is encrypted, nothing is ordered, and the writer's blocks are the same few buffers over again. The
+//! copy's rate is the size divided by the *slower* side's time, by fio's own clocks: its start-up, its end and the final
+//! fsync are not counted. So a program that really copies can come near this figure but has nothing to spare.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::run::{self, Cost};
+
+/// How fio moves the bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Copy {
+    /// `io_uring` or `psync`.
+    pub engine: &'static str,
+    /// Operations in flight per thread.
+    pub depth: u32,
+    /// Threads that read, and as many that write; each has its own part of the file.
+    pub threads_each: u32,
+}
+
+/// Run the copy. `sink` is created anew: allocating it is part of a copy.
+///
+/// # Errors
+/// fio is missing, failed, or said something unexpected.
+pub fn copy(how: Copy, source: &Path, sink: &Path, size: u64) -> io::Result<Cost> {
+    let part = size / u64::from(how.threads_each);
+    let report = sink.with_extension("fio.json");
+    let mut fio = Command::new("fio");
+    fio.args(["--output-format=json", "--thread", "--group_reporting=0", "--direct=1", "--bs=1M"])
+        .args(["--fallocate=none", "--randrepeat=1", "--norandommap"])
+        .arg(format!("--output={}", report.display()))
+        .arg(format!("--ioengine={}", how.engine))
+        .arg(format!("--iodepth={}", how.depth))
+        .arg(format!("--numjobs={}", how.threads_each))
+        .arg(format!("--size={part}"))
+        .arg(format!("--offset_increment={part}"));
+    if how.engine == "io_uring" {
+        fio.args(["--registerfiles=1", "--fixedbufs=1"]);
+    }
+    for (name, direction, path) in [("reader", "read", source), ("writer", "write", sink)] {
+        fio.arg(format!("--name={name}"))
+            .arg(format!("--rw={direction}"))
+            // fio takes a colon for the end of a file name.
+            .arg(format!("--filename={}", path.display().to_string().replace(':', "\\:")));
+    }
+    fio.stdin(Stdio::null()).stdout(Stdio::null());
+    let cost = run::pipeline(&mut [fio])?;
+    let text = fs::read_to_string(&report)?;
+    fs::remove_file(&report)?;
+    Ok(Cost { wall: slowest(&text, size)?.as_secs_f64(), ..cost })
+}
+
+/// The longest run time among the jobs of a report, after checking that each direction moved `size` bytes.
+fn slowest(report: &str, size: u64) -> io::Result<Duration> {
+    let wrong = |what: &str| io::Error::other(format!("fio's report {what}"));
+    // fio may print notes before the report.
+    let json = report.find('{').map(|at| &report[at..]).ok_or_else(|| wrong("has no JSON"))?;
+    let report: Value = serde_json::from_str(json).map_err(|error| wrong(&error.to_string()))?;
+    let jobs = report["jobs"].as_array().ok_or_else(|| wrong("names no jobs"))?;
+    for direction in ["read", "write"] {
+        let bytes: u64 = jobs.iter().filter_map(|job| job[direction]["io_bytes"].as_u64()).sum();
+        if bytes != size {
+            return Err(wrong(&format!("says {bytes} bytes of {size} for {direction}")));
+        }
+    }
+    let times = jobs.iter().flat_map(|job| [&job["read"]["runtime"], &job["write"]["runtime"]]);
+    let slowest = times.filter_map(Value::as_u64).max().filter(|&millis| millis > 0);
+    slowest.map(Duration::from_millis).ok_or_else(|| wrong("has no run time"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REPORT: &str = r#"fio: a note
+        {"jobs":[{"read":{"io_bytes":10,"runtime":30},"write":{"io_bytes":0,"runtime":0}},
+                 {"read":{"io_bytes":0,"runtime":0},"write":{"io_bytes":10,"runtime":50}}]}"#;
+
+    #[test]
+    fn the_slower_side_counts() {
+        assert_eq!(slowest(REPORT, 10).expect("reads"), Duration::from_millis(50));
+    }
+
+    #[test]
+    fn a_report_of_fewer_bytes_is_refused() {
+        let error = slowest(REPORT, 11).expect_err("10 of 11 bytes");
+        assert!(error.to_string().contains("10 bytes of 11"), "{error}");
+        assert!(slowest("no report", 1).is_err());
+    }
+}

@@ -1,0 +1,70 @@
+//! The end-to-end sweep in its small mode: it runs, checks what it moved, and its rows can be read. Rates are not judged.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Run the sweep with these cases in a directory of its own; its rows, and what it said on stderr.
+fn sweep(cases: &str) -> (Vec<Value>, String) {
+    let scratch =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-{cases}-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).expect("creates");
+    let json = scratch.join("rows.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_sweep"))
+        .args(["--small", "--cases", cases, "--dir"])
+        .arg(&scratch)
+        .arg("--json")
+        .arg(&json)
+        .output()
+        .expect("runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    eprint!("{said}");
+    let rows = std::fs::read_to_string(&json);
+    let left: Vec<_> =
+        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
+    std::fs::remove_dir_all(&scratch).expect("removes");
+    assert!(output.status.success(), "the sweep failed: {said}");
+    assert_eq!(left, [json], "the sweep left files behind");
+    let rows = rows.expect("rows were written");
+    (rows.lines().map(|line| serde_json::from_str(line).expect("a row is JSON")).collect(), said)
+}
+
+/// Contenders that ran or were skipped aloud, so that none is lost in silence.
+fn contenders(rows: &[Value]) -> BTreeSet<&str> {
+    rows.iter().filter_map(|row| row["contender"].as_str()).collect()
+}
+
+#[test]
+fn the_way_through_a_pipe_is_measured() {
+    let (rows, said) = sweep("pipe");
+    let names = contenders(&rows);
+    assert!(names.contains("read/write loop"), "{names:?}");
+    assert!(names.contains("cryptctl") || said.contains("SKIP cryptctl"), "{names:?}");
+    for row in &rows {
+        assert_eq!(row["bytes"], 64 << 20);
+        assert!(row["wall_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{row}");
+        assert!(row["ratio_to_limit"].as_f64().is_some_and(|ratio| ratio > 0.0), "{row}");
+        assert!(row["machine"]["kernel"].as_str().is_some_and(|kernel| !kernel.is_empty()), "{row}");
+    }
+}
+
+#[test]
+fn both_ways_between_files_are_measured_and_checked() {
+    let (rows, said) = sweep("disk,disk-decrypt");
+    let names = contenders(&rows);
+    for (name, tool) in [("fio copy", "fio"), ("qemu-img", "qemu-img"), ("openssl enc ctr", "openssl")] {
+        assert!(
+            names.contains(name) || said.contains(&format!("{tool} is not installed")),
+            "{names:?}\n{said}"
+        );
+    }
+    assert!(names.contains("cryptctl") || said.contains("SKIP cryptctl"), "{names:?}");
+    // A result that was not checked has no place in the table: all of ours, and what rivals decrypted.
+    for row in &rows {
+        let ours = row["side"] == "ours";
+        let decrypted = row["case"] == "disk-decrypt" && row["side"] == "rival";
+        assert_eq!(row["sha256"].is_string(), ours || decrypted, "{row}");
+    }
+}

@@ -1,0 +1,375 @@
+//! What was typed: the argument definitions. Help, completions and man pages are generated from them.
+//!
+//! Holds no meaning beyond the shape of a single value; `request` turns it into what the wire can say.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::amount::{parse_bytes, parse_rate};
+use crate::help;
+use crate::secret::KeyRef;
+
+/// Encrypt, decrypt and verify volumes at the speed of the device.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cryptctl",
+    version,
+    about = "Encrypt, decrypt and verify volumes at the speed of the device",
+    long_about = help::TOP,
+    after_long_help = help::TOP_AFTER,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Flags every verb takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Socket of the daemon
+    ///
+    /// Default: the socket of this user's own daemon, see FILES in `cryptctl --help`.
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Global options")]
+    pub socket: Option<PathBuf>,
+    /// Print wire objects, one JSON object per line
+    ///
+    /// Events and answers go to standard output exactly as the daemon sent them (to standard error when DST is `-`). A
+    /// failure is the last line, as an object with an `error` field, and is also told in words on standard error.
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+    /// No progress, no summary; warnings and errors remain
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    pub quiet: bool,
+    /// Do not start a daemon when none answers
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_start: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Encrypt SRC to DST
+    #[command(long_about = help::ENCRYPT, after_long_help = help::ENCRYPT_AFTER)]
+    Encrypt(Encrypt),
+    /// Decrypt SRC to DST
+    #[command(long_about = help::DECRYPT, after_long_help = help::DECRYPT_AFTER)]
+    Decrypt(Decrypt),
+    /// Compare plaintext SRC with the decrypted DST
+    #[command(long_about = help::VERIFY, after_long_help = help::VERIFY_AFTER)]
+    Verify(Verify),
+    /// List, watch and steer jobs
+    #[command(subcommand, long_about = help::JOB, after_long_help = help::JOB_AFTER, disable_help_subcommand = true)]
+    Job(Job),
+    /// Show where the time goes, stage by stage
+    #[command(long_about = help::STATS, after_long_help = help::STATS_AFTER)]
+    Stats {
+        /// One job [default: all of yours together]
+        #[arg(value_name = "ID")]
+        job: Option<u64>,
+    },
+    /// Measure the kernels of this machine beside their limit
+    #[command(long_about = help::BENCH, after_long_help = help::BENCH_AFTER)]
+    Bench(Bench),
+    /// Start, stop or describe the daemon
+    #[command(subcommand, long_about = help::DAEMON, after_long_help = help::DAEMON_AFTER, disable_help_subcommand = true)]
+    Daemon(Daemon),
+    /// Print completions for a shell
+    #[command(after_long_help = help::COMPLETIONS_AFTER)]
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into DIR
+    #[command(after_long_help = help::MAN_AFTER)]
+    Man {
+        /// An existing directory
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Encrypt {
+    #[command(flatten)]
+    pub ends: Ends,
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    #[command(flatten)]
+    pub pad: Pad,
+    #[command(flatten)]
+    pub sink: SinkArgs,
+    #[command(flatten)]
+    pub moving: Moving,
+}
+
+#[derive(Debug, Args)]
+pub struct Decrypt {
+    #[command(flatten)]
+    pub ends: Ends,
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    #[command(flatten)]
+    pub holes: Holes,
+    /// Write zeros instead of leaving holes
+    ///
+    /// By default runs of zero plaintext become holes in a new file, and in a device that supports it.
+    #[arg(long, help_heading = "Sink")]
+    pub no_sparse: bool,
+    #[command(flatten)]
+    pub sink: SinkArgs,
+    #[command(flatten)]
+    pub moving: Moving,
+}
+
+#[derive(Debug, Args)]
+pub struct Verify {
+    #[command(flatten)]
+    pub ends: Ends,
+    #[command(flatten)]
+    pub volume: VolumeArgs,
+    #[command(flatten)]
+    pub pad: Pad,
+    #[command(flatten)]
+    pub holes: Holes,
+    #[command(flatten)]
+    pub moving: Moving,
+}
+
+/// The two ends, as typed.
+#[derive(Debug, Args)]
+pub struct Ends {
+    /// Where sectors come from: a file, a block device or `-`
+    #[arg(value_name = "SRC")]
+    pub source: PathBuf,
+    /// Where they go: a file, a block device or `-`
+    #[arg(value_name = "DST")]
+    pub sink: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Volume")]
+pub struct VolumeArgs {
+    /// Format of the encrypted side (must be given: `raw`)
+    ///
+    /// `raw` is dm-crypt plain: AES-XTS over the whole volume, no header, so every parameter below must be
+    /// remembered by you. `luks1` and `luks2` are not supported yet by this version; because `luks2` will become the
+    /// default, the format must be named.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub format: Option<FormatName>,
+    /// Where the key is: file:PATH, fd:N, prompt or keyring:NAME
+    ///
+    /// For `raw` it names the volume key itself: exactly `--key-size` bits, as raw bytes or as hexadecimal digits
+    /// (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N` reads an inherited descriptor to its end. `prompt`
+    /// asks on the terminal, twice to encrypt. `keyring:NAME` is a `user` key in the session or user keyring.
+    /// The key travels to the daemon through a pipe: it is never in an argument, the environment or JSON.
+    #[arg(long, value_name = "REF", required = true, value_parser = KeyRef::parse)]
+    pub key: KeyRef,
+    /// Bits of the volume key, both XTS halves: 512 is AES-256
+    #[arg(long, value_name = "BITS", default_value = "512", value_parser = ["256", "512"])]
+    pub key_size: String,
+    /// Bytes of a data unit
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "1024", "2048", "4096"])]
+    pub sector_size: String,
+    /// How the tweak is made of the sector number
+    #[arg(long, value_enum, value_name = "IV", default_value_t = Iv::Plain64)]
+    pub iv: Iv,
+    /// Count tweaks in data units instead of 512-byte sectors
+    #[arg(long)]
+    pub iv_large_sectors: bool,
+    /// Sector number of the volume's first sector, in 512-byte sectors
+    #[arg(long, value_name = "SECTORS", default_value_t = 0)]
+    pub iv_offset: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Pad {
+    /// Fill up an incomplete last data unit with zeros
+    ///
+    /// Without it a plaintext that is not a whole number of data units is refused. The padding is part of what is
+    /// encrypted, and decrypting gives it back: remember the true length.
+    #[arg(long, help_heading = "Volume")]
+    pub pad: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Holes {
+    /// Keep holes of the encrypted file as holes
+    ///
+    /// This is your promise that holes of the encrypted file were never written. Without it a hole is ciphertext
+    /// like any other zeros, and decrypts to noise: no cipher can tell the two apart.
+    #[arg(long, help_heading = "Volume")]
+    pub keep_holes: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sink")]
+pub struct SinkArgs {
+    /// Overwrite: an existing file, a device with a known signature, a left-over .partial
+    #[arg(long)]
+    pub force: bool,
+    /// Leave DST.partial behind when the job fails or is cancelled
+    #[arg(long)]
+    pub keep_partial: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Speed")]
+pub struct Moving {
+    /// Most bytes of source per second, such as 200M or 1GiB
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub throttle: Option<u64>,
+    /// Bytes a worker moves at a time [default: chosen from the devices]
+    #[arg(long, value_name = "SIZE", value_parser = parse_chunk)]
+    pub chunk_size: Option<u32>,
+    /// Chunks in flight per worker [default: chosen from the devices]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub queue_depth: Option<u32>,
+    /// Workers that take part [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub workers: Option<u32>,
+    /// Go through the page cache (no O_DIRECT)
+    #[arg(long)]
+    pub buffered: bool,
+    /// Print the job's number and leave; the job goes on
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FormatName {
+    /// dm-crypt plain, no header
+    Raw,
+    /// not supported yet
+    Luks1,
+    /// not supported yet
+    Luks2,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Iv {
+    /// 64-bit counter
+    Plain64,
+    /// its low 32 bits
+    Plain,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Job {
+    /// List your jobs
+    List,
+    /// Show one job
+    Show(JobRef),
+    /// Watch a job to its end; its exit status becomes ours
+    Watch(JobRef),
+    /// Stop a job until it is resumed
+    Pause(JobRef),
+    /// Go on with a paused job
+    Resume(JobRef),
+    /// End a job and undo its unfinished sink
+    Cancel(JobRef),
+    /// Limit a job's rate
+    Throttle {
+        #[command(flatten)]
+        job: JobRef,
+        /// Bytes of source per second, such as 200M; `none` lifts the limit
+        #[arg(value_name = "RATE", value_parser = Limit::parse)]
+        rate: Limit,
+    },
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub struct JobRef {
+    /// The job's number, see `cryptctl job list`
+    #[arg(value_name = "ID")]
+    pub job: u64,
+}
+
+/// A rate, or freedom from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit(pub Option<u64>);
+
+impl Limit {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text == "none" { Ok(Self(None)) } else { parse_rate(text).map(|rate| Self(Some(rate))) }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Only this kernel [default: all this CPU has]
+    #[arg(long, value_name = "NAME", value_parser = proto::KERNELS)]
+    pub kernel: Option<String>,
+    /// Bytes of buffer per measurement [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_chunk)]
+    pub buffer: Option<u32>,
+    /// Milliseconds per measurement [default: 200]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub millis: Option<u32>,
+    /// Interleaved rounds of which the median is shown [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Daemon {
+    /// Start a daemon for this user, unless one answers
+    Start {
+        /// Leave after this many idle seconds; 0: never
+        #[arg(long, value_name = "SECONDS", default_value_t = crate::launch::IDLE_EXIT_SECONDS)]
+        idle_exit: u64,
+    },
+    /// Stop the daemon when its jobs are done
+    Stop {
+        /// Cancel running jobs instead of waiting for them
+        #[arg(long, action = ArgAction::SetTrue)]
+        now: bool,
+    },
+    /// Describe the daemon: kernel, workers, memory
+    Status,
+}
+
+fn parse_chunk(text: &str) -> Result<u32, String> {
+    match u32::try_from(parse_bytes(text)?) {
+        Ok(0) => Err("must not be zero".to_owned()),
+        Ok(bytes) => Ok(bytes),
+        Err(_) => Err("must be below 4 GiB".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_may_follow_the_verb() {
+        let cli =
+            Cli::try_parse_from(["cryptctl", "job", "list", "--json", "--socket", "/s"]).expect("parses");
+        assert!(cli.global.json);
+        assert_eq!(cli.global.socket, Some(PathBuf::from("/s")));
+    }
+
+    #[test]
+    fn a_throttle_can_be_lifted() {
+        assert_eq!(Limit::parse("none"), Ok(Limit(None)));
+        assert_eq!(Limit::parse("1M"), Ok(Limit(Some(1 << 20))));
+        assert!(Limit::parse("0").is_err());
+    }
+
+    #[test]
+    fn a_chunk_must_fit_the_wire() {
+        assert_eq!(parse_chunk("1M"), Ok(1 << 20));
+        assert!(parse_chunk("4G").is_err());
+        assert!(parse_chunk("0").is_err());
+    }
+}

@@ -1,0 +1,320 @@
+//! Opening the two ends of a job with the caller's rights.
+//!
+//! Everything that can be refused is refused here, before anything is written: the same file at both ends, a terminal,
+//! a device in use, an existing file, a device that holds something. Whether the sink is large enough is the daemon's to say.
+
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use proto::ErrorKind;
+use rustix::fs::OFlags;
+
+use crate::partial::Place;
+use crate::report::{Error, Result};
+use crate::signature;
+
+/// One end, open.
+pub struct End {
+    /// What the daemon gets.
+    pub fd: OwnedFd,
+    /// Read or written in order, not by offset.
+    pub stream: bool,
+    /// As typed, for messages.
+    pub name: String,
+    identity: Identity,
+}
+
+/// The sink of `encrypt` and `decrypt`: open already, or a file still to be created.
+pub enum Sink {
+    /// A device or a stream.
+    Open(End),
+    /// A file that appears when it is whole.
+    New(Place),
+}
+
+/// What the bytes behind a descriptor really are, to find the same thing under two names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Identity {
+    File { dev: u64, ino: u64 },
+    Device { rdev: u64 },
+    Other,
+}
+
+/// Open the readable end: SRC, and for `verify` both. `role` names it in messages.
+pub fn open_readable(path: &Path, role: &str) -> Result<End> {
+    let name = path.display().to_string();
+    if is_dash(path) {
+        let stdin = io::stdin();
+        if stdin.is_terminal() {
+            return Err(
+                Error::usage(format!("{role} is a terminal")).hint("redirect standard input: … < FILE")
+            );
+        }
+        return stream(stdin.as_fd(), name);
+    }
+    refuse_url(path)?;
+    let kind = std::fs::metadata(path).map_err(|error| Error::io("cannot open", &name, error))?.file_type();
+    if !(kind.is_file() || kind.is_block_device() || kind.is_fifo()) {
+        return Err(wrong_kind(&name, kind));
+    }
+    let mut flags = OFlags::NOCTTY;
+    if kind.is_block_device() {
+        flags |= OFlags::EXCL;
+    }
+    let file = File::options()
+        .read(true)
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)
+        .map_err(|error| in_use(&name, error))?;
+    let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
+    Ok(End { fd: file.into(), stream: kind.is_fifo(), name, identity })
+}
+
+/// Find out what DST is, and refuse what must not be written. Creates nothing. `mode` is a new file's, before the umask.
+pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result<Sink> {
+    let name = path.display().to_string();
+    if is_dash(path) {
+        let stdout = io::stdout();
+        if stdout.is_terminal() {
+            return Err(
+                Error::usage("standard output is a terminal").hint("redirect it: … > FILE, or name a file")
+            );
+        }
+        let end = stream(stdout.as_fd(), name)?;
+        refuse_same(source, end.identity, &end.name)?;
+        return Ok(Sink::Open(end));
+    }
+    refuse_url(path)?;
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if std::fs::symlink_metadata(path).is_ok() {
+                return Err(Error::new(ErrorKind::NotFound, format!("{name} is a symbolic link to nothing"))
+                    .hint("name the file itself"));
+            }
+            return Ok(Sink::New(Place::new(path, None, force, mode)?));
+        }
+        Err(error) => return Err(Error::io("cannot open", &name, error)),
+    };
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        refuse_same(source, identity_of(&metadata), &name)?;
+    }
+    if kind.is_file() {
+        if metadata.len() > 0 && !force {
+            return Err(Error::new(ErrorKind::Conflict, format!("{name} exists and is not empty"))
+                .hint("--force replaces it, once the new one is whole"));
+        }
+        // The link's target is replaced, not the link.
+        let real = std::fs::canonicalize(path).map_err(|error| Error::io("cannot open", &name, error))?;
+        Ok(Sink::New(Place::new(&real, Some(&metadata), force, mode)?))
+    } else if kind.is_block_device() {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlags::EXCL.bits().cast_signed())
+            .open(path)
+            .map_err(|error| in_use(&name, error))?;
+        if !force && let Some(found) = signature::probe(&file, &name)? {
+            return Err(Error::new(ErrorKind::Conflict, format!("{name} holds {found}"))
+                .hint("--force overwrites it; look at it with `lsblk -f` first"));
+        }
+        let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
+        Ok(Sink::Open(End { fd: file.into(), stream: false, name, identity }))
+    } else if kind.is_fifo() {
+        let file =
+            File::options().write(true).open(path).map_err(|error| Error::io("cannot open", &name, error))?;
+        Ok(Sink::Open(End { fd: file.into(), stream: true, name, identity: Identity::Other }))
+    } else {
+        Err(wrong_kind(&name, kind))
+    }
+}
+
+/// Refuse two names for the same bytes: the same inode, the same device, or a loop device and the file behind it.
+pub fn refuse_same_ends(source: &End, other: &End) -> Result<()> {
+    refuse_same(source, other.identity, &other.name)
+}
+
+fn refuse_same(source: &End, other: Identity, name: &str) -> Result<()> {
+    if same(source.identity, other) {
+        let message = if source.name == name {
+            format!("{name} is both source and sink")
+        } else {
+            format!("{} and {name} are the same", source.name)
+        };
+        return Err(Error::usage(message));
+    }
+    Ok(())
+}
+
+fn same(a: Identity, b: Identity) -> bool {
+    match (a, b) {
+        (Identity::Other, _) | (_, Identity::Other) => false,
+        (Identity::Device { rdev }, file @ Identity::File { .. })
+        | (file @ Identity::File { .. }, Identity::Device { rdev }) => backing(rdev) == Some(file),
+        (a, b) => {
+            a == b
+                || matches!((a, b), (Identity::Device { rdev: x }, Identity::Device { rdev: y })
+            if backing(x).is_some() && backing(x) == backing(y))
+        }
+    }
+}
+
+/// The file behind a loop device, or behind the loop device a partition is on.
+fn backing(rdev: u64) -> Option<Identity> {
+    let node = format!("/sys/dev/block/{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    let text = ["loop/backing_file", "../loop/backing_file"]
+        .iter()
+        .find_map(|tail| std::fs::read_to_string(Path::new(&node).join(tail)).ok())?;
+    let metadata = std::fs::metadata(text.strip_suffix('\n').unwrap_or(&text)).ok()?;
+    Some(identity_of(&metadata))
+}
+
+fn identify(file: &File) -> io::Result<Identity> {
+    Ok(identity_of(&file.metadata()?))
+}
+
+fn identity_of(metadata: &std::fs::Metadata) -> Identity {
+    if metadata.is_file() {
+        Identity::File { dev: metadata.dev(), ino: metadata.ino() }
+    } else if metadata.file_type().is_block_device() {
+        Identity::Device { rdev: metadata.rdev() }
+    } else {
+        Identity::Other
+    }
+}
+
+fn stream(fd: impl AsFd, name: String) -> Result<End> {
+    let file =
+        File::from(fd.as_fd().try_clone_to_owned().map_err(|error| Error::io("cannot use", &name, error))?);
+    let metadata = file.metadata().map_err(|error| Error::io("cannot use", &name, error))?;
+    if metadata.is_dir() {
+        return Err(wrong_kind(&name, metadata.file_type()));
+    }
+    Ok(End { fd: file.into(), stream: true, name, identity: identity_of(&metadata) })
+}
+
+/// Is it `-`?
+pub fn is_dash(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
+fn refuse_url(path: &Path) -> Result<()> {
+    const SCHEMES: [&str; 5] = ["nbd://", "nbd+unix://", "rbd:", "s3://", "swift://"];
+    let text = path.to_string_lossy();
+    if SCHEMES.iter().any(|scheme| text.starts_with(scheme)) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{text} is not supported yet by this version"),
+        )
+        .hint("files, block devices, named pipes and `-` are; write ./ before a file of that name"));
+    }
+    Ok(())
+}
+
+fn wrong_kind(name: &str, kind: std::fs::FileType) -> Error {
+    let what = if kind.is_dir() {
+        "a directory"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "something else"
+    };
+    let error = Error::usage(format!("{name} is {what}, not a file, block device or pipe"));
+    if kind.is_char_device() { error.hint("use `-` and redirect it") } else { error }
+}
+
+fn in_use(name: &str, error: io::Error) -> Error {
+    if error.kind() == io::ErrorKind::ResourceBusy {
+        Error::new(ErrorKind::Conflict, format!("{name} is in use (mounted, or held by another program)"))
+            .hint(format!("`lsblk {name}` tells by whom"))
+    } else {
+        Error::io("cannot open", name, error)
+    }
+}
+
+/// The directory and the file name of a path.
+pub fn split(path: &Path) -> Result<(PathBuf, String)> {
+    let shown = path.display();
+    let name = path.file_name().ok_or_else(|| Error::usage(format!("{shown} does not name a file")))?;
+    let name = name
+        .to_str()
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("{shown}: file names must be UTF-8")))?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    Ok((parent.to_owned(), name.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn refused(result: Result<Sink>) -> Error {
+        match result {
+            Ok(_) => panic!("accepted"),
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn the_same_file_is_found_under_every_name() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (file, hard, soft) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
+        fs::write(&file, "x").expect("write");
+        fs::hard_link(&file, &hard).expect("link");
+        std::os::unix::fs::symlink("a", &soft).expect("symlink");
+        let source = open_readable(&file, "SRC").expect("open");
+        for path in [&file, &hard, &soft] {
+            // --force must not help.
+            let error = refused(inspect_sink(path, &source, true, 0o666));
+            assert_eq!(error.failure.kind, ErrorKind::Invalid, "{error}");
+        }
+        let again = open_readable(&hard, "DST").expect("open");
+        assert!(refuse_same_ends(&source, &again).is_err());
+    }
+
+    #[test]
+    fn an_existing_file_is_kept_unless_empty_or_forced() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (file, full, empty) = (dir.path().join("a"), dir.path().join("full"), dir.path().join("empty"));
+        fs::write(&file, "x").expect("write");
+        fs::write(&full, "y").expect("write");
+        fs::write(&empty, "").expect("write");
+        let source = open_readable(&file, "SRC").expect("open");
+        assert_eq!(refused(inspect_sink(&full, &source, false, 0o666)).failure.kind, ErrorKind::Conflict);
+        assert!(matches!(inspect_sink(&full, &source, true, 0o666), Ok(Sink::New(_))));
+        assert!(matches!(inspect_sink(&empty, &source, false, 0o666), Ok(Sink::New(_))));
+        assert!(matches!(inspect_sink(&dir.path().join("new"), &source, false, 0o666), Ok(Sink::New(_))));
+        assert_eq!(fs::read_to_string(&full).expect("read"), "y", "inspecting changes nothing");
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 3, "inspecting creates nothing");
+    }
+
+    #[test]
+    fn other_kinds_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("a");
+        fs::write(&file, "x").expect("write");
+        let source = open_readable(&file, "SRC").expect("open");
+        assert!(
+            refused(inspect_sink(dir.path(), &source, true, 0o666)).to_string().contains("is a directory")
+        );
+        assert!(
+            refused(inspect_sink(Path::new("/dev/null"), &source, true, 0o666))
+                .to_string()
+                .contains("is a character device")
+        );
+        let dangling = dir.path().join("d");
+        std::os::unix::fs::symlink("nowhere", &dangling).expect("symlink");
+        assert!(refused(inspect_sink(&dangling, &source, true, 0o666)).to_string().contains("to nothing"));
+        let error = refused(inspect_sink(Path::new("nbd://h/x"), &source, true, 0o666));
+        assert_eq!(error.failure.kind, ErrorKind::Unsupported);
+    }
+}

@@ -1,0 +1,183 @@
+//! The long help: what each verb does and refuses, examples, exit statuses. Man pages are made of it.
+
+/// Shown by `cryptctl --help`.
+pub const TOP: &str = "\
+Encrypts, decrypts and verifies volumes at the speed of the device.
+
+cryptctl opens files, devices and keys with your rights and hands them to cryptd, which moves the data. If no daemon \
+answers, one is started for you; it leaves when it has been idle for a while. No root is needed: who may open a \
+file may encrypt it. The encrypted side is byte for byte what dm-crypt reads.";
+
+/// The end of `cryptctl --help`.
+pub const TOP_AFTER: &str = "\
+ENDS
+  SRC and DST are files, block devices, named pipes or `-` (standard input or output).
+  A new or replaced file is written as DST.partial beside its final place and takes its name only when it is whole and
+  durable. A job that fails or is cancelled removes it. An existing file that is not empty is refused without --force,
+  and so is a block device that holds a filesystem, a LUKS volume or a partition table. Block devices are opened
+  exclusively: one that is mounted is refused always.
+
+SIZES
+  64k, 1M, 1MiB, 1.5G are powers of 1024; 1MB is a power of 1000.
+
+EXIT STATUS
+  0    done
+  1    the job failed, was cancelled or was refused
+  2    usage: the command line, or something this version cannot do
+  3    no daemon could be reached, or it went away
+  4    wrong key or damaged data
+  5    verification found a difference
+  130  left at once on a second interrupt
+
+  The first interrupt (Ctrl-C, SIGTERM) cancels the job, waits until it is undone, and ends with status 1.
+
+FILES
+  $XDG_RUNTIME_DIR/cryptd/cryptd.sock
+         where this user's daemon listens; without XDG_RUNTIME_DIR it is /tmp/cryptd-UID/cryptd.sock
+  cryptd.log beside the socket
+         what a daemon started by cryptctl has to say
+
+ENVIRONMENT
+  NO_COLOR   no colour, even on a terminal
+
+EXAMPLES
+  head -c 64 /dev/urandom > vol.key && chmod 600 vol.key
+  cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
+  cryptctl verify  disk.img disk.enc --format raw --key file:vol.key
+  cryptctl decrypt disk.enc - --format raw --key file:vol.key | zstd > disk.img.zst";
+
+/// `encrypt --help`.
+pub const ENCRYPT: &str = "\
+Encrypts SRC to DST.
+
+The plaintext must be a whole number of data units (--sector-size), or be filled up with --pad. Holes of a source file \
+are read as zeros without touching the disk, and encrypted: the sink has no holes. Runs in the foreground with \
+progress on standard error; Ctrl-C cancels and undoes.";
+
+/// The end of `encrypt --help`.
+pub const ENCRYPT_AFTER: &str = "\
+EXAMPLES
+  A disk image to a file, and from a pipe to a device:
+    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
+    pg_basebackup -D - -Ft | cryptctl encrypt - /dev/vdb --format raw --key keyring:backup --pad
+
+  A volume that `cryptsetup open --type plain --sector-size 4096 --iv-large-sectors` reads:
+    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key --sector-size 4096 --iv-large-sectors
+
+  With a key that never touches the disk, at no more than 200 MiB/s:
+    fetch-key | cryptctl encrypt disk.img disk.enc --format raw --key fd:0 --throttle 200M
+
+EXIT STATUS
+  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable";
+
+/// `decrypt --help`.
+pub const DECRYPT: &str = "\
+Decrypts SRC to DST.
+
+Zero plaintext becomes holes where the sink can have them (see --no-sparse). A hole in the encrypted file is \
+ciphertext like any other zeros and decrypts to noise, unless --keep-holes promises that it was never written. \
+The raw format carries no check of the key: a wrong key gives noise, so verify what you have decrypted. \
+A new DST file is readable by you alone.";
+
+/// The end of `decrypt --help`.
+pub const DECRYPT_AFTER: &str = "\
+EXAMPLES
+  To a file, and through a pipe:
+    cryptctl decrypt disk.enc disk.img --format raw --key file:vol.key
+    cryptctl decrypt /dev/vdb - --format raw --key prompt | tar -x
+
+EXIT STATUS
+  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable, 4 wrong key or damaged data";
+
+/// `verify --help`.
+pub const VERIFY: &str = "\
+Compares plaintext SRC with the decrypted DST, and writes nothing.
+
+The first differing byte offset of the plaintext is told, and the exit status is 5. Use the parameters that DST was \
+encrypted with, --pad included.";
+
+/// The end of `verify --help`.
+pub const VERIFY_AFTER: &str = "\
+EXAMPLES
+  cryptctl verify disk.img disk.enc --format raw --key file:vol.key
+  cryptctl verify disk.img /dev/vdb --format raw --key file:vol.key --json
+
+EXIT STATUS
+  0 equal, 1 failed, 2 usage, 3 daemon unreachable, 4 wrong key or damaged data, 5 they differ";
+
+/// `job --help`.
+pub const JOB: &str = "\
+Lists, watches and steers jobs.
+
+You see your own jobs, root sees all. A job started with --detach outlives the command that started it.";
+
+/// The end of `job --help`.
+pub const JOB_AFTER: &str = "\
+EXAMPLES
+  id=$(cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key --detach)
+  cryptctl job throttle \"$id\" 100M
+  cryptctl job watch \"$id\"
+
+EXIT STATUS
+  0 done, 1 no such job or not possible now, 2 usage, 3 daemon unreachable;
+  `watch` ends with the status the job would have ended with in the foreground";
+
+/// `stats --help`.
+pub const STATS: &str = "\
+Shows where the time of chunks goes, stage by stage: read, queue, crypt, write, flush.
+
+Each row counts the chunks that passed the stage, its share of all chunk time, and the latency per chunk at the median \
+and beyond. The stage with the largest share is the bottleneck.";
+
+/// The end of `stats --help`.
+pub const STATS_AFTER: &str = "\
+EXAMPLES
+  cryptctl stats
+  cryptctl stats 3 --json
+
+EXIT STATUS
+  0 done, 1 no such job, 2 usage, 3 daemon unreachable";
+
+/// `bench --help`.
+pub const BENCH: &str = "\
+Measures the kernels of this machine on one core, in place, in interleaved rounds.
+
+Beside each median stands the limit: what the processor's AES instruction could do at best, measured in the same run, \
+and the ratio of the two.";
+
+/// The end of `bench --help`.
+pub const BENCH_AFTER: &str = "\
+EXAMPLES
+  cryptctl bench
+  cryptctl bench --kernel aes-ni --buffer 64k --rounds 9
+
+EXIT STATUS
+  0 done, 1 failed, 2 usage, 3 daemon unreachable";
+
+/// `daemon --help`.
+pub const DAEMON: &str = "\
+Starts, stops or describes the daemon.
+
+Starting is rarely needed: encrypt, decrypt, verify and bench start a daemon when none answers, unless --no-start.";
+
+/// The end of `daemon --help`.
+pub const DAEMON_AFTER: &str = "\
+EXAMPLES
+  cryptctl daemon start --idle-exit 0
+  cryptctl daemon status
+  cryptctl daemon stop --now
+
+EXIT STATUS
+  0 done, 1 refused, 2 usage, 3 daemon unreachable";
+
+/// The end of `completions --help`.
+pub const COMPLETIONS_AFTER: &str = "\
+EXAMPLES
+  cryptctl completions bash > ~/.local/share/bash-completion/completions/cryptctl
+  cryptctl completions zsh > ~/.zfunc/_cryptctl";
+
+/// The end of `man --help`.
+pub const MAN_AFTER: &str = "\
+EXAMPLES
+  mkdir -p ~/.local/share/man/man1 && cryptctl man ~/.local/share/man/man1
+  man cryptctl-encrypt";

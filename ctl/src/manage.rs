@@ -1,0 +1,87 @@
+//! Verbs about jobs and the daemon: one question, one answer.
+
+use proto::{Call, Reply};
+
+use crate::args::{Daemon, Global, Job};
+use crate::client::{Client, out_of_turn};
+use crate::launch;
+use crate::progress::note;
+use crate::render::{self, Output};
+use crate::report::{Error, Exit, Result};
+use crate::run;
+
+/// `cryptctl job …`
+pub fn job(verb: &Job, global: &Global) -> Result<Exit> {
+    let call = match verb {
+        Job::List => Call::List {},
+        Job::Show(at) => Call::Show { job: at.job },
+        Job::Watch(at) => return run::watch_job(launch::reach(global)?, at.job, global),
+        Job::Pause(at) => Call::Pause { job: at.job },
+        Job::Resume(at) => Call::Resume { job: at.job },
+        Job::Cancel(at) => Call::Cancel { job: at.job },
+        Job::Throttle { job, rate } => Call::Throttle { job: job.job, bytes_per_second: rate.0 },
+    };
+    ask(global, call)
+}
+
+/// `cryptctl stats`
+pub fn stats(job: Option<u64>, global: &Global) -> Result<Exit> {
+    ask(global, Call::Stats { job })
+}
+
+/// `cryptctl daemon …`
+pub fn daemon(verb: &Daemon, global: &Global) -> Result<Exit> {
+    match verb {
+        Daemon::Status => ask(global, Call::Status {}),
+        Daemon::Start { idle_exit } => {
+            if global.no_start {
+                return Err(Error::usage("`daemon start` and --no-start contradict each other"));
+            }
+            let (mut client, new) = launch::start(global, *idle_exit)?;
+            if global.json {
+                let (_, text) = client.call(Call::Hello {}, &[])?;
+                Output::new(false).line(&text);
+            } else if !global.quiet {
+                let how = if new { "started" } else { "is running already" };
+                note(&format!("cryptd {how}, process {}", client.hello.pid));
+            }
+            Ok(Exit::Done)
+        }
+        Daemon::Stop { now } => stop(launch::reach(global)?, *now, global),
+    }
+}
+
+fn stop(mut client: Client, now: bool, global: &Global) -> Result<Exit> {
+    let (reply, text) = client.call(Call::Shutdown { now }, &[])?;
+    let Reply::ShuttingDown { jobs } = reply else { return Err(out_of_turn()) };
+    if global.json {
+        Output::new(false).line(&text);
+    } else if jobs > 0 && !global.quiet {
+        note(&format!(
+            "cryptd leaves when {jobs} running job{} ended",
+            if jobs == 1 { " has" } else { "s have" }
+        ));
+    }
+    // It closes its connections when it leaves, so a new daemon can be started as soon as this returns.
+    client.wait_for_end();
+    Ok(Exit::Done)
+}
+
+fn ask(global: &Global, call: Call) -> Result<Exit> {
+    let mut client = launch::reach(global)?;
+    let mut output = Output::new(false);
+    let (reply, text) = client.call(call, &[])?;
+    if global.json {
+        output.line(&text);
+        return Ok(Exit::Done);
+    }
+    let colour = output.colour();
+    output.text(&match reply {
+        Reply::Jobs(jobs) => render::jobs(&jobs, colour),
+        Reply::Job(job) => render::job(&job),
+        Reply::Stats(stats) => render::stats(&stats, colour),
+        Reply::Status(status) => render::status(&status, colour),
+        Reply::Hello(_) | Reply::Submitted { .. } | Reply::ShuttingDown { .. } => return Err(out_of_turn()),
+    });
+    Ok(Exit::Done)
+}

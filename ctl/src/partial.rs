@@ -1,0 +1,265 @@
+//! `DST.partial`: where a new file grows until it is whole.
+//!
+//! The rules: it is created beside its final place, locked (`flock`) for as long as anybody writes it, renamed by the
+//! daemon when durable, and removed on failure by the daemon or, if that has gone, by us. We remove nothing but the file
+//! we created: the name must still mean the same inode. The lock belongs to the open file description, which the
+//! daemon shares once it has the descriptor, so a detached job keeps it.
+
+use std::fs::Metadata;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use proto::ErrorKind;
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid, fchmod, fchown, flock, fstat, openat, statat,
+    unlinkat,
+};
+use rustix::io::Errno;
+
+use crate::endpoint::split;
+use crate::report::{Error, Result};
+
+/// Where a file will be, with what it replaces. Nothing exists of it yet.
+pub struct Place {
+    directory: PathBuf,
+    dir_fd: OwnedFd,
+    name: String,
+    /// Mode and owner of the file it replaces.
+    old: Option<(u32, u32, u32)>,
+    force: bool,
+    mode: u32,
+}
+
+/// A created, locked, empty `.partial`.
+pub struct Partial {
+    /// The file, open for reading and writing.
+    pub fd: OwnedFd,
+    /// Its directory.
+    pub dir_fd: OwnedFd,
+    /// Its name now.
+    pub partial: String,
+    /// Its name when done.
+    pub name: String,
+    /// An existing `name` may go.
+    pub replace: bool,
+    shown: PathBuf,
+}
+
+impl Place {
+    /// `path` has no symbolic link in its last component. `old`: the file it replaces. `mode`: a new file's, before the umask.
+    pub fn new(path: &Path, old: Option<&Metadata>, force: bool, mode: u32) -> Result<Self> {
+        let (directory, name) = split(path)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir_fd = rustix::fs::open(&directory, flags, Mode::empty())
+            .map_err(|errno| Error::io("cannot open the directory", directory.display(), errno))?;
+        let old = old.map(|metadata| (metadata.mode() & 0o777, metadata.uid(), metadata.gid()));
+        Ok(Self { directory, dir_fd, name, old, force, mode })
+    }
+
+    /// The path it will have, for messages.
+    pub fn shown(&self) -> String {
+        self.directory.join(&self.name).display().to_string()
+    }
+
+    /// Create and lock the `.partial`.
+    pub fn create(self) -> Result<Partial> {
+        let partial = format!("{}.partial", self.name);
+        let shown = self.directory.join(&partial);
+        let failed = |errno: Errno| Error::io("cannot create", shown.display(), errno);
+        // Somebody else may take the name between two of our steps; each round starts again from what is there now.
+        for _ in 0..8 {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            match openat(&self.dir_fd, &*partial, flags, Mode::from_raw_mode(self.mode)) {
+                Ok(fd) => {
+                    lock(&fd, &shown)?;
+                    if !names(&self.dir_fd, &partial, &fd).map_err(failed)? {
+                        continue;
+                    }
+                    self.inherit(&fd).map_err(failed)?;
+                    let replace = self.force || self.old.is_some();
+                    let Self { dir_fd, name, .. } = self;
+                    return Ok(Partial { fd, dir_fd, partial, name, replace, shown });
+                }
+                Err(Errno::EXIST) => self.clear_leftover(&partial, &shown)?,
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        Err(Error::new(ErrorKind::Conflict, format!("{}: somebody keeps creating it", shown.display())))
+    }
+
+    /// Remove what an interrupted job left behind, if told to and nobody writes it.
+    fn clear_leftover(&self, partial: &str, shown: &Path) -> Result<()> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = match openat(&self.dir_fd, partial, flags, Mode::empty()) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(Error::io("cannot open", shown.display(), errno)),
+        };
+        let kind = fstat(&fd).map_err(|errno| Error::io("cannot open", shown.display(), errno))?;
+        if FileType::from_raw_mode(kind.st_mode) != FileType::RegularFile {
+            return Err(Error::new(ErrorKind::Conflict, format!("{} is in the way", shown.display())));
+        }
+        lock(&fd, shown)?;
+        if !self.force {
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("{} was left behind by an interrupted job", shown.display()),
+            )
+            .hint("remove it, or use --force"));
+        }
+        // Unlinked and created anew rather than truncated: it may have other names, and another owner.
+        match names(&self.dir_fd, partial, &fd) {
+            Ok(true) => unlinkat(&self.dir_fd, partial, AtFlags::empty())
+                .map_err(|errno| Error::io("cannot remove", shown.display(), errno)),
+            Ok(false) => Ok(()),
+            Err(errno) => Err(Error::io("cannot open", shown.display(), errno)),
+        }
+    }
+
+    /// A file that replaces another has its mode, and its owner as far as we may give it.
+    fn inherit(&self, fd: impl AsFd) -> Result<(), Errno> {
+        let Some((mode, uid, gid)) = self.old else { return Ok(()) };
+        // Only root can give files away; for others the new file is their own, as after cp.
+        let _ = fchown(&fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        fchmod(&fd, Mode::from_raw_mode(mode))
+    }
+}
+
+impl Partial {
+    /// Did the file take its final name?
+    pub fn is_in_place(&self) -> bool {
+        names(&self.dir_fd, &self.name, &self.fd).unwrap_or(false)
+    }
+
+    /// Remove the file if it is still there and still ours. Says whether it was.
+    pub fn remove(&self) -> bool {
+        names(&self.dir_fd, &self.partial, &self.fd).unwrap_or(false)
+            && unlinkat(&self.dir_fd, &*self.partial, AtFlags::empty()).is_ok()
+    }
+
+    /// Its path now, for messages.
+    pub fn shown(&self) -> &Path {
+        &self.shown
+    }
+}
+
+fn lock(fd: &OwnedFd, shown: &Path) -> Result<()> {
+    match flock(fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => {
+            Err(Error::new(ErrorKind::Conflict, format!("another job is writing {}", shown.display()))
+                .hint("`cryptctl job list` shows it if it is yours"))
+        }
+        Err(errno) => Err(Error::io("cannot lock", shown.display(), errno)),
+    }
+}
+
+/// Does `name` mean the file behind `fd`?
+fn names(dir_fd: &OwnedFd, name: &str, fd: &OwnedFd) -> Result<bool, Errno> {
+    let ours = fstat(fd)?;
+    match statat(dir_fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(there) => Ok((there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn place(path: &Path, force: bool, mode: u32) -> Place {
+        let old = fs::metadata(path).ok();
+        Place::new(path, old.as_ref(), force, mode).expect("place")
+    }
+
+    fn refused(result: Result<Partial>) -> Error {
+        match result {
+            Ok(_) => panic!("accepted"),
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn a_new_file_grows_beside_its_place_with_the_mode_asked_for() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        let partial = place(&path, false, 0o600).create().expect("create");
+        let mode = fs::metadata(dir.path().join("out.partial")).expect("exists").mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(!path.exists() && !partial.replace && !partial.is_in_place());
+        fs::rename(dir.path().join("out.partial"), &path).expect("rename");
+        assert!(partial.is_in_place());
+        assert!(!partial.remove(), "what has its final name is not removed");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_replaced_file_passes_on_its_mode() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        fs::write(&path, "old").expect("write");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("chmod");
+        let partial = place(&path, true, 0o666).create().expect("create");
+        assert_eq!(fs::metadata(partial.shown()).expect("exists").mode() & 0o777, 0o640);
+        assert!(partial.replace);
+        assert_eq!(fs::read_to_string(&path).expect("read"), "old");
+    }
+
+    #[test]
+    fn a_partial_being_written_is_a_conflict_even_with_force() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        let first = place(&path, false, 0o666).create().expect("create");
+        for force in [false, true] {
+            let error = refused(place(&path, force, 0o666).create());
+            assert!(error.to_string().contains("another job is writing"), "{error}");
+            assert_eq!(error.failure.kind, ErrorKind::Conflict);
+        }
+        assert!(first.remove());
+    }
+
+    #[test]
+    fn a_leftover_is_refused_and_with_force_replaced_not_reused() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        let (left, other) = (dir.path().join("out.partial"), dir.path().join("other"));
+        fs::write(&left, "half").expect("write");
+        fs::hard_link(&left, &other).expect("link");
+        let error = refused(place(&path, false, 0o666).create());
+        assert!(error.to_string().contains("left behind by an interrupted job"), "{error}");
+        let partial = place(&path, true, 0o600).create().expect("create");
+        assert_eq!(fs::metadata(&left).expect("exists").len(), 0);
+        assert_eq!(fs::read_to_string(&other).expect("read"), "half");
+        assert!(partial.remove());
+        assert!(!left.exists());
+    }
+
+    #[test]
+    fn only_our_own_file_is_removed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        let partial = place(&path, false, 0o666).create().expect("create");
+        fs::remove_file(partial.shown()).expect("remove");
+        fs::write(partial.shown(), "somebody else's").expect("write");
+        assert!(!partial.remove());
+        assert!(partial.shown().exists());
+    }
+
+    #[test]
+    fn a_link_or_a_directory_in_the_way_is_not_followed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        let target = dir.path().join("target");
+        fs::write(&target, "precious").expect("write");
+        std::os::unix::fs::symlink(&target, dir.path().join("out.partial")).expect("symlink");
+        assert!(place(&path, true, 0o666).create().is_err());
+        assert_eq!(fs::read_to_string(&target).expect("read"), "precious");
+        fs::remove_file(dir.path().join("out.partial")).expect("remove");
+        fs::create_dir(dir.path().join("out.partial")).expect("mkdir");
+        assert!(place(&path, true, 0o666).create().is_err());
+    }
+}

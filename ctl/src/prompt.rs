@@ -1,0 +1,101 @@
+//! Asking for a secret on the terminal, without echo.
+//!
+//! Always `/dev/tty`, so that it works while standard input and output carry a volume. Characters are read one at a
+//! time into a buffer that never grows, and the terminal is put back however this ends.
+
+use std::fs::File;
+use std::io::{Read, Write};
+
+use proto::ErrorKind;
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr};
+use zeroize::Zeroizing;
+
+use crate::report::{Error, Exit, Result};
+
+/// Ask; the answer is at most the capacity of `answer`, what is typed beyond is counted as one byte too many.
+pub fn ask(question: &str, answer: &mut Zeroizing<Vec<u8>>) -> Result<()> {
+    let mut tty = File::options().read(true).write(true).open("/dev/tty").map_err(|error| {
+        Error::io("cannot ask for the key", "/dev/tty", error)
+            .hint("there is no terminal: use --key file:PATH, fd:N or keyring:NAME")
+    })?;
+    let wrap = |error: std::io::Error| Error::io("cannot ask for the key", "/dev/tty", error);
+    let before = tcgetattr(&tty).map_err(|errno| wrap(errno.into()))?;
+    let mut silent = before.clone();
+    // Keys that would send a signal arrive as characters: a signal would leave the terminal without echo.
+    silent.local_modes.remove(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG);
+    silent.special_codes[SpecialCodeIndex::VMIN] = 1;
+    silent.special_codes[SpecialCodeIndex::VTIME] = 0;
+    tcsetattr(&tty, OptionalActions::Flush, &silent).map_err(|errno| wrap(errno.into()))?;
+    let restore = Restore { tty: tty.try_clone().map_err(wrap)?, before };
+    tty.write_all(question.as_bytes()).map_err(wrap)?;
+    let result = read_line(&mut tty, answer);
+    let _ = tty.write_all(b"\n");
+    drop(restore);
+    result
+}
+
+struct Restore {
+    tty: File,
+    before: Termios,
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        let _ = tcsetattr(&self.tty, OptionalActions::Flush, &self.before);
+    }
+}
+
+fn read_line(from: &mut impl Read, answer: &mut Zeroizing<Vec<u8>>) -> Result<()> {
+    const INTERRUPT: u8 = 0x03;
+    const END: u8 = 0x04;
+    const ERASE: [u8; 2] = [0x08, 0x7f];
+    const KILL: u8 = 0x15;
+    let mut byte = Zeroizing::new([0u8]);
+    loop {
+        let count =
+            from.read(&mut *byte).map_err(|error| Error::io("cannot read the key", "/dev/tty", error))?;
+        match byte[0] {
+            _ if count == 0 => return Ok(()),
+            b'\n' | b'\r' | END => return Ok(()),
+            INTERRUPT => {
+                return Err(Error {
+                    exit: Exit::Interrupted,
+                    ..Error::new(ErrorKind::Cancelled, "interrupted")
+                });
+            }
+            KILL => answer.clear(),
+            erase if ERASE.contains(&erase) => {
+                answer.pop();
+            }
+            typed if answer.len() < answer.capacity() => answer.push(typed),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn typed(mut keys: &[u8]) -> Result<Vec<u8>> {
+        let mut answer = Zeroizing::new(Vec::with_capacity(8));
+        read_line(&mut keys, &mut answer).map(|()| answer.to_vec())
+    }
+
+    #[test]
+    fn a_line_can_be_corrected() {
+        assert_eq!(typed(b"abx\x7fc\nrest").expect("line"), b"abc");
+        assert_eq!(typed(b"wrong\x15right\r").expect("line"), b"right");
+        assert_eq!(typed(b"\x7f\x7fa").expect("end of file ends the line"), b"a");
+    }
+
+    #[test]
+    fn the_buffer_never_grows() {
+        assert_eq!(typed(&[b'a'; 100]).expect("line").len(), 8);
+    }
+
+    #[test]
+    fn an_interrupt_leaves_at_once() {
+        assert_eq!(typed(b"ab\x03").expect_err("interrupted").exit, Exit::Interrupted);
+    }
+}

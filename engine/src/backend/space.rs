@@ -1,0 +1,89 @@
+//! Room on a device, before and after data moves: what is free, what is reserved, whether anything is left to read.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, fallocate, fstat, fstatvfs, ftruncate};
+use rustix::io::Errno;
+
+use crate::backend::device::{Device, Nature, Region};
+use crate::error::{Error, Result};
+
+/// How often [`Device::has_more`] looks whether to give up, nanoseconds.
+const POLL_NS: i64 = 200_000_000;
+
+impl Device {
+    /// Can it have holes at all? A file with as many blocks as bytes has none worth asking for.
+    #[must_use]
+    pub fn may_have_holes(&self) -> bool {
+        if self.nature() != Nature::File || self.is_stream() {
+            return false;
+        }
+        let blocks = fstat(self.file()).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
+        self.size().is_some_and(|size| blocks.saturating_mul(512) < size)
+    }
+
+    /// Bytes its filesystem has free for this user.
+    #[must_use]
+    pub fn free_bytes(&self) -> Option<u64> {
+        let stat = fstatvfs(self.file()).ok()?;
+        stat.f_bavail.checked_mul(stat.f_frsize)
+    }
+
+    /// Make a regular file exactly this long; new bytes are a hole. [`Device::size`] stays what it was when opened.
+    ///
+    /// # Errors
+    /// Not a file, no room, or a limit of the filesystem.
+    pub fn set_len(&self, bytes: u64) -> Result<()> {
+        ftruncate(self.file(), bytes).map_err(|errno| {
+            Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(self.name())
+        })
+    }
+
+    /// Reserve blocks for `0..bytes`, so that a full filesystem says so now. Filesystems that cannot are left alone.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        loop {
+            match fallocate(self.file(), FallocateFlags::empty(), 0, bytes) {
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    return Err(Error::io(format!("cannot reserve {bytes} bytes"), errno).at(self.name()));
+                }
+            }
+        }
+    }
+
+    /// Does a stream hold another byte? Waits for one, or for its end, until `give_up` says so. Takes the byte.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub fn has_more(&self, give_up: impl Fn() -> bool) -> Result<bool> {
+        let failed = |errno: Errno| Error::io("read failed", errno).at(self.name());
+        let wait = Timespec { tv_sec: 0, tv_nsec: POLL_NS };
+        while !give_up() {
+            let mut ready = [PollFd::new(self.file(), PollFlags::IN)];
+            match poll(&mut ready, Some(&wait)) {
+                Ok(0) | Err(Errno::INTR) => continue,
+                Ok(_) => {}
+                Err(errno) => return Err(failed(errno)),
+            }
+            match rustix::io::read(self.file(), &mut [0_u8; 1]) {
+                Ok(bytes) => return Ok(bytes > 0),
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl Region {
+    /// One past its last byte.
+    #[must_use]
+    pub fn until(self) -> u64 {
+        match self {
+            Self::Data { until } | Self::Hole { until } => until,
+        }
+    }
+}

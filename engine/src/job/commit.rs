@@ -1,0 +1,140 @@
+//! How a new sink file becomes visible, and how it vanishes when the job does not succeed.
+//!
+//! The file exists under its `.partial` name from the start and takes its own name only when it is whole and durable, so
+//! no crash at any instant leaves a half file that looks whole. Names are resolved against the caller's
+//! directory descriptor, with the caller's rights (the daemon's are never lent), and only after checking
+//! that the partial name still means the file that was written.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, RenameFlags, fstat, fsync, renameat_with, statat, unlinkat};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::job::Owner;
+use crate::sys::fsuid::as_user;
+
+/// A sink file's two names, in one directory.
+pub struct Names {
+    directory: OwnedFd,
+    partial: String,
+    name: String,
+    replace: bool,
+    keep_partial: bool,
+    owner: Owner,
+}
+
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} -> {}", self.partial, self.name)
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let bad = name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']);
+    if bad { Err(Error::new(ErrorKind::Invalid, "not a file name").at(format!("{name:?}"))) } else { Ok(()) }
+}
+
+impl Names {
+    /// Check the request: real names, a directory, and `file` is what `partial` names in it.
+    ///
+    /// # Errors
+    /// `Invalid` for bad names or descriptors, `Conflict` if the partial name means another file or the name is taken.
+    pub fn new(directory: OwnedFd, commit: &proto::Commit, file: impl AsFd, owner: &Owner) -> Result<Self> {
+        check_name(&commit.partial)?;
+        check_name(&commit.name)?;
+        if commit.partial == commit.name {
+            return Err(Error::new(ErrorKind::Invalid, "the partial name and the final name are the same"));
+        }
+        let names = Self {
+            directory,
+            partial: commit.partial.clone(),
+            name: commit.name.clone(),
+            replace: commit.replace,
+            keep_partial: commit.keep_partial,
+            owner: owner.clone(),
+        };
+        names.check_same(&file)?;
+        if !names.replace && names.exists()? {
+            return Err(Error::new(ErrorKind::Conflict, "the sink exists").at(&names.name));
+        }
+        Ok(names)
+    }
+
+    fn with_rights<T: Send>(&self, what: &str, act: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
+        as_user(self.owner.uid, self.owner.gid, &self.owner.groups, act)?
+            .map_err(|cause| Error::io(what, cause).at(&self.name))
+    }
+
+    fn exists(&self) -> Result<bool> {
+        self.with_rights("cannot look up the sink", || {
+            match statat(&self.directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(_) => Ok(true),
+                Err(Errno::NOENT) => Ok(false),
+                Err(errno) => Err(errno.into()),
+            }
+        })
+    }
+
+    fn check_same(&self, file: impl AsFd) -> Result<()> {
+        let open = fstat(file).map_err(|cause| Error::io("cannot look at the sink", cause))?;
+        let named = self.with_rights("cannot look up the partial sink", || {
+            Ok(statat(&self.directory, &*self.partial, AtFlags::SYMLINK_NOFOLLOW)?)
+        })?;
+        if (open.st_dev, open.st_ino) == (named.st_dev, named.st_ino) {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Conflict, "the partial name means another file").at(&self.partial))
+        }
+    }
+
+    /// Give the file its name, durably. The caller has made its content durable before:
+    ///
+    /// 1. all data is written (the transfer has ended);
+    /// 2. the file has its final length;
+    /// 3. `fsync(file)`: data and inode are durable under the partial name;
+    /// 4. here: rename. A crash before this leaves a whole `.partial`, after it either name;
+    /// 5. here: `fsync(directory)`: the name is durable, and only now the job is done.
+    ///
+    /// # Errors
+    /// The rename or the flush failed; the file still has its partial name unless the flush was what failed.
+    pub fn commit(&self, file: impl AsFd) -> Result<()> {
+        self.check_same(file)?;
+        let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        self.with_rights("cannot give the sink its name", || {
+            let rename =
+                |flags| renameat_with(&self.directory, &*self.partial, &self.directory, &*self.name, flags);
+            match rename(flags) {
+                // Filesystems without the flag (FUSE, NFS): the name was free when the job began.
+                Err(Errno::INVAL) if !flags.is_empty() => rename(RenameFlags::empty())?,
+                other => other?,
+            }
+            Ok(())
+        })?;
+        self.with_rights("cannot make the sink's name durable", || match fsync(&self.directory) {
+            // Some filesystems have no directories to flush.
+            Err(Errno::INVAL | Errno::ROFS) => Ok(()),
+            other => Ok(other?),
+        })
+    }
+
+    /// Remove the partial file, unless it was to be kept. Returns what is left behind, if anything.
+    pub fn undo(&self, file: impl AsFd) -> Option<String> {
+        if self.keep_partial {
+            return Some(self.partial.clone());
+        }
+        let removed = self.check_same(file).and_then(|()| {
+            self.with_rights("cannot remove the partial sink", || {
+                Ok(unlinkat(&self.directory, &*self.partial, AtFlags::empty())?)
+            })
+        });
+        match removed {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::warn!("{}", error.chain());
+                Some(self.partial.clone())
+            }
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! From a request to a transfer: every check that can be made before the first write is made here, once.
+//!
+//! What comes out ([`Prepared`]) has devices of the right kind and size, a cipher, and a plan; running it can still meet
+//! I/O errors, but no surprise about what was asked.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use proto::{Action, Format, Sink, Source, Submit, Tuning};
+
+use crate::backend::device::{Device, Nature, Purpose};
+use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::raw;
+use crate::job::Owner;
+use crate::job::commit::Names;
+use crate::key::read_secret;
+use crate::pipeline::crypt::{too_small, unaligned};
+use crate::pipeline::plan::Plan;
+use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
+use crate::units::round_up;
+
+/// Chunk where both ends are memory, bytes: what is read is crypted and written while it is still in the L2 cache.
+const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
+/// Chunks in flight per worker, unless asked otherwise.
+const DEPTH: u32 = 8;
+/// Chunks are multiples of this, so that every data unit and every device block divides them.
+const CHUNK_STEP: u32 = 4096;
+
+/// The pipeline as far as preparing needs to know it.
+#[derive(Debug, Clone, Copy)]
+pub struct Means {
+    /// The kernel ciphers are built with.
+    pub kernel: Kernel,
+    /// Largest chunk.
+    pub buffer_bytes: u32,
+    /// Workers there are.
+    pub workers: usize,
+}
+
+/// A checked job, ready to run.
+pub struct Prepared {
+    /// What the workers carry.
+    pub transfer: Arc<Transfer>,
+    /// Workers that may take part.
+    pub workers_max: usize,
+    /// Where it comes from.
+    pub source: Arc<Device>,
+    /// Where it goes.
+    pub sink: Arc<Device>,
+    /// How a new file becomes visible.
+    pub names: Option<Names>,
+    /// Bytes of source, if known.
+    pub total_bytes: Option<u64>,
+    /// Worth telling the user.
+    pub warnings: Vec<String>,
+}
+
+impl Prepared {
+    /// The sink is a regular file written by offset: it has a length to set and can be undone.
+    #[must_use]
+    pub fn is_file_sink(&self) -> bool {
+        is_file(&self.sink)
+    }
+}
+
+/// Descriptors of a request, each to be used once.
+struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    fn take(&mut self, index: u32, what: &str) -> Result<OwnedFd> {
+        let place = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
+        place.and_then(Option::take).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("descriptor {index} ({what}) was not sent, or is named twice"),
+            )
+        })
+    }
+
+    fn finish(self) -> Result<()> {
+        if self.0.iter().any(Option::is_some) {
+            return Err(Error::new(ErrorKind::Invalid, "more descriptors were sent than the request names"));
+        }
+        Ok(())
+    }
+}
+
+fn required<T>(value: Option<T>, what: &str) -> Result<T> {
+    value.ok_or_else(|| Error::new(ErrorKind::Invalid, format!("the request has no {what}")))
+}
+
+/// Check everything about an `encrypt`, `decrypt` or `verify` request.
+///
+/// # Errors
+/// Whatever is wrong with it; nothing was changed.
+pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
+    let Submit { action, source, sink, volume, tuning, bytes_per_second, .. } = submit;
+    if bytes_per_second == Some(0) {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "a rate of 0 bytes per second never ends; pause the job instead",
+        ));
+    }
+    let mut descriptors = Descriptors(descriptors.into_iter().map(Some).collect());
+    let source_wanted = required(source, "source")?;
+    let sink_wanted = required(sink, "sink")?;
+    let volume = required(volume, "volume")?;
+    let Format::Raw(format) = &volume.format;
+    let layout = raw::layout(format)?;
+    let unit = layout.unit_bytes;
+
+    let source = open_source(&source_wanted, &mut descriptors)?;
+    let sink = open_sink(&sink_wanted, action, &mut descriptors)?;
+    let names = match &sink_wanted.commit {
+        Some(_) if action == Action::Verify => {
+            return Err(Error::new(ErrorKind::Invalid, "verify writes nothing, so it has nothing to commit"));
+        }
+        Some(commit) => {
+            let directory = descriptors.take(commit.dir_fd, "directory of the sink")?;
+            Some(Names::new(directory, commit, &**sink.file(), owner)?)
+        }
+        None => None,
+    };
+    let key = read_secret(descriptors.take(volume.key_fd, "key")?, proto::MAX_SECRET)?;
+    descriptors.finish()?;
+    if source.is_same_as(&sink) {
+        let what = "source and sink are the same file or device";
+        return Err(Error::new(ErrorKind::Conflict, what).at(source.name()));
+    }
+    let cipher = build_cipher(means.kernel, key, format.key_bytes, layout)?;
+
+    let total = check_sizes(action, &source, &sink, unit, &tuning)?;
+    let new_file = action != Action::Verify && is_file(&sink);
+    if new_file && names.is_none() && sink.size() != Some(0) {
+        let what = "the sink file is not empty and no replacement was agreed on";
+        return Err(Error::new(ErrorKind::Conflict, what).at(sink.name()));
+    }
+    let align = choose_direct(action, &source, &sink, total, unit, &tuning);
+    let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
+    let depth = depth(&tuning)?;
+    let workers_max = workers(&tuning, means)?;
+
+    let sparse = action == Action::Decrypt && tuning.sparse.unwrap_or(true);
+    let transfer = Transfer::new(
+        TransferSpec {
+            work: match action {
+                Action::Encrypt => Work::Encrypt(cipher),
+                Action::Decrypt => Work::Decrypt(cipher),
+                Action::Verify => Work::Verify(cipher),
+                Action::Bench => return Err(Error::new(ErrorKind::Internal, "a bench moves no volume")),
+            },
+            source: end_of(&source, align.source),
+            sink: end_of(&sink, align.sink),
+            rules: SinkRules {
+                skip_zeros: new_file && sparse,
+                capacity: (sink.nature() == Nature::Block).then(|| sink.size()).flatten(),
+            },
+            unit_bytes: unit,
+            pad: tuning.pad && action != Action::Decrypt,
+            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            depth,
+            plan: Plan::new(total, chunk),
+        },
+        means.workers,
+    );
+    transfer.gate.set_rate(bytes_per_second);
+    let mut warnings = Vec::new();
+    if tuning.direct == Some(true) && (align.source == 1 || align.sink == 1) {
+        warnings.push("direct I/O was asked for, but not both ends can do it".to_owned());
+    }
+    Ok(Prepared { transfer, workers_max, source, sink, names, total_bytes: total, warnings })
+}
+
+fn open_source(source: &Source, descriptors: &mut Descriptors) -> Result<Arc<Device>> {
+    let fd = descriptors.take(source.fd, "source")?;
+    let purpose = Purpose { read: true, write: false, stream: source.stream };
+    Ok(Arc::new(Device::from_fd(fd, source.name.clone(), purpose)?))
+}
+
+fn open_sink(sink: &Sink, action: Action, descriptors: &mut Descriptors) -> Result<Arc<Device>> {
+    let fd = descriptors.take(sink.fd, "sink")?;
+    let read = action == Action::Verify;
+    let purpose = Purpose { read, write: !read, stream: sink.stream };
+    Ok(Arc::new(Device::from_fd(fd, sink.name.clone(), purpose)?))
+}
+
+fn build_cipher(
+    kernel: Kernel,
+    secret: Secret,
+    key_bytes: u32,
+    layout: Layout,
+) -> Result<Box<dyn SectorCipher>> {
+    if secret.len() != key_bytes as usize {
+        let what = format!("the volume key has the wrong length: {key_bytes} bytes are needed");
+        return Err(Error::new(ErrorKind::Invalid, what));
+    }
+    cipher(kernel, &VolumeKey::from_secret(secret)?, layout)
+}
+
+/// A regular file used by offset.
+fn is_file(device: &Device) -> bool {
+    device.nature() == Nature::File && !device.is_stream()
+}
+
+fn end_of(device: &Arc<Device>, align: u32) -> End {
+    End {
+        file: device.file().clone(),
+        name: device.name().to_owned(),
+        stream: device.is_stream(),
+        align,
+        holes: device.may_have_holes().then(|| device.clone()),
+    }
+}
+
+/// Bytes to move, if known. All sizes that can be known are checked against each other.
+fn check_sizes(
+    action: Action,
+    source: &Device,
+    sink: &Device,
+    unit: u32,
+    tuning: &Tuning,
+) -> Result<Option<u64>> {
+    let Some(total) = source.size() else { return Ok(None) };
+    let pad = tuning.pad && action != Action::Decrypt;
+    if !total.is_multiple_of(unit.into()) && !pad {
+        let error = unaligned(total, unit).at(source.name());
+        return Err(match action {
+            Action::Decrypt => error.hint("the encrypted volume is cut off, or has another data unit"),
+            _ => error,
+        });
+    }
+    let needed = round_up(total, unit.into())
+        .ok_or_else(|| Error::new(ErrorKind::Invalid, "the source is too large").at(source.name()))?;
+    if action == Action::Verify {
+        return Ok(Some(total));
+    }
+    if sink.is_stream() {
+        return Ok(Some(total));
+    }
+    match sink.nature() {
+        Nature::Block => {
+            let capacity = sink.size().unwrap_or(0);
+            if capacity < needed {
+                return Err(too_small(needed, capacity).at(sink.name()));
+            }
+        }
+        Nature::File => {
+            // Ciphertext has no holes, so all of it must fit; plaintext may turn out sparse.
+            let dense = action == Action::Encrypt || tuning.sparse == Some(false);
+            if let Some(free) = sink.free_bytes()
+                && dense
+                && free < needed
+            {
+                let what = format!(
+                    "the filesystem of the sink is too small: {needed} bytes are needed, {free} are free"
+                );
+                return Err(Error::new(ErrorKind::NoSpace, what).at(sink.name()));
+            }
+        }
+        Nature::Stream => {}
+    }
+    Ok(Some(total))
+}
+
+/// What offsets and lengths must be multiples of, bytes; 1 for a buffered or ordered end.
+#[derive(Debug, Clone, Copy)]
+struct Align {
+    source: u32,
+    sink: u32,
+}
+
+/// Bypass the page cache where the devices and the sizes allow it.
+fn choose_direct(
+    action: Action,
+    source: &Device,
+    sink: &Device,
+    total: Option<u64>,
+    unit: u32,
+    tuning: &Tuning,
+) -> Align {
+    let direct = |device: &Device| match device.direct_alignment() {
+        Some(align) if tuning.direct != Some(false) && device.enable_direct() => align,
+        _ => {
+            device.expect_sequential();
+            1
+        }
+    };
+    // The last direct write ends on a device block: beyond a volume that ends inside one lie bytes that are not ours.
+    let block = u64::from(sink.direct_alignment().unwrap_or(1));
+    let ends_inside = match total {
+        Some(total) => !total.next_multiple_of(unit.into()).is_multiple_of(block),
+        None => block > u64::from(unit),
+    };
+    let must_buffer = action != Action::Verify && sink.nature() == Nature::Block && ends_inside;
+    Align { source: direct(source), sink: if must_buffer { 1 } else { direct(sink) } }
+}
+
+fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, means: Means) -> Result<u32> {
+    let chunk = match tuning.chunk_bytes {
+        Some(chunk) => {
+            if chunk == 0 || !chunk.is_multiple_of(CHUNK_STEP) || chunk > means.buffer_bytes {
+                let what = format!(
+                    "chunk of {chunk} bytes: it must be a multiple of {CHUNK_STEP}, at most {}",
+                    means.buffer_bytes
+                );
+                return Err(Error::new(ErrorKind::Invalid, what));
+            }
+            chunk
+        }
+        None if source.is_memory() && sink.is_memory() => CHUNK_BYTES_MEMORY.min(means.buffer_bytes),
+        None => source.hints().chunk_bytes.max(sink.hints().chunk_bytes).min(means.buffer_bytes),
+    };
+    let align = align.source.max(align.sink);
+    if !chunk.is_multiple_of(align) {
+        let what = format!("chunk of {chunk} bytes: the device wants multiples of {align}");
+        return Err(Error::new(ErrorKind::Invalid, what));
+    }
+    Ok(chunk)
+}
+
+fn depth(tuning: &Tuning) -> Result<u32> {
+    match tuning.queue_depth {
+        Some(0) => Err(Error::new(ErrorKind::Invalid, "a queue depth of 0 moves nothing")),
+        Some(depth) => Ok(depth),
+        None => Ok(DEPTH),
+    }
+}
+
+fn workers(tuning: &Tuning, means: Means) -> Result<usize> {
+    match tuning.workers {
+        Some(0) => Err(Error::new(ErrorKind::Invalid, "a job needs a worker")),
+        Some(workers) => Ok((workers as usize).min(means.workers)),
+        None => Ok(means.workers),
+    }
+}

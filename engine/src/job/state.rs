@@ -1,0 +1,364 @@
+//! One job as others see it: its state, its progress, its end. The thread that carries it writes, everybody reads.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use proto::{Action, BenchRow, ErrorKind, JobId, JobInfo, JobState, Outcome, Progress};
+
+use crate::error::{Error, Result};
+use crate::job::Owner;
+use crate::job::clock::{Clock, per_second};
+use crate::pipeline::transfer::Transfer;
+use crate::sys::process;
+use crate::telemetry::record::{StageRecord, Totals};
+
+/// One job.
+pub struct Job {
+    /// Its number.
+    pub id: JobId,
+    /// Whose it is.
+    pub owner: Owner,
+    /// What it does.
+    pub action: Action,
+    /// Outlives its submitter's connection.
+    pub detached: bool,
+    source: String,
+    sink: String,
+    submitted: SystemTime,
+    started: Instant,
+    total_bytes: Option<u64>,
+    cancelled: AtomicBool,
+    inner: Mutex<Inner>,
+    changed: Box<dyn Fn(JobId) + Send + Sync>,
+}
+
+struct Inner {
+    state: JobState,
+    clock: Clock,
+    /// Dropped at the end, and the volume key with it.
+    transfer: Option<Arc<Transfer>>,
+    /// What the transfer had done when it was dropped.
+    totals: Totals,
+    record: StageRecord,
+    syscalls: u64,
+    outcome: Option<Outcome>,
+    first_difference: Option<u64>,
+    bench: Vec<BenchRow>,
+    cpu_before: (f64, f64),
+}
+
+/// What a job is made of.
+pub struct JobSpec {
+    /// See [`Job::id`].
+    pub id: JobId,
+    /// See [`Job::owner`].
+    pub owner: Owner,
+    /// See [`Job::action`].
+    pub action: Action,
+    /// See [`Job::detached`].
+    pub detached: bool,
+    /// Where from, as typed.
+    pub source: String,
+    /// Where to, as typed.
+    pub sink: String,
+    /// Its data path; a bench has none.
+    pub transfer: Option<Arc<Transfer>>,
+    /// Bytes of source, if known.
+    pub total_bytes: Option<u64>,
+    /// Called after each change of state, from any thread.
+    pub changed: Box<dyn Fn(JobId) + Send + Sync>,
+}
+
+impl Job {
+    /// A queued job.
+    #[must_use]
+    pub fn new(spec: JobSpec) -> Arc<Self> {
+        let JobSpec { id, owner, action, detached, source, sink, transfer, total_bytes, changed } = spec;
+        Arc::new(Self {
+            id,
+            owner,
+            action,
+            detached,
+            source,
+            sink,
+            submitted: SystemTime::now(),
+            started: Instant::now(),
+            total_bytes,
+            cancelled: AtomicBool::new(false),
+            inner: Mutex::new(Inner {
+                state: JobState::Queued,
+                clock: Clock::default(),
+                transfer,
+                totals: Totals::default(),
+                record: StageRecord::default(),
+                syscalls: 0,
+                outcome: None,
+                first_difference: None,
+                bench: Vec::new(),
+                cpu_before: cpu_seconds(),
+            }),
+            changed,
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The transfer while there is one.
+    #[must_use]
+    pub fn transfer(&self) -> Option<Arc<Transfer>> {
+        self.inner().transfer.clone()
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> JobState {
+        self.inner().state
+    }
+
+    /// Move to another state. Final states absorb: nothing follows them.
+    pub fn set_state(&self, state: JobState) {
+        {
+            let mut inner = self.inner();
+            if inner.state.is_final() || inner.state == state {
+                return;
+            }
+            inner.state = state;
+            let now = Instant::now();
+            match state {
+                JobState::Running | JobState::Flushing => inner.clock.start(now),
+                JobState::Paused | JobState::Queued => inner.clock.stop(now),
+                JobState::Done | JobState::Failed | JobState::Cancelled => inner.clock.stop(now),
+            }
+        }
+        tracing::info!("job {} is {state:?}", self.id);
+        (self.changed)(self.id);
+    }
+
+    /// It starts running, paused if it was paused while queued.
+    pub fn begin(&self) {
+        let paused = self.transfer().is_some_and(|transfer| transfer.gate.is_paused());
+        self.inner().cpu_before = cpu_seconds();
+        self.set_state(if paused { JobState::Paused } else { JobState::Running });
+    }
+
+    /// Pause or resume. A queued job keeps its state and starts paused.
+    ///
+    /// # Errors
+    /// `Conflict` when it is past the point, or a bench.
+    pub fn set_paused(&self, paused: bool) -> Result<()> {
+        let state = self.state();
+        let Some(transfer) = self.transfer() else {
+            return Err(self.refused(if paused { "paused" } else { "resumed" }));
+        };
+        match state {
+            JobState::Queued => transfer.gate.set_paused(paused),
+            JobState::Running | JobState::Paused => {
+                transfer.gate.set_paused(paused);
+                self.set_state(if paused { JobState::Paused } else { JobState::Running });
+            }
+            JobState::Flushing => {}
+            JobState::Done | JobState::Failed | JobState::Cancelled => {
+                return Err(self.refused(if paused { "paused" } else { "resumed" }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Limit the rate.
+    ///
+    /// # Errors
+    /// `Invalid` for a rate of zero, `Conflict` when final, or a bench.
+    pub fn throttle(&self, bytes_per_second: Option<u64>) -> Result<()> {
+        if bytes_per_second == Some(0) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "a rate of 0 bytes per second never ends; pause the job instead",
+            ));
+        }
+        let transfer = self.transfer().ok_or_else(|| self.refused("throttled"))?;
+        transfer.gate.set_rate(bytes_per_second);
+        Ok(())
+    }
+
+    /// Ask for its end.
+    ///
+    /// # Errors
+    /// `Conflict` when it is final already.
+    pub fn cancel(&self) -> Result<()> {
+        if self.state().is_final() {
+            return Err(self.refused("cancelled"));
+        }
+        self.cancelled.store(true, Ordering::Release);
+        if let Some(transfer) = self.transfer() {
+            transfer.fail(cancelled());
+        }
+        Ok(())
+    }
+
+    fn refused(&self, what: &str) -> Error {
+        let state = self.state();
+        let word = serde_json::to_string(&state).unwrap_or_default();
+        Error::new(
+            ErrorKind::Conflict,
+            format!("job {} is {} and cannot be {what}", self.id, word.trim_matches('"')),
+        )
+    }
+
+    /// Was its end asked for?
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// An error if its end was asked for.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn check_cancelled(&self) -> Result<()> {
+        if self.is_cancelled() { Err(cancelled()) } else { Ok(()) }
+    }
+
+    /// Regular housekeeping while it runs.
+    pub fn tick(&self, now: Instant) {
+        let mut inner = self.inner();
+        if let Some(done) = inner.transfer.as_ref().map(|transfer| transfer.totals().done_bytes) {
+            inner.clock.sample(now, done);
+        }
+    }
+
+    /// The workers have left: their statistics.
+    pub fn keep_record(&self, (record, syscalls): (StageRecord, u64)) {
+        let mut inner = self.inner();
+        inner.record.merge(&record);
+        inner.syscalls += syscalls;
+    }
+
+    /// Statistics of a stage that no worker carries.
+    pub fn add_record(&self, record: &StageRecord) {
+        self.inner().record.merge(record);
+    }
+
+    /// `verify` found this.
+    pub fn found_difference(&self, offset: u64) {
+        self.inner().first_difference = Some(offset);
+    }
+
+    /// `bench` measured this.
+    pub fn add_bench(&self, row: BenchRow) {
+        self.inner().bench.push(row);
+    }
+
+    /// It is over. Drops the transfer, and with it the last copy of the key schedule.
+    pub fn end(&self, ended: Result<crate::job::run::Ending>) {
+        let state = {
+            let mut inner = self.inner();
+            inner.totals = inner.transfer.take().map(|transfer| transfer.totals()).unwrap_or_default();
+            let (user, system) = cpu_seconds();
+            let (state, failure, padded_bytes) = match ended {
+                Ok(ending) => (JobState::Done, None, ending.padded_bytes),
+                Err(error) if error.kind() == ErrorKind::Cancelled => (JobState::Cancelled, Some(error), 0),
+                Err(error) => (JobState::Failed, Some(error), 0),
+            };
+            if let Some(error) = &failure
+                && state == JobState::Failed
+            {
+                tracing::warn!("job {}: {}", self.id, error.chain());
+            }
+            inner.outcome = Some(Outcome {
+                seconds: self.started.elapsed().as_secs_f64(),
+                failure: failure.map(|error| error.to_failure()),
+                first_difference: inner.first_difference,
+                bench: std::mem::take(&mut inner.bench),
+                padded_bytes,
+                cpu_seconds: (user - inner.cpu_before.0, system - inner.cpu_before.1),
+            });
+            state
+        };
+        self.set_state(state);
+    }
+
+    /// Statistics so far: of workers that have left, and what was added since. The live part is the pipeline's to ask for.
+    #[must_use]
+    pub fn record(&self) -> (StageRecord, u64) {
+        let inner = self.inner();
+        (inner.record.clone(), inner.syscalls)
+    }
+
+    /// Running time and bytes done.
+    #[must_use]
+    pub fn work_done(&self) -> (f64, u64) {
+        let inner = self.inner();
+        (inner.clock.elapsed(Instant::now()).as_secs_f64(), inner.current().done_bytes)
+    }
+
+    /// As the wire shows it.
+    #[must_use]
+    pub fn info(&self) -> JobInfo {
+        let inner = self.inner();
+        JobInfo {
+            job: self.id,
+            uid: self.owner.uid,
+            action: self.action,
+            source: self.source.clone(),
+            sink: self.sink.clone(),
+            state: inner.state,
+            detached: self.detached,
+            submitted_ms: self
+                .submitted
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
+            progress: inner.progress(self.total_bytes),
+            outcome: inner.state.is_final().then(|| inner.outcome.clone()).flatten(),
+        }
+    }
+}
+
+impl Inner {
+    fn current(&self) -> Totals {
+        self.transfer.as_ref().map_or(self.totals, |transfer| transfer.totals())
+    }
+
+    fn progress(&self, total_bytes: Option<u64>) -> Progress {
+        let now = Instant::now();
+        let totals = self.current();
+        let elapsed = self.clock.elapsed(now).as_secs_f64();
+        let rate = if self.state.is_final() {
+            per_second(totals.done_bytes, elapsed)
+        } else {
+            self.clock.rate(now, totals.done_bytes)
+        };
+        let left = total_bytes.map(|total| total.saturating_sub(totals.done_bytes));
+        Progress {
+            done_bytes: totals.done_bytes,
+            total_bytes,
+            hole_bytes: totals.hole_bytes,
+            sparse_bytes: totals.sparse_bytes,
+            elapsed_seconds: elapsed,
+            bytes_per_second: rate,
+            eta_seconds: match (self.state, left) {
+                (JobState::Running, Some(left)) if rate > 0.0 => Some(seconds_for(left, rate)),
+                _ => None,
+            },
+            bottleneck: totals.bottleneck(),
+            throttle_bytes_per_second: self.transfer.as_ref().and_then(|transfer| transfer.gate.rate()),
+        }
+    }
+}
+
+/// CPU seconds of this process so far: user, system.
+fn cpu_seconds() -> (f64, f64) {
+    let usage = process::usage();
+    (usage.user.as_secs_f64(), usage.system.as_secs_f64())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a time for people")]
+fn seconds_for(bytes: u64, rate: f64) -> f64 {
+    bytes as f64 / rate
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "cancelled")
+}

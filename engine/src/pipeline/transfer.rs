@@ -1,0 +1,233 @@
+//! One transfer: what the workers need to know about a job, and what they report back.
+//!
+//! A job builds a [`Transfer`], hands it to the [`super::Pipeline`], and waits for its end. Workers share it read-only,
+//! except for the atomics of its plan and gate, and for the slow-path report behind a lock that is taken once per worker,
+//! at the end, or on a failure.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use crate::backend::device::Device;
+use crate::crypto::SectorCipher;
+use crate::error::Error;
+use crate::pipeline::plan::{Gate, Plan};
+use crate::telemetry::record::{Counters, StageRecord, Totals};
+
+/// What happens to a chunk between its read and its write.
+pub enum Work {
+    /// Plaintext in, ciphertext out.
+    Encrypt(Box<dyn SectorCipher>),
+    /// Ciphertext in, plaintext out.
+    Decrypt(Box<dyn SectorCipher>),
+    /// Plaintext on the source side, ciphertext on the sink side; compare, write nothing.
+    Verify(Box<dyn SectorCipher>),
+}
+
+/// One side of a transfer.
+pub struct End {
+    /// The open file.
+    pub file: Arc<OwnedFd>,
+    /// What the user calls it; for messages.
+    pub name: String,
+    /// Moved in order at the file's own position, not by offset.
+    pub stream: bool,
+    /// Offsets and lengths are multiples of this, bytes: the device's alignment for direct I/O, 1 when buffered.
+    pub align: u32,
+    /// Where to ask for holes; absent where there can be none.
+    pub holes: Option<Arc<Device>>,
+}
+
+/// How zero plaintext and the end of the sink are treated.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SinkRules {
+    /// The sink was created empty and has its final length: what is not written reads as zeros.
+    pub skip_zeros: bool,
+    /// Bytes the sink can hold, if it cannot grow.
+    pub capacity: Option<u64>,
+}
+
+/// One job's data path.
+pub struct Transfer {
+    /// What to do with each chunk.
+    pub work: Work,
+    /// Where chunks come from.
+    pub source: End,
+    /// Where chunks go; for `Verify`, what they are compared with.
+    pub sink: End,
+    /// See [`SinkRules`].
+    pub rules: SinkRules,
+    /// Data unit, bytes.
+    pub unit_bytes: u32,
+    /// A source ending inside a data unit is filled up with zeros.
+    pub pad: bool,
+    /// Holes of the encrypted side are holes of the plaintext.
+    pub keep_holes: bool,
+    /// Most chunks in flight on one worker.
+    pub depth: u32,
+    /// The extents.
+    pub plan: Plan,
+    /// What may change while it runs.
+    pub gate: Gate,
+    /// Live counters, one per worker of the pipeline.
+    pub counters: Box<[Counters]>,
+    report: Mutex<Report>,
+    difference: AtomicU64,
+    parts: AtomicU32,
+    finished: Sender<()>,
+    /// Receives one message when the last worker has left.
+    pub ended: Receiver<()>,
+}
+
+#[derive(Default)]
+struct Report {
+    failure: Option<Error>,
+    record: Option<StageRecord>,
+    padded_bytes: u64,
+    syscalls: u64,
+}
+
+/// Everything a job says about its transfer when it builds one.
+pub struct TransferSpec {
+    /// See [`Transfer::work`].
+    pub work: Work,
+    /// See [`Transfer::source`].
+    pub source: End,
+    /// See [`Transfer::sink`].
+    pub sink: End,
+    /// See [`Transfer::rules`].
+    pub rules: SinkRules,
+    /// See [`Transfer::unit_bytes`].
+    pub unit_bytes: u32,
+    /// See [`Transfer::pad`].
+    pub pad: bool,
+    /// See [`Transfer::keep_holes`].
+    pub keep_holes: bool,
+    /// See [`Transfer::depth`].
+    pub depth: u32,
+    /// See [`Transfer::plan`].
+    pub plan: Plan,
+}
+
+impl Transfer {
+    /// A transfer for a pipeline of `workers` workers.
+    #[must_use]
+    pub fn new(spec: TransferSpec, workers: usize) -> Arc<Self> {
+        assert!(spec.depth > 0, "a transfer needs a chunk in flight");
+        assert!(spec.unit_bytes > 0 && spec.plan.chunk_bytes().is_multiple_of(spec.unit_bytes.into()));
+        assert!(spec.plan.chunk_bytes().is_multiple_of(spec.source.align.into()));
+        assert!(spec.plan.chunk_bytes().is_multiple_of(spec.sink.align.into()));
+        let (finished, ended) = bounded(1);
+        let TransferSpec { work, source, sink, rules, unit_bytes, pad, keep_holes, depth, plan } = spec;
+        Arc::new(Self {
+            work,
+            source,
+            sink,
+            rules,
+            unit_bytes,
+            pad,
+            keep_holes,
+            depth,
+            plan,
+            gate: Gate::default(),
+            counters: (0..workers).map(|_| Counters::default()).collect(),
+            report: Mutex::default(),
+            difference: AtomicU64::new(u64::MAX),
+            parts: AtomicU32::new(0),
+            finished,
+            ended,
+        })
+    }
+
+    /// One of its ends is moved in order, so one worker carries all of it.
+    #[must_use]
+    pub fn is_ordered(&self) -> bool {
+        self.source.stream || self.sink.stream
+    }
+
+    /// It compares and writes nothing.
+    #[must_use]
+    pub fn is_verify(&self) -> bool {
+        matches!(self.work, Work::Verify(_))
+    }
+
+    fn report(&self) -> std::sync::MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first failure wins and stops all workers; later ones are its echoes.
+    pub fn fail(&self, error: Error) {
+        self.report().failure.get_or_insert(error);
+        self.gate.stop();
+    }
+
+    /// Plaintext differs at `offset`. The lowest offset reported stands; chunks before it are still compared.
+    pub fn differs_at(&self, offset: u64) {
+        self.difference.fetch_min(offset, Ordering::AcqRel);
+        self.plan.end_at(offset);
+    }
+
+    /// The first difference found.
+    #[must_use]
+    pub fn first_difference(&self) -> Option<u64> {
+        let offset = self.difference.load(Ordering::Acquire);
+        (offset != u64::MAX).then_some(offset)
+    }
+
+    /// Zero bytes were appended to the source.
+    pub fn padded(&self, bytes: u64) {
+        self.report().padded_bytes += bytes;
+    }
+
+    /// `parts` workers are about to take part.
+    pub(super) fn begin(&self, parts: u32) {
+        self.parts.store(parts, Ordering::Release);
+    }
+
+    /// A worker has left: nothing of this transfer is in flight on it any more.
+    pub(super) fn leave(&self, record: &StageRecord, syscalls: u64) {
+        {
+            let mut report = self.report();
+            report.syscalls += syscalls;
+            match &mut report.record {
+                Some(sum) => sum.merge(record),
+                none => *none = Some(record.clone()),
+            }
+        }
+        if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Bounded by one message; the receiver may be gone when the daemon is leaving.
+            let _ = self.finished.try_send(());
+        }
+    }
+
+    /// Take the failure, once the transfer has ended.
+    #[must_use]
+    pub fn take_failure(&self) -> Option<Error> {
+        self.report().failure.take()
+    }
+
+    /// Zero bytes appended by `pad`.
+    #[must_use]
+    pub fn padded_bytes(&self) -> u64 {
+        self.report().padded_bytes
+    }
+
+    /// Stage statistics of the workers that have left, and their system calls.
+    #[must_use]
+    pub fn final_record(&self) -> (StageRecord, u64) {
+        let report = self.report();
+        (report.record.clone().unwrap_or_default(), report.syscalls)
+    }
+
+    /// What has been done so far, over all workers.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for counters in &self.counters {
+            counters.add_to(&mut totals);
+        }
+        totals
+    }
+}

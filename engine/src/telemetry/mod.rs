@@ -1,0 +1,3 @@
+//! Counting without disturbing: recorders owned by one worker each, merged only when asked.
+
+pub mod record;
