@@ -325,6 +325,7 @@ mod tests {
         assert!(connection.flush(start + stall));
         assert!(!connection.stalls(start + stall + stall / 2, stall));
         drop(far);
+        connection.say(1, Body::Error(line::failure(ErrorKind::Internal, "to nobody")));
         assert!(!connection.flush(start + stall), "gone");
     }
 }
