@@ -19,6 +19,29 @@ use zeroize::Zeroizing;
 use crate::prompt;
 use crate::report::{Error, Result};
 
+/// What was typed after `--key`. Not parsed by clap, which repeats what it cannot parse: that may be the key itself.
+#[derive(Clone)]
+pub struct KeyText(String);
+
+impl From<String> for KeyText {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for KeyText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyText(..)")
+    }
+}
+
+impl KeyText {
+    /// What it refers to.
+    pub fn parse(&self) -> Result<KeyRef> {
+        KeyRef::parse(&self.0).map_err(|why| Error::usage(format!("--key: {why}")))
+    }
+}
+
 /// Where a key is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyRef {
