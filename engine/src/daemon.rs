@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::job::{JobConfig, Registry};
 use crate::limits;
 use crate::pipeline::Pipeline;
-use crate::sys::process;
+use crate::sys::{affinity, process};
 
 /// The environment variable that sets what is logged, over the configuration.
 pub const LOG_VARIABLE: &str = "CRYPTD_LOG";
@@ -123,11 +123,8 @@ pub fn run(options: &Options) -> Result<Ended> {
 
 fn configure(options: &Options) -> Result<Config> {
     let raw = config::read(options.config.as_deref())?;
-    let set = rustix::thread::sched_getaffinity(None)
-        .map_err(|error| Error::io("cannot read the allowed CPUs", error))?;
-    let cpus = (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu));
     let around = Surroundings {
-        cpus: cpus.filter_map(|cpu| u32::try_from(cpu).ok()).collect(),
+        cpus: affinity::allowed_cpus()?,
         runtime_dir: std::env::var_os(proto::socket::RUNTIME_DIR_VARIABLE),
         uid: rustix::process::geteuid().as_raw(),
     };

@@ -173,9 +173,9 @@ fn a_read_is_short_only_at_the_end_of_the_file(make: Make) {
     let port = bench.attach(file);
     assert!(bench.read(port, Position::At(0), 0..65_536) == bytes[..65_536]);
     assert!(bench.read(port, Position::At(65_536), 0..65_536) == bytes[65_536..]);
-    assert_eq!(bench.read(port, Position::At(100_001), 0..65_536), []);
-    assert_eq!(bench.read(port, Position::At(1 << 40), 0..65_536), []);
-    assert_eq!(bench.read(port, Position::At(0), 9..9), []);
+    assert_eq!(bench.read(port, Position::At(100_001), 0..65_536), [0_u8; 0]);
+    assert_eq!(bench.read(port, Position::At(1 << 40), 0..65_536), [0_u8; 0]);
+    assert_eq!(bench.read(port, Position::At(0), 9..9), [0_u8; 0]);
 }
 
 fn a_direct_read_finds_the_odd_end_of_a_file(make: Make) {
@@ -391,7 +391,7 @@ fn a_pipe_carries_everything_in_order(make: Make) {
         assert_eq!(bench.write(sink, Position::Stream, &bytes).expect("write") as usize, bytes.len());
         if bytes.len() < 1 << 20 {
             // Short only at the end.
-            assert_eq!(bench.read(source, Position::Stream, 0..1), []);
+            assert_eq!(bench.read(source, Position::Stream, 0..1), [0_u8; 0]);
         }
     }
     bench.queue.detach(sink);
@@ -533,7 +533,7 @@ fn ready_says_when_a_stream_can_move(make: Make) {
     bench.queue.detach(sink);
     drop(write);
     assert!(bench.run(source, What::Ready { read: true }).result.is_ok());
-    assert_eq!(bench.read(source, Position::Stream, 0..1), []);
+    assert_eq!(bench.read(source, Position::Stream, 0..1), [0_u8; 0]);
 }
 
 /// Ten thousand random operations beside a model: a byte array, with reads compared against it. Operations in flight at

@@ -1,0 +1,744 @@
+//! The control protocol against a real daemon: what it refuses, what it survives, who may do what.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use proto::{Body, Call, ErrorKind, Event, JobState, Reply};
+use rustix::process::Signal;
+use tests::{Client, Daemon, Endless, PATIENCE, Random, Scratch, Start, eventually, is_root, program, skip};
+
+const NOBODY: u32 = 65534;
+
+fn kind<T: std::fmt::Debug>(result: Result<T, proto::Failure>) -> ErrorKind {
+    result.expect_err("refused").kind
+}
+
+fn active(client: &mut Client) -> u32 {
+    match client.call(Call::Status {}) {
+        Ok(Reply::Status(status)) => status.active_jobs,
+        other => panic!("no status: {other:?}"),
+    }
+}
+
+fn state(client: &mut Client, job: proto::JobId) -> JobState {
+    match client.call(Call::Show { job }) {
+        Ok(Reply::Job(info)) => info.state,
+        other => panic!("no job: {other:?}"),
+    }
+}
+
+// ---- lines
+
+#[test]
+fn hello_and_status_say_who_answers() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let Ok(Reply::Hello(hello)) = client.call(Call::Hello {}) else { panic!("no hello") };
+    assert_eq!((hello.protocol, hello.pid), (proto::PROTOCOL_VERSION, daemon.pid()));
+    assert_eq!(hello.uid, rustix::process::geteuid().as_raw());
+    let Ok(Reply::Status(status)) = client.call(Call::Status {}) else { panic!("no status") };
+    assert_eq!(status.socket.as_deref(), daemon.socket().to_str());
+    assert!(proto::KERNELS.contains(&status.kernel.as_str()) && !status.kernel_forced);
+    assert_eq!((status.active_jobs, status.idle_exit_seconds), (0, None));
+    assert!(status.rss_bytes > 0 && status.rss_peak_bytes >= status.rss_bytes / 2);
+    assert_eq!(client.call(Call::List {}), Ok(Reply::Jobs(vec![])));
+}
+
+#[test]
+fn wrong_lines_are_refused_one_by_one_and_the_connection_lives_on() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    for (line, id, expected) in [
+        ("{\"v\":1,\"id\":5,\"call\":{\"list\":{}},\"verbose\":true}", 5, ErrorKind::Invalid),
+        ("{\"v\":1,\"id\":6,\"call\":{\"show\":{\"job\":1,\"x\":1}}}", 6, ErrorKind::Invalid),
+        ("{\"v\":1,\"id\":7,\"call\":{\"teleport\":{}}}", 7, ErrorKind::Invalid),
+        ("{\"v\":2,\"id\":8,\"call\":{\"teleport\":{}}}", 8, ErrorKind::Version),
+        ("{\"id\":9,\"call\":{\"list\":{}}}", 9, ErrorKind::Invalid),
+        ("", 0, ErrorKind::Invalid),
+        ("\0\u{1}garbage", 0, ErrorKind::Invalid),
+    ] {
+        client.send(format!("{line}\n").as_bytes()).expect("sent");
+        let (got, kind, message) = client.refusal();
+        assert_eq!((got, kind), (id, expected), "{line}: {message}");
+    }
+    assert!(client.call(Call::Hello {}).is_ok());
+}
+
+#[test]
+fn hello_is_answered_in_every_version() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    client.send(b"{\"v\":7,\"id\":3,\"call\":{\"hello\":{\"x\":1}}}\n").expect("sent");
+    let response = client.receive().expect("a reply");
+    assert!(matches!(response.body, Body::Ok(Reply::Hello(hello)) if hello.protocol == 1));
+    assert_eq!(response.id, 3);
+}
+
+#[test]
+fn a_line_of_exactly_the_longest_length_is_read_and_one_byte_more_ends_the_connection() {
+    let daemon = Daemon::start();
+    let padded = |length: usize| {
+        let line = "{\"v\":1,\"id\":4,\"call\":{\"hello\":{}}}";
+        format!("{line}{}\n", " ".repeat(length - line.len() - 1))
+    };
+    let mut client = daemon.client();
+    client.send(padded(proto::MAX_LINE).as_bytes()).expect("sent");
+    assert!(matches!(client.receive().expect("a reply").body, Body::Ok(Reply::Hello(_))));
+    // The daemon may close while we still send.
+    let _ = client.send(padded(proto::MAX_LINE + 1).as_bytes());
+    let (id, kind, _) = client.refusal();
+    assert_eq!((id, kind), (0, ErrorKind::Limit));
+    assert!(client.receive().is_none(), "closed after one answer");
+}
+
+#[test]
+fn an_endless_line_ends_the_connection_and_costs_no_memory() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let junk = vec![b'x'; 1 << 20];
+    for _ in 0..64 {
+        if client.send(&junk).is_err() {
+            break;
+        }
+    }
+    assert_eq!(client.refusal().1, ErrorKind::Limit);
+    assert!(daemon.client().call(Call::Hello {}).is_ok());
+}
+
+#[test]
+fn half_a_line_may_end_there_and_may_come_in_pieces() {
+    let mut daemon = Daemon::start();
+    let mut half = daemon.client();
+    half.send(b"{\"v\":1,\"id\":4,\"ca").expect("sent");
+    drop(half);
+    let mut client = daemon.client();
+    for byte in b"{\"v\":1,\"id\":4,\"call\":{\"hello\":{}}}\n" {
+        client.send(&[*byte]).expect("sent");
+    }
+    assert!(matches!(client.receive().expect("a reply").body, Body::Ok(Reply::Hello(_))));
+    assert!(daemon.is_running());
+}
+
+#[test]
+fn requests_sent_together_are_answered_in_order_also_after_the_client_closed_its_side() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let lines: String =
+        (1..=100).map(|id| format!("{{\"v\":1,\"id\":{id},\"call\":{{\"list\":{{}}}}}}\n")).collect();
+    client.send(lines.as_bytes()).expect("sent");
+    client.stream().shutdown(std::net::Shutdown::Write).expect("shut down");
+    for id in 1..=100 {
+        assert_eq!(client.receive().expect("a reply").id, id);
+    }
+    assert!(client.receive().is_none());
+}
+
+// ---- descriptors
+
+#[test]
+fn too_many_descriptors_end_the_connection_and_are_closed() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (read, write) = rustix::pipe::pipe().expect("pipe");
+    let many = vec![write.as_fd(); proto::MAX_DESCRIPTORS + 1];
+    client.send_with(b"{\"v\":1,\"id\":1,\"call\":{\"list\":{}}}\n", &many);
+    let (_, kind, message) = client.refusal();
+    assert_eq!(kind, ErrorKind::Limit, "{message}");
+    assert!(client.receive().is_none());
+    // Were a copy of the write end still open in the daemon, this read would never end.
+    drop(write);
+    assert_eq!(std::fs::File::from(read).read(&mut [0; 1]).expect("end of file"), 0);
+}
+
+#[test]
+fn descriptors_spread_over_a_line_are_counted_together() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (_read, write) = rustix::pipe::pipe().expect("pipe");
+    for part in ["{\"v\":1,", "\"id\":1,", "\"call\":{\"list\":{}}}\n"] {
+        client.send_with(part.as_bytes(), &[write.as_fd(); 4]);
+    }
+    assert_eq!(client.refusal().1, ErrorKind::Limit);
+}
+
+#[test]
+fn descriptors_where_none_are_named_are_refused() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (_read, write) = rustix::pipe::pipe().expect("pipe");
+    assert_eq!(kind(client.call_with(Call::List {}, &[write.as_fd()])), ErrorKind::Invalid);
+    assert!(client.call(Call::List {}).is_ok());
+}
+
+#[test]
+fn descriptors_meet_the_line_they_came_with() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (_read, write) = rustix::pipe::pipe().expect("pipe");
+    // Both lines are there before the daemon looks, or not: the descriptor is the second's in either case.
+    for _ in 0..50 {
+        let first = client.request(Call::List {}, &[]);
+        let second = client.request(Call::List {}, &[write.as_fd()]);
+        let response = client.receive().expect("a reply");
+        assert!(response.id == first && matches!(response.body, Body::Ok(_)), "{response:?}");
+        assert_eq!(client.refusal().0, second);
+    }
+}
+
+#[test]
+fn a_submission_names_each_descriptor_once_and_none_that_is_missing() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let job = Endless::new(false);
+    let [source, sink, key] = job.descriptors();
+    let missing = client.call_with(Call::Submit(Box::new(job.submit.clone())), &[source, sink]);
+    let missing = missing.expect_err("refused");
+    assert_eq!(missing.kind, ErrorKind::Invalid);
+    assert!(missing.message.contains("key names descriptor 2, 2 were passed"), "{}", missing.message);
+    let unnamed = client.call_with(Call::Submit(Box::new(job.submit.clone())), &[source, sink, key, key]);
+    assert_eq!(kind(unnamed), ErrorKind::Invalid);
+    let mut twice = job.submit.clone();
+    twice.volume.as_mut().expect("a volume").key_fd = 0;
+    assert_eq!(kind(client.call_with(Call::Submit(Box::new(twice)), &[source, sink])), ErrorKind::Invalid);
+    assert_eq!(active(&mut client), 0);
+}
+
+#[test]
+fn a_key_of_the_wrong_kind_is_refused() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let file = std::fs::File::open("/proc/self/exe").expect("opens");
+    let (open_read, _open_write) = rustix::pipe::pipe().expect("pipe");
+    let (socket, _other) = UnixStream::pair().expect("pair");
+    for wrong in [file.as_fd(), open_read.as_fd(), socket.as_fd()] {
+        let job = Endless::new(false);
+        let [source, sink, _] = job.descriptors();
+        let refused = client.call_with(Call::Submit(Box::new(job.submit.clone())), &[source, sink, wrong]);
+        assert_eq!(kind(refused), ErrorKind::Invalid);
+    }
+    assert_eq!(active(&mut client), 0);
+}
+
+// ---- jobs and connections
+
+#[test]
+fn a_job_ends_with_its_connection_unless_detached() {
+    let daemon = Daemon::start();
+    let mut watcher = daemon.client();
+    let mut client = daemon.client();
+    let (attached, _writer, _reader) = Endless::new(false).start(&mut client);
+    let (detached, writer, reader) = Endless::new(true).start(&mut client);
+    drop(client);
+    eventually("the attached job is cancelled", || state(&mut watcher, attached) == JobState::Cancelled);
+    assert!(!state(&mut watcher, detached).is_final());
+    drop(writer);
+    drop(reader);
+    eventually("the detached job ends", || active(&mut watcher) == 0);
+}
+
+#[test]
+fn a_watch_tells_every_state_and_ends_with_the_end() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut client);
+    let id = client.request(Call::Watch { job, interval_ms: Some(100) }, &[]);
+    let first = client.receive().expect("the job");
+    assert!(first.id == id && matches!(first.body, Body::Ok(Reply::Job(info)) if info.job == job));
+    // Another connection acts; the watch must tell.
+    let mut other = daemon.client();
+    assert!(other.call(Call::Pause { job }).is_ok());
+    eventually("paused", || state(&mut other, job) == JobState::Paused);
+    assert!(other.call(Call::Cancel { job }).is_ok());
+    let (events, end) = client.finished();
+    assert_eq!((end.job, end.state), (job, JobState::Cancelled));
+    assert!(events.iter().all(|event| match event {
+        Event::State { job: of, .. } | Event::Progress { job: of, .. } => *of == job,
+        Event::Finished(_) => false,
+    }));
+    // The watch is over: the connection is a plain one again, and a watch of an ended job says so at once.
+    assert!(matches!(client.call(Call::Watch { job, interval_ms: None }), Ok(Reply::Job(_))));
+    assert_eq!(client.finished().1.state, JobState::Cancelled);
+    assert_eq!(kind(client.call(Call::Cancel { job })), ErrorKind::Conflict);
+    assert_eq!(kind(client.call(Call::Show { job: job + 1000 })), ErrorKind::NotFound);
+    assert_eq!(kind(client.call(Call::Watch { job, interval_ms: Some(1) })), ErrorKind::Invalid);
+}
+
+#[test]
+fn watches_are_bounded() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (job, _writer, _reader) = Endless::new(true).start(&mut client);
+    let mut watcher = daemon.client();
+    let watch = Call::Watch { job, interval_ms: Some(60_000) };
+    let mut granted = 0;
+    let id = loop {
+        watcher.request(watch.clone(), &[]);
+        // News of a watch may come between two replies.
+        let response = loop {
+            let response = watcher.receive().expect("a reply");
+            if !matches!(response.body, Body::Event(_)) {
+                break response;
+            }
+        };
+        match response.body {
+            Body::Ok(_) => granted += 1,
+            Body::Error(failure) => break failure.kind,
+            Body::Event(_) => unreachable!(),
+        }
+    };
+    assert_eq!((granted, id), (engine::limits::WATCHES_MAX, ErrorKind::Limit));
+}
+
+#[test]
+fn a_thousand_idle_connections_leave_room_for_a_working_one() {
+    let daemon = Daemon::start();
+    raise_own_descriptor_limit();
+    let idle: Vec<UnixStream> =
+        (0..1000).map(|_| UnixStream::connect(daemon.socket()).expect("connected")).collect();
+    let mut client = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut client);
+    assert!(client.call(Call::Cancel { job }).is_ok());
+    let Ok(Reply::Status(status)) = client.call(Call::Status {}) else { panic!("no status") };
+    assert!(status.rss_bytes < 96 << 20, "{} bytes", status.rss_bytes);
+    // Each of them was admitted, not merely queued.
+    let mut last = Client::over(idle.into_iter().next_back().expect("a thousand"));
+    assert!(last.call(Call::Hello {}).is_ok());
+}
+
+#[test]
+fn one_user_cannot_take_every_connection() {
+    let daemon = Daemon::start();
+    raise_own_descriptor_limit();
+    let most = engine::limits::CONNECTIONS_PER_USER_MAX;
+    let mut held: Vec<UnixStream> = Vec::new();
+    for _ in 0..most {
+        held.push(UnixStream::connect(daemon.socket()).expect("connected"));
+    }
+    assert!(
+        Client::over(held.pop().expect("one")).call(Call::Hello {}).is_ok(),
+        "the last of them is served"
+    );
+    held.push(UnixStream::connect(daemon.socket()).expect("connected"));
+    eventually("one more is told so and let go", || {
+        let mut client = Client::over(UnixStream::connect(daemon.socket()).expect("connected"));
+        matches!(client.receive(), Some(response)
+            if matches!(&response.body, Body::Error(failure) if failure.kind == ErrorKind::Limit))
+    });
+}
+
+fn raise_own_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }).expect("raised");
+}
+
+#[test]
+fn a_client_that_never_reads_is_let_go_and_its_job_cancelled() {
+    let daemon = Start::new().config("client_stall = 1").daemon();
+    let mut deaf = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut deaf);
+    let line = b"{\"v\":1,\"id\":1,\"call\":{\"status\":{}}}\n".repeat(1000);
+    deaf.stream().set_write_timeout(Some(Duration::from_millis(200))).expect("timeout");
+    // Until the daemon takes no more: it stops asking a client that does not read.
+    let refused = (0..1000).find_map(|_| deaf.send(&line).err());
+    assert!(refused.is_some(), "requests were taken without end");
+    let mut watcher = daemon.client();
+    eventually("its job is cancelled", || state(&mut watcher, job) == JobState::Cancelled);
+}
+
+#[test]
+fn a_slow_reader_misses_progress_but_not_the_end() {
+    let daemon = Daemon::start();
+    let mut slow = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut slow);
+    slow.request(Call::Watch { job, interval_ms: Some(100) }, &[]);
+    // Its buffers are full of replies before the job ends.
+    let line = b"{\"v\":1,\"id\":77,\"call\":{\"status\":{}}}\n".repeat(1000);
+    slow.stream().set_write_timeout(Some(Duration::from_millis(200))).expect("timeout");
+    assert!((0..1000).any(|_| slow.send(&line).is_err()));
+    let mut other = daemon.client();
+    assert!(other.call(Call::Cancel { job }).is_ok());
+    eventually("cancelled", || state(&mut other, job) == JobState::Cancelled);
+    loop {
+        let response = slow.receive().expect("the end comes before the connection's");
+        if let Body::Event(Event::Finished(info)) = response.body {
+            assert_eq!((info.job, info.state), (job, JobState::Cancelled));
+            break;
+        }
+    }
+}
+
+// ---- users
+
+/// Run by `other_users_are_kept_apart` as another user: prints how each verb was answered.
+#[test]
+fn as_another_user() {
+    let Some(socket) = std::env::var_os("TEST_SOCKET") else { return };
+    let job: u64 = std::env::var("TEST_JOB").expect("a job").parse().expect("a number");
+    let mut client = Client::connect(socket.as_ref());
+    let mut say = |name: &str, call: Call| match client.call(call) {
+        Ok(Reply::Jobs(jobs)) => println!("{name}={} jobs", jobs.len()),
+        Ok(Reply::Stats(stats)) => println!("{name}={} bytes", stats.bytes),
+        Ok(_) => println!("{name}=ok"),
+        Err(failure) => println!("{name}={:?}", failure.kind),
+    };
+    say("hello", Call::Hello {});
+    say("status", Call::Status {});
+    say("list", Call::List {});
+    say("show", Call::Show { job });
+    say("watch", Call::Watch { job, interval_ms: None });
+    say("pause", Call::Pause { job });
+    say("resume", Call::Resume { job });
+    say("cancel", Call::Cancel { job });
+    say("throttle", Call::Throttle { job, bytes_per_second: Some(1) });
+    say("stats of it", Call::Stats { job: Some(job) });
+    say("shutdown", Call::Shutdown { now: true });
+    let (own, _writer, _reader) = Endless::new(false).start(&mut client);
+    println!("submit=ok");
+    match client.call(Call::List {}) {
+        Ok(Reply::Jobs(jobs)) => println!("own list={} jobs", jobs.len()),
+        other => panic!("no list: {other:?}"),
+    }
+    println!("own cancel={}", client.call(Call::Cancel { job: own }).is_ok());
+}
+
+#[test]
+fn other_users_are_kept_apart() {
+    use std::os::unix::process::CommandExt;
+    if !is_root() {
+        return skip("needs root, to become another user");
+    }
+    let daemon = Start::new().config("socket_mode = \"0666\"").daemon();
+    let mut root = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut root);
+    // What that user needs: the way to the socket, and a copy of this program where it may run it.
+    let open = rustix::fs::Mode::from_raw_mode(0o755);
+    rustix::fs::chmod(daemon.dir.path(), open).expect("opened");
+    let copy = daemon.dir.join("as-another-user");
+    std::fs::copy(std::env::current_exe().expect("a path"), &copy).expect("copied");
+    rustix::fs::chmod(&copy, open).expect("opened");
+    let output = Command::new(&copy)
+        .args(["--exact", "as_another_user", "--nocapture"])
+        .env("TEST_SOCKET", daemon.socket())
+        .env("TEST_JOB", job.to_string())
+        .current_dir("/")
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .output()
+        .expect("runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    for line in [
+        "hello=ok",
+        "status=ok",
+        "list=0 jobs",
+        "show=Denied",
+        "watch=Denied",
+        "pause=Denied",
+        "resume=Denied",
+        "cancel=Denied",
+        "throttle=Denied",
+        "stats of it=Denied",
+        "shutdown=Denied",
+        "submit=ok",
+        "own list=1 jobs",
+        "own cancel=true",
+    ] {
+        assert!(text.lines().any(|said| said.ends_with(line)), "{line} is not in:\n{text}");
+    }
+    // Root sees both, and its own is untouched.
+    let Ok(Reply::Jobs(jobs)) = root.call(Call::List {}) else { panic!("no list") };
+    assert_eq!(jobs.iter().map(|job| job.uid).collect::<Vec<_>>(), [0, NOBODY]);
+    assert!(!jobs[0].state.is_final());
+}
+
+#[test]
+fn a_socket_closed_to_others_is_closed() {
+    if !is_root() {
+        return skip("needs root, to run a daemon as another user");
+    }
+    let daemon = Start::new().user(NOBODY).daemon();
+    let mode = std::fs::metadata(daemon.socket()).expect("socket").permissions();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o600);
+    // Root may enter all the same, and shut it down.
+    let mut root = daemon.client();
+    let Ok(Reply::Hello(hello)) = root.call(Call::Hello {}) else { panic!("no hello") };
+    assert_eq!(hello.uid, NOBODY);
+    assert_eq!(root.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 0 }));
+}
+
+// ---- start and end
+
+#[test]
+fn of_eight_daemons_started_together_one_serves_and_seven_leave_with_success() {
+    let scratch = Scratch::new();
+    let start = Start::new();
+    let mut children: Vec<_> = (0..8)
+        .map(|_| start.command(scratch.path()).stderr(Stdio::piped()).spawn().expect("starts"))
+        .collect();
+    let mut left = 0;
+    eventually("seven have left", || {
+        children.retain_mut(|child| match child.try_wait().expect("child") {
+            Some(status) => {
+                let mut log = String::new();
+                child.stderr.take().expect("piped").read_to_string(&mut log).expect("text");
+                assert!(status.success() && log.contains("another cryptd serves"), "{status}: {log}");
+                left += 1;
+                false
+            }
+            None => true,
+        });
+        left >= 7
+    });
+    let mut client = Client::connect(&scratch.join("cryptd.sock"));
+    let Ok(Reply::Hello(hello)) = client.call(Call::Hello {}) else { panic!("no hello") };
+    assert_eq!(hello.pid, children[0].id());
+    assert!(client.call(Call::Shutdown { now: false }).is_ok());
+    assert!(children[0].wait().expect("child").success());
+}
+
+#[test]
+fn a_stale_socket_is_replaced() {
+    let scratch = Scratch::new();
+    drop(UnixListener::bind(scratch.join("cryptd.sock")).expect("bound"));
+    assert!(UnixStream::connect(scratch.join("cryptd.sock")).is_err(), "stale");
+    let mut child = Start::new().command(scratch.path()).stderr(Stdio::null()).spawn().expect("starts");
+    eventually("it serves", || UnixStream::connect(scratch.join("cryptd.sock")).is_ok());
+    child.kill().expect("killed");
+    child.wait().expect("child");
+    // Killed: its socket is still there, and stale again.
+    assert!(scratch.join("cryptd.sock").exists());
+    let mut next = Start::new().command(scratch.path()).stderr(Stdio::null()).spawn().expect("starts");
+    eventually("the next one serves", || UnixStream::connect(scratch.join("cryptd.sock")).is_ok());
+    let mut client = Client::connect(&scratch.join("cryptd.sock"));
+    assert!(client.call(Call::Shutdown { now: false }).is_ok());
+    assert!(next.wait().expect("child").success());
+    assert!(!scratch.join("cryptd.sock").exists(), "a clean end leaves no socket");
+}
+
+#[test]
+fn a_socket_directory_of_somebody_else_is_refused() {
+    if !is_root() {
+        return skip("needs root, to give a directory away");
+    }
+    let scratch = Scratch::new();
+    std::os::unix::fs::chown(scratch.path(), Some(NOBODY), None).expect("given away");
+    let output = Start::new().command(scratch.path()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("belongs to user 65534"), "{log}");
+}
+
+#[test]
+fn the_default_socket_is_in_a_private_directory() {
+    let scratch = Scratch::new();
+    let mut command = Command::new(program("cryptd"));
+    command.env("XDG_RUNTIME_DIR", scratch.path()).stdin(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("starts");
+    let socket = scratch.join("cryptd/cryptd.sock");
+    eventually("it serves", || UnixStream::connect(&socket).is_ok());
+    let mode = std::fs::metadata(scratch.join("cryptd")).expect("directory").permissions();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
+    assert!(Client::connect(&socket).call(Call::Shutdown { now: false }).is_ok());
+    assert!(child.wait().expect("child").success());
+    // Opened to others, it is refused.
+    rustix::fs::chmod(scratch.join("cryptd"), rustix::fs::Mode::from_raw_mode(0o755)).expect("opened");
+    let output = command.stderr(Stdio::piped()).output().expect("runs");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("expected 0700"));
+}
+
+#[test]
+fn an_idle_daemon_leaves_but_not_under_a_client_or_a_job() {
+    let mut daemon = Start::new().arg("--idle-exit").arg("1").daemon();
+    let mut client = daemon.client();
+    let (_job, writer, reader) = Endless::new(true).start(&mut client);
+    drop(client);
+    // Proves nothing by itself if the machine is slow; a daemon that ignored its job would be gone by then.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(daemon.is_running(), "{}", daemon.log());
+    drop(writer);
+    drop(reader);
+    assert!(daemon.wait().success());
+    assert!(!daemon.socket().exists());
+}
+
+#[test]
+fn a_socket_passed_by_systemd_is_served_and_left_in_place() {
+    use std::os::unix::process::CommandExt;
+    let scratch = Scratch::new();
+    let path = scratch.join("activated.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    // systemd's protocol: descriptor 3, and the process id in the environment. A shell sets both.
+    let mut child = Command::new("sh")
+        .arg("-c")
+        .arg("exec env LISTEN_PID=$$ LISTEN_FDS=1 \"$0\" --idle-exit 1 3<&0 0</dev/null")
+        .arg(program("cryptd"))
+        .stdin(std::os::fd::OwnedFd::from(listener.try_clone().expect("duplicate")))
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .expect("starts");
+    let mut client = Client::connect(&path);
+    let Ok(Reply::Status(status)) = client.call(Call::Status {}) else { panic!("no status") };
+    assert_eq!(status.socket, None, "it made none itself");
+    drop(client);
+    assert!(child.wait().expect("child").success(), "idle, it leaves");
+    assert!(path.exists(), "the socket is systemd's");
+}
+
+#[test]
+fn sigterm_waits_for_the_jobs_and_refuses_new_ones() {
+    let mut daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (job, writer, reader) = Endless::new(false).start(&mut client);
+    daemon.signal(Signal::TERM);
+    eventually("new jobs are refused", || {
+        let job = Endless::new(false);
+        match client.call_with(Call::Submit(Box::new(job.submit.clone())), &job.descriptors()) {
+            Err(failure) => failure.kind == ErrorKind::ShuttingDown,
+            Ok(Reply::Submitted { job, .. }) => client.call(Call::Cancel { job }).is_err(),
+            Ok(other) => panic!("{other:?}"),
+        }
+    });
+    assert!(daemon.is_running());
+    assert!(!state(&mut client, job).is_final());
+    client.request(Call::Watch { job, interval_ms: None }, &[]);
+    assert!(matches!(client.receive().expect("the job").body, Body::Ok(Reply::Job(_))));
+    drop(writer);
+    // The job's output is drained so that it can end by itself.
+    let mut out = std::fs::File::from(reader);
+    std::thread::spawn(move || std::io::copy(&mut out, &mut std::io::sink()));
+    assert_eq!(client.finished().1.state, JobState::Done);
+    assert!(daemon.wait().success());
+}
+
+#[test]
+fn a_second_signal_cancels() {
+    for (first, second) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::INT)] {
+        let mut daemon = Daemon::start();
+        let mut client = daemon.client();
+        let (job, _writer, _reader) = Endless::new(true).start(&mut client);
+        client.request(Call::Watch { job, interval_ms: Some(60_000) }, &[]);
+        daemon.signal(first);
+        eventually("it is leaving", || daemon.log().contains("leaving"));
+        daemon.signal(second);
+        assert!(matches!(client.receive().expect("the job").body, Body::Ok(_)));
+        assert_eq!(client.finished().1.state, JobState::Cancelled);
+        assert!(daemon.wait().success());
+    }
+}
+
+#[test]
+fn shutdown_now_cancels_and_shutdown_waits() {
+    let mut daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (_job, _writer, _reader) = Endless::new(true).start(&mut client);
+    assert_eq!(client.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 1 }));
+    assert!(client.call(Call::Hello {}).is_ok(), "it waits for the job");
+    assert_eq!(client.call(Call::Shutdown { now: true }), Ok(Reply::ShuttingDown { jobs: 1 }));
+    assert!(daemon.wait().success());
+}
+
+#[test]
+fn a_wrong_configuration_is_a_usage_error_that_names_file_key_and_what_is_allowed() {
+    let scratch = Scratch::new();
+    for (config, parts) in [
+        ("wrokers = 2", ["cryptd.toml", "wrokers", "expected one of"]),
+        ("workers = 100000", ["cryptd.toml", "workers = 100000", "allowed: 1 to"]),
+        ("queue = \"magic\"", ["cryptd.toml", "magic", "auto, io_uring, threads"]),
+        ("kernel = \"rot13\"", ["cryptd.toml", "rot13", "portable"]),
+        ("workers = ", ["cryptd.toml", "workers", "line 1"]),
+    ] {
+        let output = Start::new().config(config).command(scratch.path()).output().expect("runs");
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{config}: {log}");
+        for part in parts {
+            assert!(log.contains(part), "{config}: {part} is not in {log}");
+        }
+    }
+    let checked = Start::new().config("workers = 1").arg("--check").command(scratch.path()).status();
+    assert!(checked.expect("runs").success());
+    let missing =
+        Command::new(program("cryptd")).args(["--config", "/nonexistent.toml"]).output().expect("runs");
+    assert_eq!(missing.status.code(), Some(1));
+    let sample = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/systemd/cryptd.toml");
+    let sample = std::fs::read_to_string(sample).expect("the sample is there");
+    // As shipped, and with every commented key switched on.
+    for text in [sample.clone(), sample.replace("\n#! ", "\n")] {
+        let status =
+            Start::new().config(&text).arg("--check").command(scratch.path()).output().expect("runs");
+        assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
+    }
+}
+
+#[test]
+fn the_process_cannot_be_dumped_or_traced() {
+    let daemon = Daemon::start();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).expect("limits");
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("core limit");
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("status");
+    assert!(status.lines().any(|line| line.starts_with("NoNewPrivs:") && line.ends_with('1')), "{status}");
+}
+
+// ---- the parser, on whatever may come
+
+#[test]
+fn mutated_lines_never_panic_and_what_is_accepted_is_understood_alike_again() {
+    let mut random = Random::new(tests::seed());
+    let corpus: &[&[u8]] = &[
+        b"{\"v\":1,\"id\":7,\"call\":{\"show\":{\"job\":3}}}\n",
+        b"{\"v\":1,\"id\":7,\"call\":{\"watch\":{\"job\":3,\"interval_ms\":500}}}\n",
+        b"{\"v\":1,\"id\":18446744073709551615,\"call\":{\"throttle\":{\"job\":3,\"bytes_per_second\":null}}}\n",
+        b"{\"v\":1,\"id\":7,\"call\":{\"submit\":{\"action\":\"encrypt\",\"source\":{\"fd\":0,\"name\":\"a\"},\
+          \"sink\":{\"fd\":1,\"name\":\"b\",\"commit\":{\"dir_fd\":2,\"partial\":\"p\",\"name\":\"n\"}},\
+          \"volume\":{\"format\":{\"raw\":{\"key_bytes\":64,\"data_unit\":512,\"tweak\":\"plain64\"}},\
+          \"key_fd\":3},\"detach\":true,\"tuning\":{\"chunk_bytes\":4096}}}}\n",
+    ];
+    for _ in 0..200_000 {
+        let mut line = corpus[random.below(corpus.len())].to_vec();
+        for _ in 0..=random.below(4) {
+            let at = random.below(line.len());
+            match random.below(4) {
+                0 => line[at] = random.next_u64().to_le_bytes()[0],
+                1 => line.truncate(at + 1),
+                2 => line.insert(at, b"{}[]\",:0 \\"[random.below(10)]),
+                _ => {
+                    line.remove(at);
+                    if line.is_empty() {
+                        line.push(b'\n');
+                    }
+                }
+            }
+        }
+        check_line(&line);
+    }
+}
+
+/// The same property as `tests/fuzz/fuzz_targets/wire.rs` checks.
+fn check_line(line: &[u8]) {
+    if let Ok(request) = engine::control::line::parse(line) {
+        let again = serde_json::to_vec(&request).expect("json");
+        assert_eq!(engine::control::line::parse(&again).expect("our own line"), request);
+    }
+}
+
+/// Keeps the harness's own helpers honest.
+#[test]
+fn the_raw_client_sends_what_it_is_told() {
+    let (near, far) = UnixStream::pair().expect("pair");
+    let mut client = Client::over(near);
+    let none: [BorrowedFd<'_>; 0] = [];
+    client.request(Call::List {}, &none);
+    let mut got = [0; 64];
+    let mut far = far;
+    far.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let count = far.read(&mut got).expect("read");
+    assert_eq!(&got[..count], b"{\"v\":1,\"id\":1,\"call\":{\"list\":{}}}\n");
+    far.write_all(b"{\"v\":1,\"id\":1,\"ok\":{\"jobs\":[]},\"later\":1}\n").expect("sent");
+    assert!(matches!(client.receive().expect("a reply").body, Body::Ok(Reply::Jobs(_))));
+}
