@@ -8,7 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::amount::{parse_bytes, parse_rate};
 use crate::help;
-use crate::secret::KeyRef;
+use crate::secret::KeyText;
 
 /// Encrypt, decrypt and verify volumes at the speed of the device.
 #[derive(Debug, Parser)]
@@ -167,8 +167,8 @@ pub struct VolumeArgs {
     /// (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N` reads an inherited descriptor to its end. `prompt`
     /// asks on the terminal, twice to encrypt. `keyring:NAME` is a `user` key in the session or user keyring.
     /// The key travels to the daemon through a pipe: it is never in an argument, the environment or JSON.
-    #[arg(long, value_name = "REF", required = true, value_parser = KeyRef::parse)]
-    pub key: KeyRef,
+    #[arg(long, value_name = "REF", required = true)]
+    pub key: KeyText,
     /// Bits of the volume key, both XTS halves: 512 is AES-256
     #[arg(long, value_name = "BITS", default_value = "512", value_parser = ["256", "512"])]
     pub key_size: String,

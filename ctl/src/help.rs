@@ -11,11 +11,13 @@ file may encrypt it. The encrypted side is byte for byte what dm-crypt reads.";
 /// The end of `cryptctl --help`.
 pub const TOP_AFTER: &str = "\
 ENDS
-  SRC and DST are files, block devices, named pipes or `-` (standard input or output).
-  A new or replaced file is written as DST.partial beside its final place and takes its name only when it is whole and
-  durable. A job that fails or is cancelled removes it. An existing file that is not empty is refused without --force,
-  and so is a block device that holds a filesystem, a LUKS volume or a partition table. Block devices are opened
-  exclusively: one that is mounted is refused always.
+  SRC and DST are files, block devices, named pipes or `-` (standard input or
+  output). A new or replaced file is written as DST.partial beside its final
+  place and takes its name only when it is whole and durable. A job that
+  fails or is cancelled removes it. An existing file that is not empty is
+  refused without --force, and so is a block device that holds a filesystem,
+  a LUKS volume or a partition table. Block devices are opened exclusively:
+  one that is mounted is always refused.
 
 SIZES
   64k, 1M, 1MiB, 1.5G are powers of 1024; 1MB is a power of 1000.
@@ -29,11 +31,13 @@ EXIT STATUS
   5    verification found a difference
   130  left at once on a second interrupt
 
-  The first interrupt (Ctrl-C, SIGTERM) cancels the job, waits until it is undone, and ends with status 1.
+  The first interrupt (Ctrl-C, SIGTERM, SIGHUP) cancels the job, waits until
+  it is undone, and ends with status 1.
 
 FILES
   $XDG_RUNTIME_DIR/cryptd/cryptd.sock
-         where this user's daemon listens; without XDG_RUNTIME_DIR it is /tmp/cryptd-UID/cryptd.sock
+         where this user's daemon listens; without XDG_RUNTIME_DIR it is
+         /tmp/cryptd-UID/cryptd.sock
   cryptd.log beside the socket
          what a daemon started by cryptctl has to say
 
@@ -44,7 +48,7 @@ EXAMPLES
   head -c 64 /dev/urandom > vol.key && chmod 600 vol.key
   cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
   cryptctl verify  disk.img disk.enc --format raw --key file:vol.key
-  cryptctl decrypt disk.enc - --format raw --key file:vol.key | zstd > disk.img.zst";
+  cryptctl decrypt disk.enc - --format raw --key file:vol.key | zstd > img.zst";
 
 /// `encrypt --help`.
 pub const ENCRYPT: &str = "\
@@ -59,13 +63,16 @@ pub const ENCRYPT_AFTER: &str = "\
 EXAMPLES
   A disk image to a file, and from a pipe to a device:
     cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
-    pg_basebackup -D - -Ft | cryptctl encrypt - /dev/vdb --format raw --key keyring:backup --pad
+    pg_basebackup -D - -Ft | \\
+      cryptctl encrypt - /dev/vdb --format raw --key keyring:backup --pad
 
-  A volume that `cryptsetup open --type plain --sector-size 4096 --iv-large-sectors` reads:
-    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key --sector-size 4096 --iv-large-sectors
+  A volume that dm-crypt opens with sector_size:4096 iv_large_sectors:
+    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key \\
+      --sector-size 4096 --iv-large-sectors
 
   With a key that never touches the disk, at no more than 200 MiB/s:
-    fetch-key | cryptctl encrypt disk.img disk.enc --format raw --key fd:0 --throttle 200M
+    fetch-key | cryptctl encrypt disk.img disk.enc --format raw --key fd:0 \\
+      --throttle 200M
 
 EXIT STATUS
   0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable";
@@ -87,7 +94,8 @@ EXAMPLES
     cryptctl decrypt /dev/vdb - --format raw --key prompt | tar -x
 
 EXIT STATUS
-  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable, 4 wrong key or damaged data";
+  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable,
+  4 wrong key or damaged data";
 
 /// `verify --help`.
 pub const VERIFY: &str = "\
@@ -103,7 +111,8 @@ EXAMPLES
   cryptctl verify disk.img /dev/vdb --format raw --key file:vol.key --json
 
 EXIT STATUS
-  0 equal, 1 failed, 2 usage, 3 daemon unreachable, 4 wrong key or damaged data, 5 they differ";
+  0 equal, 1 failed, 2 usage, 3 daemon unreachable,
+  4 wrong key or damaged data, 5 they differ";
 
 /// `job --help`.
 pub const JOB: &str = "\
@@ -114,13 +123,13 @@ You see your own jobs, root sees all. A job started with --detach outlives the c
 /// The end of `job --help`.
 pub const JOB_AFTER: &str = "\
 EXAMPLES
-  id=$(cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key --detach)
+  id=$(cryptctl encrypt disk.img disk.enc --format raw --key file:k --detach)
   cryptctl job throttle \"$id\" 100M
   cryptctl job watch \"$id\"
 
 EXIT STATUS
   0 done, 1 no such job or not possible now, 2 usage, 3 daemon unreachable;
-  `watch` ends with the status the job would have ended with in the foreground";
+  `watch` ends with the status the job would have had in the foreground";
 
 /// `stats --help`.
 pub const STATS: &str = "\
@@ -173,11 +182,13 @@ EXIT STATUS
 /// The end of `completions --help`.
 pub const COMPLETIONS_AFTER: &str = "\
 EXAMPLES
-  cryptctl completions bash > ~/.local/share/bash-completion/completions/cryptctl
+  cryptctl completions bash \\
+    > ~/.local/share/bash-completion/completions/cryptctl
   cryptctl completions zsh > ~/.zfunc/_cryptctl";
 
 /// The end of `man --help`.
 pub const MAN_AFTER: &str = "\
 EXAMPLES
-  mkdir -p ~/.local/share/man/man1 && cryptctl man ~/.local/share/man/man1
+  mkdir -p ~/.local/share/man/man1
+  cryptctl man ~/.local/share/man/man1
   man cryptctl-encrypt";

@@ -184,8 +184,9 @@ fn tuning(moving: &Moving) -> Tuning {
 }
 
 fn refuse_shared_stdin(ends: &Ends, volume: &VolumeArgs, sink_is_read: bool) -> Result<()> {
+    let key = volume.key.parse()?;
     let volume_on_stdin = endpoint::is_dash(&ends.source) || sink_is_read && endpoint::is_dash(&ends.sink);
-    if volume_on_stdin && volume.key.reads_stdin() {
+    if volume_on_stdin && key.reads_stdin() {
         return Err(Error::usage("standard input cannot carry both the volume and the key")
             .hint("pass the key through another descriptor: --key fd:3 3< KEYFILE"));
     }
@@ -195,7 +196,7 @@ fn refuse_shared_stdin(ends: &Ends, volume: &VolumeArgs, sink_is_read: bool) -> 
 fn fetch(volume: &VolumeArgs, format: &Format, twice: bool) -> Result<VolumeKey> {
     let Format::Raw(raw) = format;
     let key_bytes = usize::try_from(raw.key_bytes).expect("32 or 64");
-    secret::fetch(&volume.key, key_bytes, twice)
+    secret::fetch(&volume.key.parse()?, key_bytes, twice)
 }
 
 impl Opened {
@@ -381,6 +382,16 @@ mod tests {
             assert_eq!(error.exit as u8, 2);
             assert!(error.failure.hint.as_ref().is_some_and(|hint| hint.contains("--format raw")), "{error}");
         }
+    }
+
+    #[test]
+    fn a_key_typed_in_place_of_a_reference_is_not_repeated() {
+        let dir = tempfile::tempdir().expect("dir");
+        let error = typed(dir.path(), "encrypt @/in @/out --format raw --key 0123456789abcdef")
+            .err()
+            .expect("refused");
+        assert_eq!(error.exit as u8, 2);
+        assert!(!error.to_string().contains("0123"), "{error}");
     }
 
     #[test]

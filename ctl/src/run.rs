@@ -252,6 +252,93 @@ mod tests {
     use super::*;
     use proto::{Action, Outcome, Progress};
 
+    const HELLO: &str = r#"{"v":1,"id":1,"ok":{"hello":{"version":"0","protocol":1,"pid":9,"uid":0}}}"#;
+    const SUBMITTED: &str = r#"{"v":1,"id":2,"ok":{"submitted":{"job":3}}}"#;
+
+    /// Run `encrypt DIR/in DIR/out` against a peer that gives one answer per request and then hangs up.
+    fn against(dir: &std::path::Path, flags: &str, answers: &[&str]) -> Result<Exit> {
+        use clap::Parser;
+        use std::io::{BufRead, BufReader, Write};
+        std::fs::write(dir.join("key"), [7; 64]).expect("write");
+        std::fs::write(dir.join("in"), [0; 512]).expect("write");
+        let listener = std::os::unix::net::UnixListener::bind(dir.join("s")).expect("bind");
+        let answers: Vec<String> = answers.iter().map(|answer| format!("{answer}\n")).collect();
+        let peer = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("accept");
+            let mut requests = BufReader::new(&stream).lines();
+            for answer in answers {
+                requests.next().expect("a request").expect("readable");
+                (&stream).write_all(answer.as_bytes()).expect("answer");
+            }
+        });
+        let at = |name: &str| dir.join(name).display().to_string();
+        let mut words = vec!["cryptctl".to_owned(), "encrypt".into(), at("in"), at("out"), "-q".into()];
+        words.extend(["--format=raw".into(), format!("--key=file:{}", at("key")), "--force".into()]);
+        words.extend(flags.split_whitespace().map(str::to_owned));
+        let cli = crate::args::Cli::try_parse_from(words).expect("parses");
+        let crate::args::Verb::Encrypt(args) = &cli.verb else { panic!("encrypt was typed") };
+        let client = Client::connect(&dir.join("s")).expect("hello").expect("listens");
+        let result = volume_job(client, crate::request::encrypt(args).expect("opens"), &cli.global);
+        peer.join().expect("peer");
+        result
+    }
+
+    fn finished(state: JobState, failure: Option<Failure>) -> String {
+        let event = Event::Finished(Box::new(info(state, failure)));
+        serde_json::to_string(&proto::Response { v: 1, id: 3, body: Body::Event(event) }).expect("serializes")
+    }
+
+    #[test]
+    fn a_daemon_that_dies_leaves_no_half_file_and_ends_with_three() {
+        for (flags, kept) in [("", false), ("--keep-partial", true)] {
+            let dir = tempfile::tempdir().expect("dir");
+            std::fs::write(dir.path().join("out"), "old").expect("write");
+            let progress = r#"{"v":1,"id":3,"event":{"state":{"job":3,"state":"running"}}}"#;
+            let error = against(dir.path(), flags, &[HELLO, SUBMITTED, progress]).expect_err("it died");
+            assert_eq!(error.exit, Exit::Unreachable, "{error}");
+            assert_eq!(dir.path().join("out.partial").exists(), kept);
+            assert_eq!(std::fs::read_to_string(dir.path().join("out")).expect("untouched"), "old");
+        }
+    }
+
+    #[test]
+    fn a_refused_job_leaves_nothing_even_with_keep_partial() {
+        let dir = tempfile::tempdir().expect("dir");
+        let refusal = r#"{"v":1,"id":2,"error":{"kind":"no_space","message":"too small"}}"#;
+        let error = against(dir.path(), "--keep-partial", &[HELLO, refusal]).expect_err("refused");
+        assert_eq!(error.failure.kind, ErrorKind::NoSpace);
+        assert!(!dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn a_failed_job_ends_with_the_status_of_its_kind() {
+        let dir = tempfile::tempdir().expect("dir");
+        let failure =
+            Failure { kind: ErrorKind::WrongKey, message: "wrong key or damaged data".into(), hint: None };
+        let end = finished(JobState::Failed, Some(failure));
+        let error = against(dir.path(), "", &[HELLO, SUBMITTED, &end]).expect_err("failed");
+        assert_eq!(error.exit, Exit::WrongKey);
+        assert!(!dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn a_job_that_is_done_keeps_what_the_daemon_made() {
+        let dir = tempfile::tempdir().expect("dir");
+        let exit = against(dir.path(), "", &[HELLO, SUBMITTED, &finished(JobState::Done, None)]);
+        assert_eq!(exit, Ok(Exit::Done));
+        assert!(
+            dir.path().join("out.partial").exists(),
+            "renaming and removing is the daemon's once it is done"
+        );
+    }
+
+    #[test]
+    fn a_detached_job_is_left_to_the_daemon() {
+        let dir = tempfile::tempdir().expect("dir");
+        assert_eq!(against(dir.path(), "--detach", &[HELLO, SUBMITTED]), Ok(Exit::Done));
+        assert!(dir.path().join("out.partial").exists());
+    }
+
     fn info(state: JobState, failure: Option<Failure>) -> JobInfo {
         JobInfo {
             job: 3,

@@ -19,6 +19,29 @@ use zeroize::Zeroizing;
 use crate::prompt;
 use crate::report::{Error, Result};
 
+/// What was typed after `--key`. Not parsed by clap, which repeats what it cannot parse: that may be the key itself.
+#[derive(Clone)]
+pub struct KeyText(String);
+
+impl From<String> for KeyText {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for KeyText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyText(..)")
+    }
+}
+
+impl KeyText {
+    /// What it refers to.
+    pub fn parse(&self) -> Result<KeyRef> {
+        KeyRef::parse(&self.0).map_err(|why| Error::usage(format!("--key: {why}")))
+    }
+}
+
 /// Where a key is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyRef {
@@ -104,9 +127,10 @@ pub fn fetch(at: &KeyRef, key_bytes: usize, twice: bool) -> Result<VolumeKey> {
         }
         KeyRef::Fd(number) => {
             let path = format!("/proc/self/fd/{number}");
-            let file = File::open(&path).map_err(|error| {
-                Error::io("cannot read the key", format_args!("fd:{number}"), error)
-                    .hint("is the descriptor open? in a shell: cryptctl … --key fd:3 3< <(fetch-key)")
+            let file = File::open(&path).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => Error::usage(format!("--key: descriptor {number} is not open"))
+                    .hint("in a shell: cryptctl … --key fd:3 3< <(fetch-key)"),
+                _ => Error::io("cannot read the key", format_args!("fd:{number}"), error),
             })?;
             read(file, &mut text)
                 .map_err(|error| Error::io("cannot read the key", format_args!("fd:{number}"), error))?;
@@ -316,10 +340,7 @@ mod tests {
         let number = u32::try_from(reader.as_raw_fd()).expect("a descriptor");
         assert_eq!(*fetch(&KeyRef::Fd(number), 32, false).expect("key").bytes, [5; 32]);
         let error = fetch(&KeyRef::Fd(99_999), 32, false).err().expect("no such descriptor");
-        assert!(
-            error.to_string().starts_with("cryptctl: cannot read the key: fd:99999: no such file"),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("cryptctl: --key: descriptor 99999 is not open"), "{error}");
     }
 
     #[test]
