@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::schedule::Schedule;
 use super::tweak::Counter;
-use super::xts::{self, Run, Vector};
+use super::xts::{self, FLIGHT, Run, Vector};
 
 /// One blocks in one register.
 #[derive(Clone, Copy)]
@@ -58,9 +58,59 @@ impl Vector for Blocks {
     unsafe fn advance_xor(self, c: Self) -> Self {
         // SAFETY: as the trait demands.
         unsafe {
-            let shifted = Self(_mm_bslli_si128::<1>(self.0));
-            let out = _mm_bsrli_si128::<{ 16 - 1 }>(self.0);
-            shifted.xor3(Self(_mm_clmulepi64_si128::<0>(out, _mm_set1_epi64x(0x87))), c)
+            let up = Self(_mm_bslli_si128::<1>(self.0));
+            let out = _mm_srli_epi64::<56>(self.0);
+            up.xor3(Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn times_x8_xor(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let up = Self(_mm_bslli_si128::<1>(self.0));
+            let out = _mm_srli_epi64::<56>(self.0);
+            up.xor3(Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const u8) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+
+    #[inline(always)]
+    unsafe fn times_small_xor<const J: usize>(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            // One lane, so one shift for the whole register.
+            let up = Self(_mm_sll_epi64(self.0, _mm_cvtsi64_si128(J as i64)));
+            let out = _mm_srl_epi64(self.0, _mm_cvtsi64_si128(64 - J as i64));
+            let carry = Self(_mm_bslli_si128::<8>(out));
+            let reduced = Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87)));
+            up.xor3(carry, reduced).xor(c)
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "aes,pclmulqdq,sse2")]
+    unsafe fn in_step(x: &mut [Self; FLIGHT]) {
+        let [a, b, c, d, e, f, g, h] = x;
+        // SAFETY: no instruction at all; the registers are read and written only in the compiler's view.
+        unsafe {
+            std::arch::asm!(
+                "/* {0} {1} {2} {3} {4} {5} {6} {7} */",
+                inout(xmm_reg) a.0,
+                inout(xmm_reg) b.0,
+                inout(xmm_reg) c.0,
+                inout(xmm_reg) d.0,
+                inout(xmm_reg) e.0,
+                inout(xmm_reg) f.0,
+                inout(xmm_reg) g.0,
+                inout(xmm_reg) h.0,
+                options(nomem, nostack, preserves_flags)
+            );
         }
     }
 }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::schedule::Schedule;
 use super::tweak::Counter;
-use super::xts::{self, Run, Vector};
+use super::xts::{self, FLIGHT, Run, Vector};
 
 /// Two blocks in one register.
 #[derive(Clone, Copy)]
@@ -62,9 +62,64 @@ impl Vector for Blocks {
     unsafe fn advance_xor(self, c: Self) -> Self {
         // SAFETY: as the trait demands.
         unsafe {
-            let shifted = Self(_mm256_bslli_epi128::<2>(self.0));
-            let out = _mm256_bsrli_epi128::<{ 16 - 2 }>(self.0);
-            shifted.xor3(Self(_mm256_clmulepi64_epi128::<0>(out, _mm256_set1_epi64x(0x87))), c)
+            let up = Self(_mm256_bslli_epi128::<2>(self.0));
+            let out = _mm256_srli_epi64::<48>(self.0);
+            up.xor3(Self(_mm256_clmulepi64_epi128::<0x01>(out, _mm256_set1_epi64x(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn times_x8_xor(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let up = Self(_mm256_bslli_epi128::<1>(self.0));
+            let out = _mm256_srli_epi64::<56>(self.0);
+            up.xor3(Self(_mm256_clmulepi64_epi128::<0x01>(out, _mm256_set1_epi64x(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const u8) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn times_small_xor<const J: usize>(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let lane = _mm256_setr_epi64x(0, 0, 1, 1);
+            let up = _mm256_add_epi64(lane, _mm256_set1_epi64x((J * 2) as i64));
+            let down = _mm256_sub_epi64(_mm256_set1_epi64x(64), up);
+            let carry = _mm256_blend_epi32::<0b0011_0011>(down, _mm256_set1_epi64x(64));
+            let up = Self(_mm256_sllv_epi64(self.0, up));
+            let carry = Self(_mm256_srlv_epi64(_mm256_shuffle_epi32::<0b01_00_11_10>(self.0), carry));
+            let reduced = Self(_mm256_clmulepi64_epi128::<0x01>(
+                _mm256_srlv_epi64(self.0, down),
+                _mm256_set1_epi64x(0x87),
+            ));
+            up.xor3(carry, reduced).xor(c)
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "aes,avx2,vaes,vpclmulqdq")]
+    unsafe fn in_step(x: &mut [Self; FLIGHT]) {
+        let [a, b, c, d, e, f, g, h] = x;
+        // SAFETY: no instruction at all; the registers are read and written only in the compiler's view.
+        unsafe {
+            std::arch::asm!(
+                "/* {0} {1} {2} {3} {4} {5} {6} {7} */",
+                inout(ymm_reg) a.0,
+                inout(ymm_reg) b.0,
+                inout(ymm_reg) c.0,
+                inout(ymm_reg) d.0,
+                inout(ymm_reg) e.0,
+                inout(ymm_reg) f.0,
+                inout(ymm_reg) g.0,
+                inout(ymm_reg) h.0,
+                options(nomem, nostack, preserves_flags)
+            );
         }
     }
 }

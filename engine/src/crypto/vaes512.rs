@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::schedule::Schedule;
 use super::tweak::Counter;
-use super::xts::{self, Run, Vector};
+use super::xts::{self, FLIGHT, Run, Vector};
 
 /// Four blocks in one register.
 #[derive(Clone, Copy)]
@@ -62,9 +62,64 @@ impl Vector for Blocks {
     unsafe fn advance_xor(self, c: Self) -> Self {
         // SAFETY: as the trait demands.
         unsafe {
-            let shifted = Self(_mm512_bslli_epi128::<4>(self.0));
-            let out = _mm512_bsrli_epi128::<{ 16 - 4 }>(self.0);
-            shifted.xor3(Self(_mm512_clmulepi64_epi128::<0>(out, _mm512_set1_epi64(0x87))), c)
+            let up = Self(_mm512_bslli_epi128::<4>(self.0));
+            let out = _mm512_srli_epi64::<32>(self.0);
+            up.xor3(Self(_mm512_clmulepi64_epi128::<0x01>(out, _mm512_set1_epi64(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn times_x8_xor(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let up = Self(_mm512_bslli_epi128::<1>(self.0));
+            let out = _mm512_srli_epi64::<56>(self.0);
+            up.xor3(Self(_mm512_clmulepi64_epi128::<0x01>(out, _mm512_set1_epi64(0x87))), c)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const u8) -> Self {
+        // SAFETY: as the trait demands.
+        Self(unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn times_small_xor<const J: usize>(self, c: Self) -> Self {
+        // SAFETY: as the trait demands.
+        unsafe {
+            let lane = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+            let up = _mm512_add_epi64(lane, _mm512_set1_epi64((J * 4) as i64));
+            let down = _mm512_sub_epi64(_mm512_set1_epi64(64), up);
+            let carry = _mm512_mask_blend_epi64(0b0101_0101, down, _mm512_set1_epi64(64));
+            let up = Self(_mm512_sllv_epi64(self.0, up));
+            let carry = Self(_mm512_srlv_epi64(_mm512_shuffle_epi32::<0b01_00_11_10>(self.0), carry));
+            let reduced = Self(_mm512_clmulepi64_epi128::<0x01>(
+                _mm512_srlv_epi64(self.0, down),
+                _mm512_set1_epi64(0x87),
+            ));
+            up.xor3(carry, reduced).xor(c)
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "aes,avx512f,avx512bw,avx512vl,vaes,vpclmulqdq")]
+    unsafe fn in_step(x: &mut [Self; FLIGHT]) {
+        let [a, b, c, d, e, f, g, h] = x;
+        // SAFETY: no instruction at all; the registers are read and written only in the compiler's view.
+        unsafe {
+            std::arch::asm!(
+                "/* {0} {1} {2} {3} {4} {5} {6} {7} */",
+                inout(zmm_reg) a.0,
+                inout(zmm_reg) b.0,
+                inout(zmm_reg) c.0,
+                inout(zmm_reg) d.0,
+                inout(zmm_reg) e.0,
+                inout(zmm_reg) f.0,
+                inout(zmm_reg) g.0,
+                inout(zmm_reg) h.0,
+                options(nomem, nostack, preserves_flags)
+            );
         }
     }
 }

@@ -41,15 +41,57 @@ pub(super) trait Vector: Copy {
     unsafe fn round<const FORWARD: bool>(self, key: Self) -> Self;
     /// The last round.
     unsafe fn last_round<const FORWARD: bool>(self, key: Self) -> Self;
-    /// Every block times x^(8·LANES) in GF(2^128): shifted up by `LANES` bytes, with the bytes shifted out multiplied by
-    /// x^7 + x^2 + x + 1 and added at the bottom, then ⊕ c.
+    /// Every block times x^(8·LANES) in GF(2^128), then ⊕ c: shifted up by `LANES` bytes; the bytes shifted out, multiplied by
+    /// x^7 + x^2 + x + 1, come back at the bottom.
     unsafe fn advance_xor(self, c: Self) -> Self;
+    /// Every block times x^8, then ⊕ c.
+    unsafe fn times_x8_xor(self, c: Self) -> Self;
+    /// One block, in every lane.
+    unsafe fn splat(from: *const u8) -> Self;
+    /// Lane l times x^(J·LANES + l), then ⊕ c; for exponents below 8.
+    unsafe fn times_small_xor<const J: usize>(self, c: Self) -> Self;
+    /// Nothing, for every vector in flight at once: a fence for the compiler's instruction scheduler. Without it LLVM,
+    /// to save registers, runs two vectors through all rounds before the next two, and the latency of the AES instruction
+    /// shows.
+    unsafe fn in_step(x: &mut [Self; FLIGHT]);
 }
 
-/// x·t in GF(2^128) as IEEE 1619 numbers its bits.
-#[inline(always)]
-pub(super) fn double(t: u128) -> u128 {
-    (t << 1) ^ ((t >> 127) * 0x87)
+/// `$body` for every vector in flight, unrolled, so that arrays indexed by `$j` live in registers.
+macro_rules! in_flight {
+    (|$j:ident| $body:expr) => {{
+        {
+            const $j: usize = 0;
+            $body;
+        }
+        {
+            const $j: usize = 1;
+            $body;
+        }
+        {
+            const $j: usize = 2;
+            $body;
+        }
+        {
+            const $j: usize = 3;
+            $body;
+        }
+        {
+            const $j: usize = 4;
+            $body;
+        }
+        {
+            const $j: usize = 5;
+            $body;
+        }
+        {
+            const $j: usize = 6;
+            $body;
+        }
+        {
+            const $j: usize = 7;
+            $body;
+        }
+    }};
 }
 
 #[repr(align(64))]
@@ -95,37 +137,33 @@ unsafe fn encrypt_tweaks<V: Vector, const K: usize>(
         let at = |j: usize| base.wrapping_add(j * 16 * V::LANES);
         let whitening = key::<V>(keys, 0);
         let mut x = [whitening; FLIGHT];
-        for (j, x) in x.iter_mut().enumerate() {
-            *x = V::load(at(j)).xor(whitening);
-        }
+        in_flight!(|J| x[J] = V::load(at(J)).xor(whitening));
         for round in 1..K - 1 {
             let round_key = key::<V>(keys, round);
-            for x in &mut x {
-                *x = x.round::<true>(round_key);
-            }
+            in_flight!(|J| x[J] = x[J].round::<true>(round_key));
+            V::in_step(&mut x);
         }
         let round_key = key::<V>(keys, K - 1);
-        for (j, x) in x.iter().enumerate() {
-            x.last_round::<true>(round_key).store(at(j));
-        }
+        in_flight!(|J| x[J].last_round::<true>(round_key).store(at(J)));
     }
 }
 
-/// The U of a unit's first stride.
+/// The U of a unit's first stride, from its T: exponents below 8 by shifts of bits, the others by shifts of a byte from those.
 #[inline(always)]
-unsafe fn expand<V: Vector>(t: u128, k_last: V) -> [V; FLIGHT] {
-    let mut tweaks = Tweaks([0; TWEAKS_MAX]);
-    let mut t = t;
-    for slot in tweaks.0.iter_mut().take(FLIGHT * V::LANES) {
-        *slot = t;
-        t = double(t);
+unsafe fn expand<V: Vector>(t: &u128, k_last: V, x8_step: V) -> [V; FLIGHT] {
+    // SAFETY: a block is 16 bytes; the caller vouches for the CPU.
+    unsafe {
+        let t = V::splat((&raw const *t).cast());
+        let mut u = [k_last; FLIGHT];
+        in_flight!(|J| {
+            u[J] = if J * V::LANES < 8 {
+                t.times_small_xor::<J>(k_last)
+            } else {
+                u[J - 8 / V::LANES].times_x8_xor(x8_step)
+            }
+        });
+        u
     }
-    let mut u = [k_last; FLIGHT];
-    for (j, u) in u.iter_mut().enumerate() {
-        // SAFETY: `TWEAKS_MAX >= FLIGHT * LANES` blocks; the caller vouches for the CPU.
-        *u = unsafe { V::load(tweaks.0.as_ptr().cast::<u8>().add(j * 16 * V::LANES)).xor(*u) };
-    }
-    u
 }
 
 /// One stride in place.
@@ -140,18 +178,13 @@ unsafe fn stride<V: Vector, const K: usize, const FORWARD: bool>(
     // SAFETY: the caller vouches for a stride of bytes at `data` and for the CPU.
     unsafe {
         let mut x = *u;
-        for (j, x) in x.iter_mut().enumerate() {
-            *x = V::load(at(j)).xor3(*x, whitening);
-        }
+        in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], whitening));
         for round in 1..K - 1 {
             let round_key = key::<V>(keys, round);
-            for x in &mut x {
-                *x = x.round::<FORWARD>(round_key);
-            }
+            in_flight!(|J| x[J] = x[J].round::<FORWARD>(round_key));
+            V::in_step(&mut x);
         }
-        for (j, x) in x.iter().enumerate() {
-            x.last_round::<FORWARD>(u[j]).store(at(j));
-        }
+        in_flight!(|J| x[J].last_round::<FORWARD>(u[J]).store(at(J)));
     }
 }
 
@@ -177,6 +210,7 @@ pub(super) unsafe fn crypt<V: Vector, const K: usize, const FORWARD: bool>(
         let k_last = key::<V>(keys, K - 1);
         let whitening = key::<V>(keys, 0).xor(k_last);
         let step = k_last.advance_xor(k_last);
+        let x8_step = k_last.times_x8_xor(k_last);
         for unit in 0..run.units {
             if unit % group == 0 {
                 let count = group.min(run.units - unit);
@@ -188,14 +222,12 @@ pub(super) unsafe fn crypt<V: Vector, const K: usize, const FORWARD: bool>(
                     &mut tweaks,
                 );
             }
-            let mut u = expand(tweaks.0[unit % group], k_last);
+            let mut u = expand(&tweaks.0[unit % group], k_last, x8_step);
             let data = run.data.add(unit * run.unit_bytes);
             let mut done = 0;
             while done + stride_bytes <= run.unit_bytes {
                 stride::<V, K, FORWARD>(keys, whitening, &u, data.add(done));
-                for u in &mut u {
-                    *u = u.advance_xor(step);
-                }
+                in_flight!(|J| u[J] = u[J].advance_xor(step));
                 done += stride_bytes;
             }
             let left = run.unit_bytes - done;
@@ -235,6 +267,8 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
         let new_whitening = key::<V>(new_keys, 0).xor(new_last);
         let old_step = old_last.advance_xor(old_last);
         let new_step = new_last.advance_xor(new_last);
+        let old_x8_step = old_last.times_x8_xor(old_last);
+        let new_x8_step = new_last.times_x8_xor(new_last);
         for unit in 0..run.units {
             if unit % group == 0 {
                 let first = run.first.0.wrapping_add(unit as u64);
@@ -242,8 +276,8 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
                 encrypt_tweaks::<V, OLD>(old_tweak_keys, old.1, first, count, &mut old_tweaks);
                 encrypt_tweaks::<V, NEW>(new_tweak_keys, new.1, first, count, &mut new_tweaks);
             }
-            let mut u = expand(old_tweaks.0[unit % group], old_last);
-            let mut w = expand(new_tweaks.0[unit % group], new_last);
+            let mut u = expand(&old_tweaks.0[unit % group], old_last, old_x8_step);
+            let mut w = expand(&new_tweaks.0[unit % group], new_last, new_x8_step);
             let data = run.data.add(unit * run.unit_bytes);
             let mut done = 0;
             while done + stride_bytes <= run.unit_bytes {
@@ -256,12 +290,8 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
                     &w,
                     data.add(done),
                 );
-                for u in &mut u {
-                    *u = u.advance_xor(old_step);
-                }
-                for w in &mut w {
-                    *w = w.advance_xor(new_step);
-                }
+                in_flight!(|J| u[J] = u[J].advance_xor(old_step));
+                in_flight!(|J| w[J] = w[J].advance_xor(new_step));
                 done += stride_bytes;
             }
             let left = run.unit_bytes - done;
@@ -291,26 +321,18 @@ unsafe fn stride2<V: Vector, const OLD: usize, const NEW: usize>(
     // SAFETY: the caller vouches for a stride of bytes at `data` and for the CPU.
     unsafe {
         let mut x = *u;
-        for (j, x) in x.iter_mut().enumerate() {
-            *x = V::load(at(j)).xor3(*x, old_whitening);
-        }
+        in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], old_whitening));
         for round in 1..OLD - 1 {
             let round_key = key::<V>(old_keys, round);
-            for x in &mut x {
-                *x = x.round::<false>(round_key);
-            }
+            in_flight!(|J| x[J] = x[J].round::<false>(round_key));
+            V::in_step(&mut x);
         }
-        for (j, x) in x.iter_mut().enumerate() {
-            *x = x.last_round::<false>(u[j]).xor3(w[j], new_whitening);
-        }
+        in_flight!(|J| x[J] = x[J].last_round::<false>(u[J]).xor3(w[J], new_whitening));
         for round in 1..NEW - 1 {
             let round_key = key::<V>(new_keys, round);
-            for x in &mut x {
-                *x = x.round::<true>(round_key);
-            }
+            in_flight!(|J| x[J] = x[J].round::<true>(round_key));
+            V::in_step(&mut x);
         }
-        for (j, x) in x.iter().enumerate() {
-            x.last_round::<true>(w[j]).store(at(j));
-        }
+        in_flight!(|J| x[J].last_round::<true>(w[J]).store(at(J)));
     }
 }
