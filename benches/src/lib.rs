@@ -5,8 +5,10 @@
 
 pub mod facts;
 pub mod fio;
+pub mod libraries;
 pub mod ours;
 pub mod rivals;
 pub mod rows;
 pub mod run;
 pub mod source;
+pub mod turns;

@@ -137,19 +137,19 @@ impl Request {
         u32::try_from(self.descriptors.len() - 1).expect("few descriptors")
     }
 
-    fn from_file(mut self, path: &Path) -> Self {
+    fn reading(mut self, path: &Path) -> Self {
         let fd = self.send(File::open(path).expect("open the source"));
         self.submit.source = Some(Source { fd, name: path.display().to_string(), stream: false });
         self
     }
 
-    fn from_stream(mut self, fd: impl Into<OwnedFd>) -> Self {
+    fn streaming_from(mut self, fd: impl Into<OwnedFd>) -> Self {
         let fd = self.send(fd);
         self.submit.source = Some(Source { fd, name: "-".into(), stream: true });
         self
     }
 
-    fn to_new_file(mut self, path: &Path) -> Self {
+    fn creating(mut self, path: &Path) -> Self {
         let name = path.file_name().expect("a name").to_str().expect("UTF-8").to_owned();
         let partial = format!("{name}.partial");
         let directory = path.parent().expect("a directory");
@@ -166,13 +166,13 @@ impl Request {
         self
     }
 
-    fn to_file(mut self, file: File, name: &str) -> Self {
+    fn writing(mut self, file: File, name: &str) -> Self {
         let fd = self.send(file);
         self.submit.sink = Some(Sink { fd, name: name.into(), stream: false, commit: None });
         self
     }
 
-    fn to_stream(mut self, fd: impl Into<OwnedFd>) -> Self {
+    fn streaming_to(mut self, fd: impl Into<OwnedFd>) -> Self {
         let fd = self.send(fd);
         self.submit.sink = Some(Sink { fd, name: "-".into(), stream: true, commit: None });
         self
@@ -238,10 +238,8 @@ fn files_round_trip_at_every_size() {
                 let plain = noise(units * unit as usize, 7 + units as u64);
                 let source = scratch.file("plain", &plain);
                 let (volume, back) = (scratch.0.join("volume"), scratch.0.join("back"));
-                let info = Request::new(Action::Encrypt, unit)
-                    .from_file(&source)
-                    .to_new_file(&volume)
-                    .run(&registry);
+                let info =
+                    Request::new(Action::Encrypt, unit).reading(&source).creating(&volume).run(&registry);
                 assert_done(&info);
                 assert_eq!(info.progress.done_bytes, plain.len() as u64);
                 let stored = std::fs::read(&volume).expect("the volume");
@@ -251,11 +249,11 @@ fn files_round_trip_at_every_size() {
                 );
                 assert!(!scratch.0.join("volume.partial").exists());
                 assert_done(
-                    &Request::new(Action::Decrypt, unit).from_file(&volume).to_new_file(&back).run(&registry),
+                    &Request::new(Action::Decrypt, unit).reading(&volume).creating(&back).run(&registry),
                 );
                 assert!(std::fs::read(&back).expect("the plaintext") == plain, "{units} units of {unit}");
-                let verify = Request::new(Action::Verify, unit).from_file(&source);
-                assert_done(&verify.to_file(File::open(&volume).expect("open"), "volume").run(&registry));
+                let verify = Request::new(Action::Verify, unit).reading(&source);
+                assert_done(&verify.writing(File::open(&volume).expect("open"), "volume").run(&registry));
             }
         }
     }
@@ -268,7 +266,7 @@ fn buffered_files_round_trip_too() {
     let plain = noise(5 * MIB + 512, 3);
     let source = scratch.file("plain", &plain);
     let volume = scratch.0.join("volume");
-    let request = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&volume);
+    let request = Request::new(Action::Encrypt, 512).reading(&source).creating(&volume);
     assert_done(&request.tuned(|tuning| tuning.direct = Some(false)).run(&registry));
     assert!(std::fs::read(&volume).expect("the volume") == encrypted(&plain, 512));
 }
@@ -281,7 +279,7 @@ fn pipes_keep_their_order_and_need_no_length() {
             let plain = noise(len, 99);
             let (source, mut feed) = std::io::pipe().expect("pipe");
             let (mut drain, sink) = std::io::pipe().expect("pipe");
-            let request = Request::new(Action::Encrypt, 512).from_stream(source).to_stream(sink);
+            let request = Request::new(Action::Encrypt, 512).streaming_from(source).streaming_to(sink);
             let job = request.start(&registry).expect("accepted");
             let input = plain.clone();
             let feeder = std::thread::spawn(move || {
@@ -309,8 +307,8 @@ fn a_pipe_can_feed_a_file_and_a_file_a_pipe() {
     let (source, mut feed) = std::io::pipe().expect("pipe");
     let volume = scratch.0.join("volume");
     let job = Request::new(Action::Encrypt, 4096)
-        .from_stream(source)
-        .to_new_file(&volume)
+        .streaming_from(source)
+        .creating(&volume)
         .start(&registry)
         .expect("ok");
     feed.write_all(&plain).expect("feed");
@@ -320,7 +318,7 @@ fn a_pipe_can_feed_a_file_and_a_file_a_pipe() {
 
     let (mut drain, sink) = std::io::pipe().expect("pipe");
     let job =
-        Request::new(Action::Decrypt, 4096).from_file(&volume).to_stream(sink).start(&registry).expect("ok");
+        Request::new(Action::Decrypt, 4096).reading(&volume).streaming_to(sink).start(&registry).expect("ok");
     let mut back = Vec::new();
     drain.read_to_end(&mut back).expect("drain");
     assert_done(&wait(&registry, job));
@@ -334,26 +332,26 @@ fn an_odd_source_is_refused_with_both_numbers_or_padded() {
     let plain = noise(3 * MIB + 1000, 8);
     let source = scratch.file("plain", &plain);
     let volume = scratch.0.join("volume");
-    let request = Request::new(Action::Encrypt, 4096).from_file(&source).to_new_file(&volume);
+    let request = Request::new(Action::Encrypt, 4096).reading(&source).creating(&volume);
     let (kind, message) = request.refused(&registry);
     assert_eq!(kind, ErrorKind::Invalid);
     assert!(message.contains("3146728 bytes") && message.contains("4096 bytes"), "{message}");
     std::fs::remove_file(scratch.0.join("volume.partial")).expect("the caller removes what it created");
 
-    let request = Request::new(Action::Encrypt, 4096).from_file(&source).to_new_file(&volume);
+    let request = Request::new(Action::Encrypt, 4096).reading(&source).creating(&volume);
     let info = request.tuned(|tuning| tuning.pad = true).run(&registry);
     assert_done(&info);
     assert_eq!(info.outcome.expect("outcome").padded_bytes, 4096 - 1000);
     assert!(std::fs::read(&volume).expect("volume") == encrypted(&plain, 4096));
-    let verify = Request::new(Action::Verify, 4096).from_file(&source).tuned(|tuning| tuning.pad = true);
-    assert_done(&verify.to_file(File::open(&volume).expect("open"), "volume").run(&registry));
+    let verify = Request::new(Action::Verify, 4096).reading(&source).tuned(|tuning| tuning.pad = true);
+    assert_done(&verify.writing(File::open(&volume).expect("open"), "volume").run(&registry));
 
     // The same from a pipe, where the length is only known at the end.
     let (source, mut feed) = std::io::pipe().expect("pipe");
     feed.write_all(&plain[..1000]).expect("feed");
     drop(feed);
     let other = scratch.0.join("other");
-    let info = Request::new(Action::Encrypt, 4096).from_stream(source).to_new_file(&other).run(&registry);
+    let info = Request::new(Action::Encrypt, 4096).streaming_from(source).creating(&other).run(&registry);
     assert_eq!(failure(&info).0, ErrorKind::Invalid);
     assert!(!other.exists() && !scratch.0.join("other.partial").exists(), "nothing is left");
 }
@@ -370,8 +368,8 @@ fn verify_names_the_first_difference() {
         changed[at] ^= 1;
         changed[6 * MIB - 1] ^= 1;
         let volume = scratch.file("volume", &encrypted(&changed, 512));
-        let verify = Request::new(Action::Verify, 512).from_file(&source);
-        let info = verify.to_file(File::open(volume).expect("open"), "volume").run(&registry);
+        let verify = Request::new(Action::Verify, 512).reading(&source);
+        let info = verify.writing(File::open(volume).expect("open"), "volume").run(&registry);
         if at == 6 * MIB - 1 {
             assert_done(&info);
             continue;
@@ -382,13 +380,13 @@ fn verify_names_the_first_difference() {
     // Longer and shorter.
     for (len, at) in [(stored.len() - 1024, stored.len() - 1024), (0, 0)] {
         let volume = scratch.file("volume", &stored[..len]);
-        let verify = Request::new(Action::Verify, 512).from_file(&source);
-        let info = verify.to_file(File::open(volume).expect("open"), "volume").run(&registry);
+        let verify = Request::new(Action::Verify, 512).reading(&source);
+        let info = verify.writing(File::open(volume).expect("open"), "volume").run(&registry);
         assert_eq!(info.outcome.expect("outcome").first_difference, Some(at as u64), "{len}");
     }
     let longer = scratch.file("volume", &encrypted(&noise(6 * MIB + 512, 21), 512));
-    let verify = Request::new(Action::Verify, 512).from_file(&source);
-    let info = verify.to_file(File::open(longer).expect("open"), "volume").run(&registry);
+    let verify = Request::new(Action::Verify, 512).reading(&source);
+    let info = verify.writing(File::open(longer).expect("open"), "volume").run(&registry);
     assert_eq!(info.outcome.expect("outcome").first_difference, Some(6 * MIB as u64));
 }
 
@@ -410,10 +408,10 @@ fn verify_reads_either_side_from_a_pipe() {
     let verify = |source: Option<&Path>, sink: Vec<u8>| {
         let request = Request::new(Action::Verify, 512);
         let request = match source {
-            Some(path) => request.from_file(path),
-            None => request.from_stream(feed(plain.clone())),
+            Some(path) => request.reading(path),
+            None => request.streaming_from(feed(plain.clone())),
         };
-        request.to_stream(feed(sink)).run(&registry)
+        request.streaming_to(feed(sink)).run(&registry)
     };
     for side in [Some(source.as_path()), None] {
         assert_done(&verify(side, stored.clone()));
@@ -441,19 +439,19 @@ fn zero_plaintext_becomes_holes_and_source_holes_are_read_as_zeros() {
         file.write_all_at(&plain[64 * MIB - 512..], 64 * MIB as u64 - 512).expect("write");
     }
     let (volume, back) = (scratch.0.join("volume"), scratch.0.join("back"));
-    let info = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&volume).run(&registry);
+    let info = Request::new(Action::Encrypt, 512).reading(&source).creating(&volume).run(&registry);
     assert_done(&info);
     assert!(info.progress.hole_bytes >= 60 * MIB as u64, "{} bytes of holes", info.progress.hole_bytes);
     let stored = encrypted(&plain, 512);
     assert!(std::fs::read(&volume).expect("volume") == stored, "holes are encrypted like any zeros");
-    let info = Request::new(Action::Decrypt, 512).from_file(&volume).to_new_file(&back).run(&registry);
+    let info = Request::new(Action::Decrypt, 512).reading(&volume).creating(&back).run(&registry);
     assert_done(&info);
     assert!(info.progress.sparse_bytes >= 60 * MIB as u64);
     assert!(std::fs::read(&back).expect("plaintext") == plain);
     assert!(back.metadata().expect("metadata").blocks() * 512 < 3 * MIB as u64, "the zeros take no room");
 
     let dense = scratch.0.join("dense");
-    let request = Request::new(Action::Decrypt, 512).from_file(&volume).to_new_file(&dense);
+    let request = Request::new(Action::Decrypt, 512).reading(&volume).creating(&dense);
     assert_done(&request.tuned(|tuning| tuning.sparse = Some(false)).run(&registry));
     assert!(dense.metadata().expect("metadata").blocks() * 512 >= 64 * MIB as u64);
 }
@@ -473,19 +471,19 @@ fn a_hole_in_ciphertext_is_not_zero_plaintext_unless_promised() {
     sparse[2 * MIB..2 * MIB + 65536].copy_from_slice(&stored[2 * MIB..2 * MIB + 65536]);
     let plain = noise(8 * MIB, 6);
     let back = scratch.0.join("back");
-    assert_done(&Request::new(Action::Decrypt, 4096).from_file(&volume).to_new_file(&back).run(&registry));
+    assert_done(&Request::new(Action::Decrypt, 4096).reading(&volume).creating(&back).run(&registry));
     let decrypted = std::fs::read(&back).expect("plaintext");
     assert!(decrypted[2 * MIB..2 * MIB + 65536] == plain[2 * MIB..2 * MIB + 65536]);
     assert!(decrypted[..4096] != [0; 4096], "zeros decrypt to something else");
 
     let kept = scratch.0.join("kept");
-    let request = Request::new(Action::Decrypt, 4096).from_file(&volume).to_new_file(&kept);
+    let request = Request::new(Action::Decrypt, 4096).reading(&volume).creating(&kept);
     assert_done(&request.tuned(|tuning| tuning.keep_holes = true).run(&registry));
     let mut expected = vec![0; 8 * MIB];
     expected[2 * MIB..2 * MIB + 65536].copy_from_slice(&plain[2 * MIB..2 * MIB + 65536]);
     assert!(std::fs::read(&kept).expect("plaintext") == expected);
-    let verify = Request::new(Action::Verify, 4096).from_file(&kept).tuned(|tuning| tuning.keep_holes = true);
-    assert_done(&verify.to_file(File::open(&volume).expect("open"), "volume").run(&registry));
+    let verify = Request::new(Action::Verify, 4096).reading(&kept).tuned(|tuning| tuning.keep_holes = true);
+    assert_done(&verify.writing(File::open(&volume).expect("open"), "volume").run(&registry));
 }
 
 #[test]
@@ -505,7 +503,7 @@ fn a_tebibyte_of_holes_takes_seconds_and_no_memory() {
     file.write_all_at(&last, tebibyte - MIB as u64).expect("write");
     let back = scratch.0.join("back");
     let before = engine::sys::process::usage().rss_peak_bytes;
-    let request = Request::new(Action::Decrypt, 4096).from_file(&volume).to_new_file(&back);
+    let request = Request::new(Action::Decrypt, 4096).reading(&volume).creating(&back);
     let info = request.tuned(|tuning| tuning.keep_holes = true).run(&registry);
     assert_done(&info);
     let grown = engine::sys::process::usage().rss_peak_bytes - before;
@@ -524,7 +522,7 @@ fn a_wrong_request_changes_nothing() {
     let sink = scratch.0.join("sink");
     let fresh = || {
         let _ = std::fs::remove_file(scratch.0.join("sink.partial"));
-        Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink)
+        Request::new(Action::Encrypt, 512).reading(&source).creating(&sink)
     };
     let check = |what: &str, kind: ErrorKind, request: Request| {
         let (got, message) = request.refused(&registry);
@@ -580,12 +578,12 @@ fn a_wrong_request_changes_nothing() {
     check("source as sink", ErrorKind::Conflict, {
         let empty = scratch.file("empty", b"");
         let sink = OpenOptions::new().read(true).write(true).open(&empty).expect("open");
-        Request::new(Action::Encrypt, 512).from_file(&empty).to_file(sink, "empty")
+        Request::new(Action::Encrypt, 512).reading(&empty).writing(sink, "empty")
     });
     check("a sink with content", ErrorKind::Conflict, {
         let full = scratch.file("full", b"precious");
         let sink = OpenOptions::new().read(true).write(true).open(full).expect("open");
-        Request::new(Action::Encrypt, 512).from_file(&source).to_file(sink, "full")
+        Request::new(Action::Encrypt, 512).reading(&source).writing(sink, "full")
     });
     assert_eq!(std::fs::read(scratch.0.join("full")).expect("read"), b"precious");
     check("a directory as source", ErrorKind::Invalid, {
@@ -597,8 +595,8 @@ fn a_wrong_request_changes_nothing() {
     check("a sink open for reading", ErrorKind::Invalid, {
         let empty = scratch.file("readonly", b"");
         Request::new(Action::Encrypt, 512)
-            .from_file(&source)
-            .to_file(File::open(empty).expect("open"), "readonly")
+            .reading(&source)
+            .writing(File::open(empty).expect("open"), "readonly")
     });
     assert_eq!(registry.active(), 0);
 }
@@ -610,11 +608,11 @@ fn an_existing_name_is_not_replaced_unless_agreed() {
     let plain = noise(MIB, 1);
     let source = scratch.file("plain", &plain);
     let sink = scratch.file("sink", b"old");
-    let request = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink);
+    let request = Request::new(Action::Encrypt, 512).reading(&source).creating(&sink);
     assert_eq!(request.refused(&registry).0, ErrorKind::Conflict);
     assert_eq!(std::fs::read(&sink).expect("read"), b"old");
     std::fs::remove_file(scratch.0.join("sink.partial")).expect("remove");
-    let mut request = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink);
+    let mut request = Request::new(Action::Encrypt, 512).reading(&source).creating(&sink);
     request.submit.sink.as_mut().expect("sink").commit.as_mut().expect("commit").replace = true;
     assert_done(&request.run(&registry));
     assert!(std::fs::read(&sink).expect("read") == encrypted(&plain, 512));
@@ -628,8 +626,8 @@ fn cancel_removes_the_sink_even_from_a_stalled_pipe() {
         let (source, mut feed) = std::io::pipe().expect("pipe");
         let sink = scratch.0.join("sink");
         let job = Request::new(Action::Encrypt, 512)
-            .from_stream(source)
-            .to_new_file(&sink)
+            .streaming_from(source)
+            .creating(&sink)
             .start(&registry)
             .expect("ok");
         feed.write_all(&noise(64 * 1024, 1)).expect("feed");
@@ -646,8 +644,8 @@ fn cancel_removes_the_sink_even_from_a_stalled_pipe() {
         let (_drain, sink) = std::io::pipe().expect("pipe");
         let source = scratch.file("plain", &noise(8 * MIB, 1));
         let job = Request::new(Action::Encrypt, 512)
-            .from_file(&source)
-            .to_stream(sink)
+            .reading(&source)
+            .streaming_to(sink)
             .start(&registry)
             .expect("ok");
         wait_for(&registry, job, "running", |info| info.state == JobState::Running);
@@ -662,7 +660,7 @@ fn a_partial_sink_is_kept_when_asked() {
     let scratch = Scratch::new("keeppartial");
     let source = scratch.file("plain", &noise(8 * MIB, 1));
     let sink = scratch.0.join("sink");
-    let mut request = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink).rate(1 << 20);
+    let mut request = Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).rate(1 << 20);
     request.submit.sink.as_mut().expect("sink").commit.as_mut().expect("commit").keep_partial = true;
     let job = request.start(&registry).expect("ok");
     wait_for(&registry, job, "a chunk", |info| info.progress.done_bytes > 0);
@@ -678,7 +676,7 @@ fn pause_resume_and_throttle_act_at_once() {
     let plain = noise(64 * MIB, 1);
     let source = scratch.file("plain", &plain);
     let sink = scratch.0.join("sink");
-    let request = Request::new(Action::Encrypt, 512).from_file(&source).to_new_file(&sink).rate(16 << 20);
+    let request = Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).rate(16 << 20);
     let job = request.start(&registry).expect("ok");
     wait_for(&registry, job, "a chunk", |info| info.progress.done_bytes > 0);
     assert_eq!(registry.pause(job).expect("pausable").state, JobState::Paused);
@@ -708,7 +706,7 @@ fn a_full_sink_fails_clearly_and_leaves_nothing() {
     let scratch = Scratch::new("full");
     let source = scratch.file("plain", &noise(MIB, 1));
     let full = OpenOptions::new().write(true).open("/dev/full").expect("open");
-    let info = Request::new(Action::Encrypt, 512).from_file(&source).to_stream(full).run(&registry);
+    let info = Request::new(Action::Encrypt, 512).reading(&source).streaming_to(full).run(&registry);
     assert_eq!(failure(&info).0, ErrorKind::NoSpace);
 }
 
@@ -720,8 +718,8 @@ fn a_reader_that_leaves_is_named() {
         let source = scratch.file("plain", &noise(8 * MIB, 1));
         let (drain, sink) = std::io::pipe().expect("pipe");
         let job = Request::new(Action::Decrypt, 512)
-            .from_file(&source)
-            .to_stream(sink)
+            .reading(&source)
+            .streaming_to(sink)
             .start(&registry)
             .expect("ok");
         drop(drain);
@@ -746,8 +744,8 @@ fn many_jobs_share_the_workers_and_surplus_ones_wait() {
         let sink = scratch.0.join(format!("stalled{at}"));
         jobs.push(
             Request::new(Action::Encrypt, 512)
-                .from_stream(read)
-                .to_new_file(&sink)
+                .streaming_from(read)
+                .creating(&sink)
                 .start(&registry)
                 .expect("ok"),
         );
@@ -756,11 +754,7 @@ fn many_jobs_share_the_workers_and_surplus_ones_wait() {
     for at in 0..10 {
         let sink = scratch.0.join(format!("sink{at}"));
         copies.push(
-            Request::new(Action::Encrypt, 512)
-                .from_file(&source)
-                .to_new_file(&sink)
-                .start(&registry)
-                .expect("ok"),
+            Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).start(&registry).expect("ok"),
         );
     }
     for copy in copies {
@@ -786,7 +780,7 @@ fn a_user_has_a_bounded_number_of_jobs_and_a_queued_one_can_be_cancelled() {
         let (read, feed) = std::io::pipe().expect("pipe");
         feeds.push(feed);
         let sink = scratch.0.join(format!("sink{at}"));
-        Request::new(Action::Encrypt, 512).from_stream(read).to_new_file(&sink).start(&registry)
+        Request::new(Action::Encrypt, 512).streaming_from(read).creating(&sink).start(&registry)
     };
     for at in 0..16 {
         jobs.push(start(at).expect("within bounds"));
@@ -811,8 +805,8 @@ fn a_stream_that_outgrows_a_device_is_stopped_at_its_end() {
     let sink = OpenOptions::new().read(true).write(true).open(device.path()).expect("open");
     let name = device.path().display().to_string();
     let job = Request::new(Action::Encrypt, 512)
-        .from_stream(source)
-        .to_file(sink, &name)
+        .streaming_from(source)
+        .writing(sink, &name)
         .start(&registry)
         .expect("ok");
     // The daemon leaves the pipe when the sink is full.
@@ -838,18 +832,18 @@ fn block_devices_round_trip() {
         .write_all(&plain)
         .expect("fill the device");
     let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path).expect("open");
-    let encrypt = Request::new(Action::Encrypt, 4096).from_file(one.path());
-    assert_done(&encrypt.to_file(open(two.path()), "two").run(&registry));
+    let encrypt = Request::new(Action::Encrypt, 4096).reading(one.path());
+    assert_done(&encrypt.writing(open(two.path()), "two").run(&registry));
     let mut stored = vec![0; 24 * MIB];
     let mut file = File::open(two.path()).expect("open");
     file.rewind().expect("rewind");
     file.read_exact(&mut stored).expect("read");
     assert!(stored == encrypted(&plain, 4096));
-    let verify = Request::new(Action::Verify, 4096).from_file(one.path());
-    assert_done(&verify.to_file(open(two.path()), "two").run(&registry));
+    let verify = Request::new(Action::Verify, 4096).reading(one.path());
+    assert_done(&verify.writing(open(two.path()), "two").run(&registry));
     let (kind, message) = Request::new(Action::Encrypt, 4096)
-        .from_file(two.path())
-        .to_file(open(one.path()), "one")
+        .reading(two.path())
+        .writing(open(one.path()), "one")
         .refused(&registry);
     assert_eq!(kind, ErrorKind::NoSpace);
     assert!(message.contains("33554432") && message.contains("25165824"), "{message}");

@@ -85,8 +85,8 @@ impl Vector for Blocks {
         // SAFETY: as the trait demands.
         unsafe {
             // One lane, so one shift for the whole register.
-            let up = Self(_mm_sll_epi64(self.0, _mm_cvtsi64_si128(J as i64)));
-            let out = _mm_srl_epi64(self.0, _mm_cvtsi64_si128(64 - J as i64));
+            let up = Self(_mm_sll_epi64(self.0, _mm_cvtsi64_si128((J as u64).cast_signed())));
+            let out = _mm_srl_epi64(self.0, _mm_cvtsi64_si128((64 - J as u64).cast_signed()));
             let carry = Self(_mm_bslli_si128::<8>(out));
             let reduced = Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87)));
             up.xor3(carry, reduced).xor(c)

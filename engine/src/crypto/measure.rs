@@ -91,11 +91,11 @@ impl AlignedBuffer {
 /// Something that can be done to a buffer again and again, in place.
 pub type Work = Box<dyn FnMut(&mut [u8])>;
 
-/// An operation of a kernel on fixed test keys, `plain64` from unit 0.
+/// The XTS key of the measurements: a fixed pattern, so that digests of results can be compared. `seed` is odd.
 ///
 /// # Errors
-/// As [`cipher`] and [`recrypter`]; `Invalid` for key sizes other than 128 and 256 bits.
-pub fn work(kernel: Kernel, operation: Operation, key_bits: u32, unit_bytes: u32) -> Result<Work> {
+/// `Invalid` for key sizes other than 128 and 256 bits.
+pub fn test_key(key_bits: u32, seed: u8) -> Result<Vec<u8>> {
     let key_bytes: u8 = match key_bits {
         128 => 32,
         256 => 64,
@@ -106,9 +106,20 @@ pub fn work(kernel: Kernel, operation: Operation, key_bits: u32, unit_bytes: u32
             ));
         }
     };
-    let key = |seed: u8| VolumeKey::new(&(0..key_bytes).map(|at| at.wrapping_mul(seed)).collect::<Vec<u8>>());
+    Ok((0..key_bytes).map(|at| at.wrapping_mul(seed)).collect())
+}
+
+/// Seed of the key that encrypts, decrypts, and is left behind by re-encryption.
+pub const SEED: u8 = 7;
+
+/// An operation of a kernel on fixed test keys, `plain64` from unit 0.
+///
+/// # Errors
+/// As [`cipher`] and [`recrypter`]; `Invalid` for key sizes other than 128 and 256 bits.
+pub fn work(kernel: Kernel, operation: Operation, key_bits: u32, unit_bytes: u32) -> Result<Work> {
+    let key = |seed: u8| VolumeKey::new(&test_key(key_bits, seed)?);
     let layout = Layout::plain64(unit_bytes);
-    let old = key(7)?;
+    let old = key(SEED)?;
     Ok(match operation {
         Operation::Encrypt => {
             let cipher = cipher(kernel, &old, layout)?;

@@ -89,7 +89,7 @@ impl Vector for Blocks {
         // SAFETY: as the trait demands.
         unsafe {
             let lane = _mm256_setr_epi64x(0, 0, 1, 1);
-            let up = _mm256_add_epi64(lane, _mm256_set1_epi64x((J * 2) as i64));
+            let up = _mm256_add_epi64(lane, _mm256_set1_epi64x((J as u64 * 2).cast_signed()));
             let down = _mm256_sub_epi64(_mm256_set1_epi64x(64), up);
             let carry = _mm256_blend_epi32::<0b0011_0011>(down, _mm256_set1_epi64x(64));
             let up = Self(_mm256_sllv_epi64(self.0, up));

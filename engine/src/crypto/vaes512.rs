@@ -89,7 +89,7 @@ impl Vector for Blocks {
         // SAFETY: as the trait demands.
         unsafe {
             let lane = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
-            let up = _mm512_add_epi64(lane, _mm512_set1_epi64((J * 4) as i64));
+            let up = _mm512_add_epi64(lane, _mm512_set1_epi64((J as u64 * 4).cast_signed()));
             let down = _mm512_sub_epi64(_mm512_set1_epi64(64), up);
             let carry = _mm512_mask_blend_epi64(0b0101_0101, down, _mm512_set1_epi64(64));
             let up = Self(_mm512_sllv_epi64(self.0, up));

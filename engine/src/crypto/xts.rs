@@ -12,7 +12,7 @@
 //! Refuses: ciphertext stealing (data units are whole blocks) and partial units.
 #![allow(unsafe_code)] // calls into the instruction-set vectors, pointers into the caller's buffer
 
-use super::schedule::{RoundKey, Schedule};
+use super::schedule::{ROUND_KEYS, RoundKey, Schedule};
 use super::tweak::Counter;
 use crate::units::DataUnit;
 
@@ -94,8 +94,9 @@ macro_rules! in_flight {
     }};
 }
 
+/// T of two groups of data units: the one being worked on and the one after it.
 #[repr(align(64))]
-struct Tweaks([u128; TWEAKS_MAX]);
+struct Tweaks([u128; 2 * TWEAKS_MAX]);
 
 #[repr(align(64))]
 struct Scratch([u8; TWEAKS_MAX * 16]);
@@ -119,73 +120,174 @@ unsafe fn key<V: Vector>(keys: &[RoundKey], round: usize) -> V {
     unsafe { V::load(keys[round].as_ptr()) }
 }
 
-/// T of up to 8·L units from `first` on.
-#[inline(always)]
-unsafe fn encrypt_tweaks<V: Vector, const K: usize>(
-    keys: &[RoundKey; K],
-    counter: &Counter,
-    first: u64,
-    units: usize,
-    out: &mut Tweaks,
-) {
-    for (at, tweak) in out.0.iter_mut().take(units).enumerate() {
-        *tweak = u128::from(counter.at(DataUnit(first.wrapping_add(at as u64))));
-    }
-    // SAFETY: `out` holds `TWEAKS_MAX >= FLIGHT * LANES` blocks; the caller vouches for the CPU.
-    unsafe {
-        let base = out.0.as_mut_ptr().cast::<u8>();
-        let at = |j: usize| base.wrapping_add(j * 16 * V::LANES);
-        let whitening = key::<V>(keys, 0);
-        let mut x = [whitening; FLIGHT];
-        in_flight!(|J| x[J] = V::load(at(J)).xor(whitening));
-        for round in 1..K - 1 {
-            let round_key = key::<V>(keys, round);
-            in_flight!(|J| x[J] = x[J].round::<true>(round_key));
-            V::in_step(&mut x);
-        }
-        let round_key = key::<V>(keys, K - 1);
-        in_flight!(|J| x[J].last_round::<true>(round_key).store(at(J)));
+/// Where the U of the next stride come from. They are computed between the rounds of the present stride, one vector a
+/// round, so that their latency hides behind the AES instructions.
+trait Next<V: Vector> {
+    /// Vector `J` of the next stride, given the present stride and the vectors of the next one before `J`.
+    unsafe fn vector<const J: usize>(&self, now: &[V; FLIGHT], next: &[V; FLIGHT]) -> V;
+}
+
+/// The next stride of the same data unit.
+struct Advance<V> {
+    step: V,
+}
+
+impl<V: Vector> Next<V> for Advance<V> {
+    #[inline(always)]
+    unsafe fn vector<const J: usize>(&self, now: &[V; FLIGHT], _next: &[V; FLIGHT]) -> V {
+        // SAFETY: the caller vouches for the CPU.
+        unsafe { now[J].advance_xor(self.step) }
     }
 }
 
-/// The U of a unit's first stride, from its T: exponents below 8 by shifts of bits, the others by shifts of a byte from those.
-#[inline(always)]
-unsafe fn expand<V: Vector>(t: &u128, k_last: V, x8_step: V) -> [V; FLIGHT] {
-    // SAFETY: a block is 16 bytes; the caller vouches for the CPU.
-    unsafe {
-        let t = V::splat((&raw const *t).cast());
-        let mut u = [k_last; FLIGHT];
-        in_flight!(|J| {
-            u[J] = if J * V::LANES < 8 {
-                t.times_small_xor::<J>(k_last)
+/// The first stride of another data unit: exponents below 8 by shifts of bits, the others by shifts of a byte from those.
+struct Expand<V> {
+    t: V,
+    k_last: V,
+    x8_step: V,
+}
+
+impl<V: Vector> Next<V> for Expand<V> {
+    #[inline(always)]
+    unsafe fn vector<const J: usize>(&self, _now: &[V; FLIGHT], next: &[V; FLIGHT]) -> V {
+        // SAFETY: the caller vouches for the CPU.
+        unsafe {
+            if J * V::LANES < 8 {
+                self.t.times_small_xor::<J>(self.k_last)
             } else {
-                u[J - 8 / V::LANES].times_x8_xor(x8_step)
+                next[J - 8 / V::LANES].times_x8_xor(self.x8_step)
             }
-        });
-        u
+        }
     }
 }
 
-/// One stride in place.
-#[inline(always)]
-unsafe fn stride<V: Vector, const K: usize, const FORWARD: bool>(
-    keys: &[RoundKey; K],
+/// One key and one direction, and the constants that follow from the key.
+struct Side<'a, V, const K: usize> {
+    keys: &'a [RoundKey; K],
+    tweak_keys: &'a [RoundKey; K],
+    counter: &'a Counter,
+    k_last: V,
+    /// k_first ⊕ k_last.
     whitening: V,
-    u: &[V; FLIGHT],
-    data: *mut u8,
-) {
-    let at = |j: usize| data.wrapping_add(j * 16 * V::LANES);
-    // SAFETY: the caller vouches for a stride of bytes at `data` and for the CPU.
-    unsafe {
-        let mut x = *u;
-        in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], whitening));
-        for round in 1..K - 1 {
-            let round_key = key::<V>(keys, round);
-            in_flight!(|J| x[J] = x[J].round::<FORWARD>(round_key));
-            V::in_step(&mut x);
+    /// k_last ⊕ x^(8·L)·k_last.
+    step: V,
+    /// k_last ⊕ x^8·k_last.
+    x8_step: V,
+}
+
+impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
+    #[inline(always)]
+    unsafe fn new(keys: &'a [RoundKey; ROUND_KEYS], schedule: &'a Schedule, counter: &'a Counter) -> Self {
+        let keys: &[RoundKey; K] = keys.first_chunk().expect("K is at most ROUND_KEYS");
+        let tweak_keys = schedule.tweak.first_chunk().expect("K is at most ROUND_KEYS");
+        // SAFETY: the caller vouches for the CPU.
+        unsafe {
+            let k_last = key::<V>(keys, K - 1);
+            Self {
+                keys,
+                tweak_keys,
+                counter,
+                k_last,
+                whitening: key::<V>(keys, 0).xor(k_last),
+                step: k_last.advance_xor(k_last),
+                x8_step: k_last.times_x8_xor(k_last),
+            }
         }
-        in_flight!(|J| x[J].last_round::<FORWARD>(u[J]).store(at(J)));
     }
+
+    /// T of the group of units that starts at unit `at` of the run, into its half of `out`.
+    #[inline(always)]
+    unsafe fn encrypt_tweaks(&self, run: &Run, at: usize, out: &mut Tweaks) {
+        let group = FLIGHT * V::LANES;
+        let half = &mut out.0[at % (2 * group)..][..group];
+        for (i, tweak) in half.iter_mut().enumerate() {
+            let unit = DataUnit(run.first.0.wrapping_add((at + i) as u64));
+            *tweak = u128::from(self.counter.at(unit));
+        }
+        let base = half.as_mut_ptr().cast::<u8>();
+        let at = |j: usize| base.wrapping_add(j * 16 * V::LANES);
+        // SAFETY: a half holds FLIGHT * LANES blocks; the caller vouches for the CPU.
+        unsafe {
+            let whitening = key::<V>(self.tweak_keys, 0);
+            let mut x = [whitening; FLIGHT];
+            in_flight!(|J| x[J] = V::load(at(J)).xor(whitening));
+            for round in 1..K - 1 {
+                let round_key = key::<V>(self.tweak_keys, round);
+                in_flight!(|J| x[J] = x[J].round::<true>(round_key));
+                V::in_step(&mut x);
+            }
+            let round_key = key::<V>(self.tweak_keys, K - 1);
+            in_flight!(|J| x[J].last_round::<true>(round_key).store(at(J)));
+        }
+    }
+
+    /// How to get at the first stride of the unit whose T is at `t`.
+    #[inline(always)]
+    unsafe fn expand(&self, t: &u128) -> Expand<V> {
+        // SAFETY: a block is 16 bytes; the caller vouches for the CPU.
+        let t = unsafe { V::splat((&raw const *t).cast()) };
+        Expand { t, k_last: self.k_last, x8_step: self.x8_step }
+    }
+
+    /// How to get at the next stride of the same unit.
+    #[inline(always)]
+    fn advance(&self) -> Advance<V> {
+        Advance { step: self.step }
+    }
+
+    /// The middle rounds, with the next stride's U computed between them.
+    #[inline(always)]
+    unsafe fn rounds<const FORWARD: bool>(
+        &self,
+        x: &mut [V; FLIGHT],
+        u: &[V; FLIGHT],
+        next: &impl Next<V>,
+    ) -> [V; FLIGHT] {
+        // SAFETY: the caller vouches for the CPU.
+        unsafe {
+            let mut v = *u;
+            in_flight!(|R| {
+                let round_key = key::<V>(self.keys, R + 1);
+                in_flight!(|J| x[J] = x[J].round::<FORWARD>(round_key));
+                v[R] = next.vector::<R>(u, &v);
+                V::in_step(x);
+            });
+            for round in FLIGHT + 1..K - 1 {
+                let round_key = key::<V>(self.keys, round);
+                in_flight!(|J| x[J] = x[J].round::<FORWARD>(round_key));
+                V::in_step(x);
+            }
+            v
+        }
+    }
+
+    /// One stride in place. Returns the U of the next one.
+    #[inline(always)]
+    unsafe fn stride<const FORWARD: bool>(
+        &self,
+        u: &[V; FLIGHT],
+        next: &impl Next<V>,
+        data: *mut u8,
+    ) -> [V; FLIGHT] {
+        let at = |j: usize| data.wrapping_add(j * 16 * V::LANES);
+        // SAFETY: the caller vouches for a stride of bytes at `data` and for the CPU.
+        unsafe {
+            let mut x = *u;
+            in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], self.whitening));
+            let v = self.rounds::<FORWARD>(&mut x, u, next);
+            in_flight!(|J| x[J].last_round::<FORWARD>(u[J]).store(at(J)));
+            v
+        }
+    }
+}
+
+/// The U of a unit's first stride when there is no stride before it.
+#[inline(always)]
+unsafe fn first_stride<V: Vector>(next: &Expand<V>) -> [V; FLIGHT] {
+    let mut u = [next.k_last; FLIGHT];
+    // SAFETY: the caller vouches for the CPU.
+    unsafe { in_flight!(|J| u[J] = next.vector::<J>(&u, &u)) };
+    u
 }
 
 /// Encrypt (`FORWARD`) or decrypt a run in place. `K` is the number of round keys, 11 or 15.
@@ -198,43 +300,38 @@ pub(super) unsafe fn crypt<V: Vector, const K: usize, const FORWARD: bool>(
     counter: &Counter,
     run: Run,
 ) {
-    let keys: &[RoundKey; K] = if FORWARD { &schedule.encrypt } else { &schedule.decrypt }
-        .first_chunk()
-        .expect("K is at most ROUND_KEYS");
-    let tweak_keys: &[RoundKey; K] = schedule.tweak.first_chunk().expect("K is at most ROUND_KEYS");
+    if run.units == 0 {
+        return;
+    }
+    let keys = if FORWARD { &schedule.encrypt } else { &schedule.decrypt };
     let stride_bytes = FLIGHT * 16 * V::LANES;
     let group = FLIGHT * V::LANES;
-    let mut tweaks = Tweaks([0; TWEAKS_MAX]);
+    let left = run.unit_bytes % stride_bytes;
+    let whole = run.unit_bytes - left;
+    let mut tweaks = Tweaks([0; 2 * TWEAKS_MAX]);
     // SAFETY: all offsets below stay within `units * unit_bytes`; the caller vouches for the run and the CPU.
     unsafe {
-        let k_last = key::<V>(keys, K - 1);
-        let whitening = key::<V>(keys, 0).xor(k_last);
-        let step = k_last.advance_xor(k_last);
-        let x8_step = k_last.times_x8_xor(k_last);
+        let side = Side::<V, K>::new(keys, schedule, counter);
+        side.encrypt_tweaks(&run, 0, &mut tweaks);
+        let mut u = first_stride(&side.expand(&tweaks.0[0]));
         for unit in 0..run.units {
-            if unit % group == 0 {
-                let count = group.min(run.units - unit);
-                encrypt_tweaks::<V, K>(
-                    tweak_keys,
-                    counter,
-                    run.first.0.wrapping_add(unit as u64),
-                    count,
-                    &mut tweaks,
-                );
+            if unit % group == 0 && unit + group < run.units {
+                side.encrypt_tweaks(&run, unit + group, &mut tweaks);
             }
-            let mut u = expand(&tweaks.0[unit % group], k_last, x8_step);
+            // Behind the last unit there is an old T, expanded and never used.
+            let next_unit = side.expand(&tweaks.0[(unit + 1) % (2 * group)]);
             let data = run.data.add(unit * run.unit_bytes);
             let mut done = 0;
-            while done + stride_bytes <= run.unit_bytes {
-                stride::<V, K, FORWARD>(keys, whitening, &u, data.add(done));
-                in_flight!(|J| u[J] = u[J].advance_xor(step));
+            while done + stride_bytes < whole + left.min(1) {
+                u = side.stride::<FORWARD>(&u, &side.advance(), data.add(done));
                 done += stride_bytes;
             }
-            let left = run.unit_bytes - done;
-            if left != 0 {
+            if left == 0 {
+                u = side.stride::<FORWARD>(&u, &next_unit, data.add(done));
+            } else {
                 let mut scratch = Scratch([0; TWEAKS_MAX * 16]);
                 data.add(done).copy_to_nonoverlapping(scratch.0.as_mut_ptr(), left);
-                stride::<V, K, FORWARD>(keys, whitening, &u, scratch.0.as_mut_ptr());
+                u = side.stride::<FORWARD>(&u, &next_unit, scratch.0.as_mut_ptr());
                 scratch.0.as_ptr().copy_to_nonoverlapping(data.add(done), left);
             }
         }
@@ -251,55 +348,49 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
     new: (&Schedule, &Counter),
     run: Run,
 ) {
-    let old_keys: &[RoundKey; OLD] = old.0.decrypt.first_chunk().expect("OLD is at most ROUND_KEYS");
-    let new_keys: &[RoundKey; NEW] = new.0.encrypt.first_chunk().expect("NEW is at most ROUND_KEYS");
-    let old_tweak_keys: &[RoundKey; OLD] = old.0.tweak.first_chunk().expect("OLD is at most ROUND_KEYS");
-    let new_tweak_keys: &[RoundKey; NEW] = new.0.tweak.first_chunk().expect("NEW is at most ROUND_KEYS");
+    if run.units == 0 {
+        return;
+    }
     let stride_bytes = FLIGHT * 16 * V::LANES;
     let group = FLIGHT * V::LANES;
-    let mut old_tweaks = Tweaks([0; TWEAKS_MAX]);
-    let mut new_tweaks = Tweaks([0; TWEAKS_MAX]);
+    let left = run.unit_bytes % stride_bytes;
+    let whole = run.unit_bytes - left;
+    let (mut old_tweaks, mut new_tweaks) = (Tweaks([0; 2 * TWEAKS_MAX]), Tweaks([0; 2 * TWEAKS_MAX]));
     // SAFETY: all offsets below stay within `units * unit_bytes`; the caller vouches for the run and the CPU.
     unsafe {
-        let old_last = key::<V>(old_keys, OLD - 1);
-        let new_last = key::<V>(new_keys, NEW - 1);
-        let old_whitening = key::<V>(old_keys, 0).xor(old_last);
-        let new_whitening = key::<V>(new_keys, 0).xor(new_last);
-        let old_step = old_last.advance_xor(old_last);
-        let new_step = new_last.advance_xor(new_last);
-        let old_x8_step = old_last.times_x8_xor(old_last);
-        let new_x8_step = new_last.times_x8_xor(new_last);
+        let (old_side, new_side) = (
+            Side::<V, OLD>::new(&old.0.decrypt, old.0, old.1),
+            Side::<V, NEW>::new(&new.0.encrypt, new.0, new.1),
+        );
+        old_side.encrypt_tweaks(&run, 0, &mut old_tweaks);
+        new_side.encrypt_tweaks(&run, 0, &mut new_tweaks);
+        let mut u = first_stride(&old_side.expand(&old_tweaks.0[0]));
+        let mut w = first_stride(&new_side.expand(&new_tweaks.0[0]));
         for unit in 0..run.units {
-            if unit % group == 0 {
-                let first = run.first.0.wrapping_add(unit as u64);
-                let count = group.min(run.units - unit);
-                encrypt_tweaks::<V, OLD>(old_tweak_keys, old.1, first, count, &mut old_tweaks);
-                encrypt_tweaks::<V, NEW>(new_tweak_keys, new.1, first, count, &mut new_tweaks);
+            if unit % group == 0 && unit + group < run.units {
+                old_side.encrypt_tweaks(&run, unit + group, &mut old_tweaks);
+                new_side.encrypt_tweaks(&run, unit + group, &mut new_tweaks);
             }
-            let mut u = expand(&old_tweaks.0[unit % group], old_last, old_x8_step);
-            let mut w = expand(&new_tweaks.0[unit % group], new_last, new_x8_step);
+            let at = (unit + 1) % (2 * group);
+            let next_unit = (old_side.expand(&old_tweaks.0[at]), new_side.expand(&new_tweaks.0[at]));
             let data = run.data.add(unit * run.unit_bytes);
             let mut done = 0;
-            while done + stride_bytes <= run.unit_bytes {
-                stride2::<V, OLD, NEW>(
-                    old_keys,
-                    new_keys,
-                    old_whitening,
-                    new_whitening,
-                    &u,
-                    &w,
-                    data.add(done),
-                );
-                in_flight!(|J| u[J] = u[J].advance_xor(old_step));
-                in_flight!(|J| w[J] = w[J].advance_xor(new_step));
+            while done + stride_bytes < whole + left.min(1) {
+                let next = (old_side.advance(), new_side.advance());
+                (u, w) = fused_stride((&old_side, &u, &next.0), (&new_side, &w, &next.1), data.add(done));
                 done += stride_bytes;
             }
-            let left = run.unit_bytes - done;
-            if left != 0 {
+            if left == 0 {
+                (u, w) = fused_stride(
+                    (&old_side, &u, &next_unit.0),
+                    (&new_side, &w, &next_unit.1),
+                    data.add(done),
+                );
+            } else {
                 let mut scratch = Scratch([0; TWEAKS_MAX * 16]);
                 let inside = scratch.0.as_mut_ptr();
                 data.add(done).copy_to_nonoverlapping(inside, left);
-                stride2::<V, OLD, NEW>(old_keys, new_keys, old_whitening, new_whitening, &u, &w, inside);
+                (u, w) = fused_stride((&old_side, &u, &next_unit.0), (&new_side, &w, &next_unit.1), inside);
                 scratch.0.as_ptr().copy_to_nonoverlapping(data.add(done), left);
             }
         }
@@ -308,31 +399,20 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
 
 /// One stride out of the old key and into the new one.
 #[inline(always)]
-unsafe fn stride2<V: Vector, const OLD: usize, const NEW: usize>(
-    old_keys: &[RoundKey; OLD],
-    new_keys: &[RoundKey; NEW],
-    old_whitening: V,
-    new_whitening: V,
-    u: &[V; FLIGHT],
-    w: &[V; FLIGHT],
+unsafe fn fused_stride<V: Vector, const OLD: usize, const NEW: usize>(
+    (old, u, next_u): (&Side<'_, V, OLD>, &[V; FLIGHT], &impl Next<V>),
+    (new, w, next_w): (&Side<'_, V, NEW>, &[V; FLIGHT], &impl Next<V>),
     data: *mut u8,
-) {
+) -> ([V; FLIGHT], [V; FLIGHT]) {
     let at = |j: usize| data.wrapping_add(j * 16 * V::LANES);
     // SAFETY: the caller vouches for a stride of bytes at `data` and for the CPU.
     unsafe {
         let mut x = *u;
-        in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], old_whitening));
-        for round in 1..OLD - 1 {
-            let round_key = key::<V>(old_keys, round);
-            in_flight!(|J| x[J] = x[J].round::<false>(round_key));
-            V::in_step(&mut x);
-        }
-        in_flight!(|J| x[J] = x[J].last_round::<false>(u[J]).xor3(w[J], new_whitening));
-        for round in 1..NEW - 1 {
-            let round_key = key::<V>(new_keys, round);
-            in_flight!(|J| x[J] = x[J].round::<true>(round_key));
-            V::in_step(&mut x);
-        }
+        in_flight!(|J| x[J] = V::load(at(J)).xor3(x[J], old.whitening));
+        let after_u = old.rounds::<false>(&mut x, u, next_u);
+        in_flight!(|J| x[J] = x[J].last_round::<false>(u[J]).xor3(w[J], new.whitening));
+        let after_w = new.rounds::<true>(&mut x, w, next_w);
         in_flight!(|J| x[J].last_round::<true>(w[J]).store(at(J)));
+        (after_u, after_w)
     }
 }
