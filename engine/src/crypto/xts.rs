@@ -46,8 +46,8 @@ pub(super) trait Vector: Copy {
     /// Every block times x^(8·LANES) in GF(2^128), then ⊕ c: shifted up by `LANES` bytes; the bytes shifted out, multiplied by
     /// x^7 + x^2 + x + 1, come back at the bottom.
     unsafe fn advance_xor(self, c: Self) -> Self;
-    /// Every block times x^8, then ⊕ c.
-    unsafe fn times_x8_xor(self, c: Self) -> Self;
+    /// Every block times x^(8·BYTES), BYTES from 1 to 3, then ⊕ c.
+    unsafe fn times_bytes_xor<const BYTES: usize>(self, c: Self) -> Self;
     /// One block, in every lane.
     unsafe fn splat(from: *const u8) -> Self;
     /// Lane l times x^(J·LANES + l), then ⊕ c; for exponents below 8.
@@ -96,9 +96,9 @@ macro_rules! in_flight {
     }};
 }
 
-/// T of two groups of data units: the one being worked on and the one after it.
+/// T of two groups of data units, the one being worked on and the one after it; and the counters of the next to come.
 #[repr(align(64))]
-struct Tweaks([u128; 2 * TWEAKS_MAX]);
+struct Tweaks([u128; 2 * TWEAKS_MAX], [u128; TWEAKS_MAX]);
 
 #[repr(align(64))]
 struct Scratch([u8; TWEAKS_MAX * 16]);
@@ -142,11 +142,11 @@ impl<V: Vector> Next<V> for Advance<V> {
     }
 }
 
-/// The first stride of another data unit: exponents below 8 by shifts of bits, the others by shifts of a byte from those.
+/// The first stride of another data unit: exponents below 8 by shifts of bits, the others by shifts of bytes from those.
 struct Expand<V> {
     t: V,
     k_last: V,
-    x8_step: V,
+    byte_steps: [V; 3],
 }
 
 impl<V: Vector> Next<V> for Expand<V> {
@@ -157,7 +157,13 @@ impl<V: Vector> Next<V> for Expand<V> {
             if J * V::LANES < 8 {
                 self.t.times_small_xor::<J>(self.k_last)
             } else {
-                next[J - 8 / V::LANES].times_x8_xor(self.x8_step)
+                // Each from a small one, not from the one before: no chain.
+                let small = next[J % (8 / V::LANES)];
+                match J * V::LANES / 8 {
+                    1 => small.times_bytes_xor::<1>(self.byte_steps[0]),
+                    2 => small.times_bytes_xor::<2>(self.byte_steps[1]),
+                    _ => small.times_bytes_xor::<3>(self.byte_steps[2]),
+                }
             }
         }
     }
@@ -173,8 +179,8 @@ struct Side<'a, V, const K: usize> {
     whitening: V,
     /// k_last ⊕ x^(8·L)·k_last.
     step: V,
-    /// k_last ⊕ x^8·k_last.
-    x8_step: V,
+    /// k_last ⊕ x^8·k_last, and the same for x^16 and x^24.
+    byte_steps: [V; 3],
 }
 
 impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
@@ -192,7 +198,11 @@ impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
                 k_last,
                 whitening: key::<V>(keys, 0).xor(k_last),
                 step: k_last.advance_xor(k_last),
-                x8_step: k_last.times_x8_xor(k_last),
+                byte_steps: [
+                    k_last.times_bytes_xor::<1>(k_last),
+                    k_last.times_bytes_xor::<2>(k_last),
+                    k_last.times_bytes_xor::<3>(k_last),
+                ],
             }
         }
     }
@@ -201,18 +211,19 @@ impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
     #[inline(always)]
     unsafe fn encrypt_tweaks(&self, run: &Run, at: usize, out: &mut Tweaks) {
         let group = FLIGHT * V::LANES;
-        let half = &mut out.0[at % (2 * group)..][..group];
-        for (i, tweak) in half.iter_mut().enumerate() {
-            let unit = DataUnit(run.first.0.wrapping_add((at + i) as u64));
-            *tweak = u128::from(self.counter.at(unit));
+        if at == 0 {
+            self.count(run, 0, out);
         }
+        let half = &mut out.0[at % (2 * group)..][..group];
+        let counts = out.1.as_ptr().cast::<u8>();
         let base = half.as_mut_ptr().cast::<u8>();
+        let first = at;
         let at = |j: usize| base.wrapping_add(j * 16 * V::LANES);
         // SAFETY: a half holds FLIGHT * LANES blocks; the caller vouches for the CPU.
         unsafe {
             let whitening = key::<V>(self.tweak_keys, 0);
             let mut x = [whitening; FLIGHT];
-            in_flight!(|J| x[J] = V::load(at(J)).xor(whitening));
+            in_flight!(|J| x[J] = V::load(counts.add(J * 16 * V::LANES)).xor(whitening));
             for round in 1..K - 1 {
                 let round_key = key::<V>(self.tweak_keys, round);
                 in_flight!(|J| x[J] = x[J].round::<true>(round_key));
@@ -221,6 +232,19 @@ impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
             let round_key = key::<V>(self.tweak_keys, K - 1);
             in_flight!(|J| x[J].last_round::<true>(round_key).store(at(J)));
         }
+        if first + group < run.units {
+            self.count(run, first + group, out);
+        }
+    }
+
+    /// Counters of the group that starts at unit `at`. Written a group before they are read: a wide load of bytes just
+    /// written by narrow stores would have to wait for all of them to reach the cache.
+    #[inline(always)]
+    fn count(&self, run: &Run, at: usize, out: &mut Tweaks) {
+        for (i, count) in out.1.iter_mut().take(FLIGHT * V::LANES).enumerate() {
+            let unit = DataUnit(run.first.0.wrapping_add((at + i) as u64));
+            *count = u128::from(self.counter.at(unit));
+        }
     }
 
     /// How to get at the first stride of the unit whose T is at `t`.
@@ -228,7 +252,7 @@ impl<'a, V: Vector, const K: usize> Side<'a, V, K> {
     unsafe fn expand(&self, t: &u128) -> Expand<V> {
         // SAFETY: a block is 16 bytes; the caller vouches for the CPU.
         let t = unsafe { V::splat((&raw const *t).cast()) };
-        Expand { t, k_last: self.k_last, x8_step: self.x8_step }
+        Expand { t, k_last: self.k_last, byte_steps: self.byte_steps }
     }
 
     /// How to get at the next stride of the same unit.
@@ -310,7 +334,7 @@ pub(super) unsafe fn crypt<V: Vector, const K: usize, const FORWARD: bool>(
     let group = FLIGHT * V::LANES;
     let left = run.unit_bytes % stride_bytes;
     let whole = run.unit_bytes - left;
-    let mut tweaks = Tweaks([0; 2 * TWEAKS_MAX]);
+    let mut tweaks = Tweaks([0; 2 * TWEAKS_MAX], [0; TWEAKS_MAX]);
     // SAFETY: all offsets below stay within `units * unit_bytes`; the caller vouches for the run and the CPU.
     unsafe {
         let side = Side::<V, K>::new(keys, schedule, counter);
@@ -361,7 +385,8 @@ pub(super) unsafe fn recrypt<V: Vector, const OLD: usize, const NEW: usize>(
     let stride_bytes = FLIGHT * 16 * V::LANES;
     assert!(run.unit_bytes.is_multiple_of(stride_bytes), "the fused loop has no tail");
     let group = FLIGHT * V::LANES;
-    let (mut old_tweaks, mut new_tweaks) = (Tweaks([0; 2 * TWEAKS_MAX]), Tweaks([0; 2 * TWEAKS_MAX]));
+    let (mut old_tweaks, mut new_tweaks) =
+        (Tweaks([0; 2 * TWEAKS_MAX], [0; TWEAKS_MAX]), Tweaks([0; 2 * TWEAKS_MAX], [0; TWEAKS_MAX]));
     // SAFETY: all offsets below stay within `units * unit_bytes`; the caller vouches for the run and the CPU.
     unsafe {
         let (old_side, new_side) = (
