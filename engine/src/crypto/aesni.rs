@@ -65,12 +65,15 @@ impl Vector for Blocks {
     }
 
     #[inline(always)]
-    unsafe fn times_x8_xor(self, c: Self) -> Self {
+    unsafe fn times_bytes_xor<const BYTES: usize>(self, c: Self) -> Self {
         // SAFETY: as the trait demands.
         unsafe {
-            let up = Self(_mm_bslli_si128::<1>(self.0));
-            let out = _mm_srli_epi64::<56>(self.0);
-            up.xor3(Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87))), c)
+            let (up, out) = match BYTES {
+                1 => (_mm_bslli_si128::<1>(self.0), _mm_srli_epi64::<56>(self.0)),
+                2 => (_mm_bslli_si128::<2>(self.0), _mm_srli_epi64::<48>(self.0)),
+                _ => (_mm_bslli_si128::<3>(self.0), _mm_srli_epi64::<40>(self.0)),
+            };
+            Self(up).xor3(Self(_mm_clmulepi64_si128::<0x01>(out, _mm_set1_epi64x(0x87))), c)
         }
     }
 

@@ -1,6 +1,6 @@
 //! Re-encryption by windows: decrypt a window with the old cipher, encrypt it with the new one, while it is in the first
-//! level cache. For data units of different sizes on the two sides, and for the portable kernel; the others have a fused
-//! loop for equal sizes.
+//! level cache. For data units of different sizes on the two sides, for sizes no disk has, and for the portable kernel; the
+//! others have a fused loop.
 
 use super::{Recrypter, SectorCipher};
 use crate::units::DataUnit;

@@ -149,7 +149,10 @@ fn bind_two(
     new: (&VolumeKey, Layout),
 ) -> Result<Box<dyn Recrypter>> {
     #[cfg(target_arch = "x86_64")]
-    if kernel != Kernel::Portable && old.1.unit_bytes == new.1.unit_bytes {
+    if kernel != Kernel::Portable
+        && old.1.unit_bytes == new.1.unit_bytes
+        && old.1.unit_bytes.is_multiple_of(super::xts::FUSED_UNIT_BYTES)
+    {
         return super::isa::recrypter(kernel, old, new);
     }
     Ok(Box::new(Windowed::new(
