@@ -11,7 +11,7 @@
 //!
 //! | rank | modules |
 //! |---|---|
-//! | 0 | `units` `error` `limits` `telemetry::record` (and the wire crate `proto`) |
+//! | 0 | `units` `error` `limits` `telemetry` `telemetry::record` (and the wire crate `proto`) |
 //! | 1 | `sys` `crypto` |
 //! | 2 | `backend` `format` `key` |
 //! | 3 | `pipeline` |
