@@ -42,7 +42,7 @@ fn dm_crypt_opens_what_we_encrypt_and_we_decrypt_what_it_writes() {
     std::fs::write(place.path("tree/greeting"), "read through dm-crypt\n").expect("file");
     let image = place.path("plain");
     std::fs::File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("image");
-    let made = place.shell("mke2fs -q -F -t ext4 -d @/tree @/plain");
+    let made = place.shell("mke2fs -q -F -t ext4 -b 4096 -d @/tree @/plain");
     if made.code != Some(0) {
         return skip("no mke2fs");
     }
@@ -55,10 +55,10 @@ fn dm_crypt_opens_what_we_encrypt_and_we_decrypt_what_it_writes() {
     // A disk we encrypted and an empty one for the kernel to encrypt, for each layout.
     let mut script = String::from(
         "check() { disk=$1 out=$2 bits=$3; shift 3\n\
-         cryptsetup open --type plain --cipher aes-xts-plain64 --hash plain --key-file key$bits \"$@\" $disk ours || return\n\
+         cryptsetup open --type plain --cipher aes-xts-plain64 --key-file key$bits \"$@\" $disk ours || return\n\
          echo \"sha $disk $(sha256sum < /dev/mapper/ours | cut -d' ' -f1)\"\n\
          mount -t ext4 -o ro /dev/mapper/ours /mnt && echo \"file $disk $(cat /mnt/greeting)\"; umount /mnt\n\
-         cryptsetup open --type plain --cipher aes-xts-plain64 --hash plain --key-file key$bits \"$@\" $out theirs || return\n\
+         cryptsetup open --type plain --cipher aes-xts-plain64 --key-file key$bits \"$@\" $out theirs || return\n\
          dd if=/dev/mapper/ours of=/dev/mapper/theirs bs=1M conv=fsync 2>/dev/null && echo \"wrote $out\"\n\
          cryptsetup close ours; cryptsetup close theirs; }\nmodprobe ext4\n",
     );

@@ -294,7 +294,16 @@ fn traces(pid: u32, key: &[u8]) -> Vec<String> {
 
 #[test]
 fn no_key_is_left_in_memory_logs_arguments_or_answers() {
-    let place = Place::with(User::Me, Start::new().config("log = \"trace\""));
+    leaves_no_key(Start::new());
+}
+
+#[test]
+fn no_key_is_left_by_the_portable_kernel_either() {
+    leaves_no_key(Start::new().config("kernel = \"portable\""));
+}
+
+fn leaves_no_key(start: Start) {
+    let place = Place::with(User::Me, start.config("log = \"trace\""));
     let _ = place.noise("plain", 8 * MIB);
     let key = place.key(64);
     let job = place.spawn("encrypt @/plain @/volume RAW --throttle 1M --chunk-size 64k --json");
