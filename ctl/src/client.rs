@@ -11,7 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proto::{
-    Body, Call, ErrorKind, Hello, MAX_DESCRIPTORS, MAX_LINE, PROTOCOL_VERSION, Reply, Request, Response,
+    Body, Call, ErrorKind, Hello, MAX_DESCRIPTORS, MAX_LINE, MAX_RESPONSE, PROTOCOL_VERSION, Reply, Request,
+    Response,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg, sockopt::socket_peercred};
@@ -232,8 +233,8 @@ impl Lines {
         let bad = |why: String| Error { exit: Exit::Unreachable, ..Error::new(ErrorKind::Internal, why) };
         let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') else {
             self.searched = self.buffer.len();
-            if self.searched >= MAX_LINE {
-                return Err(bad(format!("the daemon sent a line longer than {MAX_LINE} bytes")));
+            if self.searched >= MAX_RESPONSE {
+                return Err(bad(format!("the daemon sent a line longer than {MAX_RESPONSE} bytes")));
             }
             return Ok(None);
         };
@@ -342,7 +343,7 @@ mod tests {
     #[test]
     fn an_endless_line_is_cut_off() {
         let mut lines = Lines::default();
-        lines.push(&vec![b'x'; MAX_LINE - 1]);
+        lines.push(&vec![b'x'; MAX_RESPONSE - 1]);
         assert!(lines.next().expect("still short enough").is_none());
         lines.push(b"x");
         assert!(lines.next().is_err());

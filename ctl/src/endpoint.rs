@@ -122,6 +122,9 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
             return Err(Error::new(ErrorKind::Conflict, format!("{name} holds {found}"))
                 .hint("--force overwrites it; look at it with `lsblk -f` first"));
         }
+        if is_read_only(metadata.rdev()) {
+            return Err(Error::new(ErrorKind::Denied, format!("{name} is read-only")));
+        }
         let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
         Ok(Sink::Open(End { fd: file.into(), stream: false, name, identity }))
     } else if kind.is_fifo() {
@@ -171,6 +174,12 @@ fn backing(rdev: u64) -> Option<Identity> {
         .find_map(|tail| std::fs::read_to_string(Path::new(&node).join(tail)).ok())?;
     let metadata = std::fs::metadata(text.strip_suffix('\n').unwrap_or(&text)).ok()?;
     Some(identity_of(&metadata))
+}
+
+/// A read-only device can be opened for writing; only the first write would fail.
+fn is_read_only(rdev: u64) -> bool {
+    let node = format!("/sys/dev/block/{}:{}/ro", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    std::fs::read_to_string(node).is_ok_and(|text| text.trim() == "1")
 }
 
 fn identify(file: &File) -> io::Result<Identity> {

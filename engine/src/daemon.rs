@@ -145,7 +145,9 @@ fn start_log(level: &str) -> Result<()> {
     Ok(())
 }
 
-/// One byte can be read for every SIGTERM and SIGINT. SIGPIPE is ignored already: Rust's runtime does that.
+/// One byte can be read for every SIGTERM and SIGINT. SIGPIPE is ignored already: Rust's runtime does that. SIGXFSZ would
+/// end the process, and every job with it, at the first write beyond RLIMIT_FSIZE; with a handler that write fails with
+/// EFBIG and only its own job ends.
 fn catch_signals() -> Result<UnixStream> {
     let failed = |error| Error::io("cannot catch signals", error);
     let (read, write) = UnixStream::pair().map_err(failed)?;
@@ -154,6 +156,7 @@ fn catch_signals() -> Result<UnixStream> {
         let write = write.try_clone().map_err(failed)?;
         signal_hook::low_level::pipe::register(signal, write).map_err(failed)?;
     }
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()).map_err(failed)?;
     Ok(read)
 }
 

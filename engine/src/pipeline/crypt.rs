@@ -1,6 +1,7 @@
 //! What is done to a chunk once its bytes are here: encrypt, decrypt or compare, in place, and decide what to write.
 
 use crate::backend::Span;
+use crate::crypto::burn_stack;
 use crate::error::{Error, ErrorKind};
 use crate::pipeline::holes::HoleCache;
 use crate::pipeline::slot::{Fill, Side, Slot};
@@ -31,6 +32,7 @@ pub fn transform(
         let answered = whole.min(slot.sink_len - slot.sink_len % unit);
         let plain = &mut other[range(0..answered)];
         cipher.decrypt(first, plain);
+        burn_stack();
         if transfer.keep_holes {
             holes.erase(Side::Sink, &transfer.sink, start, plain, unit);
         }
@@ -69,6 +71,8 @@ pub fn transform(
         Work::Decrypt(_) => {}
         Work::Verify(_) => unreachable!("handled above"),
     }
+    // Once a chunk costs nothing that can be measured, and no frame keeps a round key after the job.
+    burn_stack();
     // A direct write ends on a whole block; the file gets its true length at the end.
     let aligned = if transfer.sink.stream { whole } else { whole.next_multiple_of(transfer.sink.align) };
     buf[range(whole..aligned)].fill(0);
