@@ -301,13 +301,13 @@ impl Limit {
 
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Only this kernel [default: all this CPU has]
+    /// Only this kernel, also in the pipeline [default: all this CPU has, in the pipeline the daemon's]
     #[arg(long, value_name = "NAME", value_parser = proto::KERNELS)]
     pub kernel: Option<String>,
-    /// Bytes of buffer per measurement [default: 1M]
+    /// Bytes of buffer per kernel measurement [default: 1M]
     #[arg(long, value_name = "SIZE", value_parser = parse_chunk)]
     pub buffer: Option<u32>,
-    /// Milliseconds per measurement [default: 200]
+    /// Milliseconds per measurement, at least; a transfer is not cut short [default: 200]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..))]
     pub millis: Option<u32>,
     /// Interleaved rounds of which the median is shown [default: 5]

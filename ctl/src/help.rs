@@ -149,10 +149,12 @@ EXIT STATUS
 
 /// `bench --help`.
 pub const BENCH: &str = "\
-Measures the kernels of this machine on one core, in place, in interleaved rounds.
+Measures on this machine, in interleaved rounds: the pipeline with all its workers, from one file in memory to another \
+(two files of 256 MiB, smaller where memory is short), and each kernel on one core, in place.
 
-Beside each median stands the limit: what the processor's AES instruction could do at best, measured in the same run, \
-and the ratio of the two.";
+Beside each median stands the limit, measured in the same run, and the ratio of the two. For a kernel it is what the \
+processor's AES instruction could do at best; for the pipeline, the same copy without encryption by plain reads and \
+writes, on as many threads as there are workers. Jobs that run meanwhile go on, and lower the rates.";
 
 /// The end of `bench --help`.
 pub const BENCH_AFTER: &str = "\

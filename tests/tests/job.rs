@@ -261,6 +261,63 @@ fn files_round_trip_at_every_size() {
     }
 }
 
+fn bench(kernel: Option<&str>, millis: u32) -> Request {
+    let mut request = Request::new(Action::Bench, 512);
+    request.descriptors.clear();
+    request.submit.volume = None;
+    let kernel = kernel.map(str::to_owned);
+    request.submit.bench =
+        Some(proto::Bench { kernel, buffer_bytes: Some(4096), millis: Some(millis), rounds: Some(1) });
+    request
+}
+
+/// Descriptors of this process that name a file of a bench.
+fn bench_files() -> usize {
+    let links = std::fs::read_dir("/proc/self/fd").expect("lists").flatten();
+    let targets = links.filter_map(|link| std::fs::read_link(link.path()).ok());
+    targets.filter(|target| target.to_string_lossy().contains("memfd:bench-")).count()
+}
+
+#[test]
+fn a_bench_measures_the_pipeline_and_leaves_nothing_behind() {
+    for queue in QUEUES {
+        let registry = registry(queue);
+        for kernel in [None, Some("portable")] {
+            let info = bench(kernel, 1).run(&registry);
+            assert_done(&info);
+            let rows = info.outcome.expect("an outcome").bench;
+            let pipeline: Vec<_> = rows.iter().filter(|row| row.kernel == "pipeline").collect();
+            assert_eq!(pipeline.len(), 1, "{rows:?}");
+            assert_eq!((pipeline[0].key_bits, pipeline[0].data_unit), (256, 4096));
+            assert_eq!(pipeline[0].operation, "encrypt");
+            assert!(pipeline[0].limit_bytes_per_second.is_some(), "{rows:?}");
+            let kernels = rows.iter().filter(|row| row.kernel == "portable").count();
+            assert_eq!(kernels, 12, "every operation, unit and key size of the kernel asked for");
+            for row in &rows {
+                let (lowest, highest) = row.spread;
+                assert!(
+                    0.0 < lowest && lowest <= row.bytes_per_second && row.bytes_per_second <= highest,
+                    "{row:?}"
+                );
+                assert!(row.limit_bytes_per_second.is_none_or(|limit| limit > 0.0), "{row:?}");
+            }
+            assert_eq!(bench_files(), 0);
+        }
+
+        // Cancelled amid transfers, with another job on the same workers.
+        let job = bench(None, 60_000).start(&registry).expect("accepted");
+        wait_for(&registry, job, "its files", |_| bench_files() > 0);
+        let scratch = Scratch::new("beside-bench");
+        let source = scratch.file("plain", &noise(3 * MIB, 5));
+        let other = Request::new(Action::Encrypt, 512).from_file(&source);
+        assert_done(&other.to_new_file(&scratch.0.join("volume")).run(&registry));
+        assert!(!registry.show(job).expect("known").state.is_final(), "the bench goes on");
+        registry.cancel(job).expect("can be cancelled");
+        assert_eq!(wait(&registry, job).state, JobState::Cancelled);
+        assert_eq!(bench_files(), 0);
+    }
+}
+
 #[test]
 fn buffered_files_round_trip_too() {
     let registry = registry(QueueChoice::IoUring);

@@ -282,7 +282,7 @@ pub struct Bench {
     /// One kernel by name ([`KERNELS`]), or all this CPU has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
-    /// Bytes of buffer per measurement; default 1 MiB.
+    /// Bytes of buffer per kernel measurement; default 1 MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub buffer_bytes: Option<u32>,
     /// Milliseconds per measurement; default 200.
@@ -509,7 +509,8 @@ pub struct BenchRow {
     pub bytes_per_second: f64,
     /// Lowest and highest rate of the rounds.
     pub spread: (f64, f64),
-    /// The issue limit of the instruction the kernel is made of, same run; absent where there is none.
+    /// The issue limit of the instruction the kernel is made of, for `pipeline` the same copy without encryption by plain
+    /// reads and writes on as many threads; same run, absent where there is none.
     pub limit_bytes_per_second: Option<f64>,
 }
 

@@ -157,10 +157,12 @@ fn a_bench_states_the_limit_beside_the_number() {
         limit_bytes_per_second: Some(5.0 * 1_073_741_824.0),
     };
     let unlimited = BenchRow { kernel: "portable".into(), limit_bytes_per_second: None, ..row.clone() };
+    let pipeline = BenchRow { kernel: "pipeline".into(), ..row.clone() };
     assert_eq!(
-        bench(&[row, unlimited], false),
+        bench(&[pipeline, row, unlimited], false),
         "\
 KERNEL    OPERATION  AES  UNIT      MEDIAN      LOWEST     HIGHEST       LIMIT  OF LIMIT
+pipeline  encrypt    256  4096  4.50 GiB/s  4.00 GiB/s  5.00 GiB/s  5.00 GiB/s      0.90
 aes-ni    encrypt    256  4096  4.50 GiB/s  4.00 GiB/s  5.00 GiB/s  5.00 GiB/s      0.90
 portable  encrypt    256  4096  4.50 GiB/s  4.00 GiB/s  5.00 GiB/s           -         -
 "

@@ -1,4 +1,4 @@
-//! Measuring the kernels on this machine, each beside its issue limit, on the thread of the job.
+//! Measuring on this machine: the pipeline over its workers, then the kernels on the thread of the job, each beside its limit.
 
 use std::os::fd::OwnedFd;
 
@@ -7,7 +7,9 @@ use proto::{Bench, BenchRow, Submit};
 use crate::crypto::Kernel;
 use crate::crypto::measure::{Operation, measure};
 use crate::error::{Error, ErrorKind, Result};
+use crate::job::rehearse;
 use crate::job::state::Job;
+use crate::pipeline::Pipeline;
 
 /// Buffer of a measurement unless asked otherwise, bytes.
 const BUFFER_BYTES: u32 = 1 << 20;
@@ -66,15 +68,19 @@ fn kernels(bench: &Bench) -> Result<Vec<Kernel>> {
     }
 }
 
-/// Measure, and put a row per measurement into the job.
+/// Measure, and put a row per measurement into the job. The pipeline runs with the kernel asked for, else with
+/// `configured`, the one jobs use.
 ///
 /// # Errors
-/// `Cancelled` between two measurements.
-pub fn run(job: &Job, bench: &Bench) -> Result<()> {
+/// `Cancelled` between two measurements, and within one of the pipeline; else as [`rehearse::measure`].
+pub fn run(job: &Job, bench: &Bench, pipeline: &Pipeline, configured: Kernel) -> Result<()> {
     let buffer_bytes = bench.buffer_bytes.unwrap_or(BUFFER_BYTES) as usize;
     let millis = bench.millis.unwrap_or(MILLIS);
     let rounds = bench.rounds.unwrap_or(ROUNDS);
-    for kernel in kernels(bench)? {
+    let kernels = kernels(bench)?;
+    let carrier = if bench.kernel.is_some() { kernels[0] } else { configured };
+    job.add_bench(rehearse::measure(job, pipeline, carrier, millis, rounds)?);
+    for kernel in kernels {
         for data_unit in [512, 4096] {
             for key_bits in [128, 256] {
                 for operation in [Operation::Encrypt, Operation::Decrypt, Operation::Reencrypt] {

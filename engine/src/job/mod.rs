@@ -8,12 +8,14 @@
 //! | `run` | one job from start to end |
 //! | `commit` | how a new file becomes visible, or vanishes |
 //! | `bench` | measuring instead of moving |
+//! | `rehearse` | the pipeline beside its limit, for `bench` |
 //! | `clock` | running time, rate |
 
 pub mod bench;
 pub mod clock;
 pub mod commit;
 pub mod prepare;
+pub mod rehearse;
 pub mod run;
 pub mod state;
 
@@ -225,7 +227,9 @@ impl Registry {
                     Err(cancelled)
                 }
             },
-            Load::Bench(bench) => bench::run(job, &bench).map(|()| run::Ending::default()),
+            Load::Bench(bench) => {
+                bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
+            }
         }
     }
 

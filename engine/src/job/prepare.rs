@@ -21,9 +21,9 @@ use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
 use crate::units::round_up;
 
 /// Chunk where both ends are memory, bytes: what is read is crypted and written while it is still in the L2 cache.
-const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
+pub(super) const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
 /// Chunks in flight per worker, unless asked otherwise.
-const DEPTH: u32 = 8;
+pub(super) const DEPTH: u32 = 8;
 /// Chunks are multiples of this, so that every data unit and every device block divides them.
 const CHUNK_STEP: u32 = 4096;
 
