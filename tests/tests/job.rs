@@ -238,10 +238,8 @@ fn files_round_trip_at_every_size() {
                 let plain = noise(units * unit as usize, 7 + units as u64);
                 let source = scratch.file("plain", &plain);
                 let (volume, back) = (scratch.0.join("volume"), scratch.0.join("back"));
-                let info = Request::new(Action::Encrypt, unit)
-                    .reading(&source)
-                    .creating(&volume)
-                    .run(&registry);
+                let info =
+                    Request::new(Action::Encrypt, unit).reading(&source).creating(&volume).run(&registry);
                 assert_done(&info);
                 assert_eq!(info.progress.done_bytes, plain.len() as u64);
                 let stored = std::fs::read(&volume).expect("the volume");
@@ -309,7 +307,7 @@ fn a_bench_measures_the_pipeline_and_leaves_nothing_behind() {
         wait_for(&registry, job, "its files", |_| bench_files() > 0);
         let scratch = Scratch::new("beside-bench");
         let source = scratch.file("plain", &noise(3 * MIB, 5));
-        let other = Request::new(Action::Encrypt, 512).from_file(&source);
+        let other = Request::new(Action::Encrypt, 512).reading(&source);
         assert_done(&other.to_new_file(&scratch.0.join("volume")).run(&registry));
         assert!(!registry.show(job).expect("known").state.is_final(), "the bench goes on");
         registry.cancel(job).expect("can be cancelled");
@@ -785,11 +783,7 @@ fn many_jobs_share_the_workers_and_surplus_ones_wait() {
     for at in 0..10 {
         let sink = scratch.0.join(format!("sink{at}"));
         copies.push(
-            Request::new(Action::Encrypt, 512)
-                .reading(&source)
-                .creating(&sink)
-                .start(&registry)
-                .expect("ok"),
+            Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).start(&registry).expect("ok"),
         );
     }
     for copy in copies {
