@@ -251,8 +251,11 @@ impl Shared {
                 polled
                     .extend(tasks.iter().map(|task| PollFd::new(&*task.file, events(task.op.what.reads()))));
                 self.count();
-                // An error (a signal, no memory) leaves everything not ready: ask again.
-                let _ = rustix::event::poll(&mut polled, None);
+                // An error leaves everything not ready: ask again, but not at once unless it was only a signal.
+                match rustix::event::poll(&mut polled, None) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+                }
                 ready.clear();
                 ready.extend(polled.iter().map(|polled| !polled.revents().is_empty()));
             }

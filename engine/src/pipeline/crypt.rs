@@ -26,6 +26,9 @@ pub fn transform(
     let whole = len.next_multiple_of(unit);
     let first = DataUnit(start / u64::from(unit));
     let buf = slot.buf.as_mut().expect("nothing is in flight");
+    if whole != len && !transfer.pad {
+        return Err(unaligned(start + u64::from(len), unit).at(&transfer.source.name));
+    }
     if let Work::Verify(cipher) = &transfer.work {
         let other = slot.other.as_mut().expect("nothing is in flight");
         // What the encrypted side cannot answer for differs from there on; the part it has is still compared.
@@ -47,9 +50,6 @@ pub fn transform(
         return Ok(None);
     }
     if whole != len {
-        if !transfer.pad {
-            return Err(unaligned(start + u64::from(len), unit).at(&transfer.source.name));
-        }
         buf[range(len..whole)].fill(0);
         transfer.padded((whole - len).into());
     }

@@ -21,8 +21,7 @@ pub mod transfer;
 pub mod worker;
 pub mod zeros;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -60,14 +59,14 @@ pub struct PipelineConfig {
 pub struct Pipeline {
     workers: Vec<Handle>,
     buffer_bytes: u32,
-    /// Where the next ordered transfer goes: round robin.
-    next: AtomicU32,
 }
 
 struct Handle {
     commands: Sender<Command>,
     wake: Arc<dyn Wake>,
     status: WorkerStatus,
+    /// Ordered transfers given to it.
+    ordered: Mutex<Vec<Weak<Transfer>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -92,7 +91,7 @@ impl Pipeline {
         if workers.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
         }
-        Ok(Self { workers, buffer_bytes: config.buffer_bytes, next: AtomicU32::new(0) })
+        Ok(Self { workers, buffer_bytes: config.buffer_bytes })
     }
 
     /// The workers as they are.
@@ -117,11 +116,25 @@ impl Pipeline {
     pub fn run(&self, transfer: &Arc<Transfer>, workers_max: usize) {
         let count = if transfer.is_ordered() { 1 } else { workers_max.clamp(1, self.workers.len()) };
         transfer.begin(u32::try_from(count).expect("workers are few"));
-        let first = self.next.fetch_add(1, Ordering::Relaxed) as usize;
+        let first = if transfer.is_ordered() { self.least_ordered() } else { 0 };
         for offset in 0..count {
             let worker = &self.workers[(first + offset) % self.workers.len()];
+            if transfer.is_ordered() {
+                // Kept alive by the transfer itself: gone when it is.
+                lock(&worker.ordered).push(Arc::downgrade(transfer));
+            }
             worker.send(Command::Start(transfer.clone()));
         }
+    }
+
+    /// The worker that carries the fewest ordered transfers: they may stall, and should not stall together.
+    fn least_ordered(&self) -> usize {
+        let load = |worker: &Handle| {
+            let mut ordered = lock(&worker.ordered);
+            ordered.retain(|transfer| transfer.strong_count() > 0);
+            ordered.len()
+        };
+        (0..self.workers.len()).min_by_key(|&at| load(&self.workers[at])).unwrap_or(0)
     }
 
     /// Make workers look again at gates and plans.
@@ -135,18 +148,23 @@ impl Pipeline {
     /// those that answer in time.
     #[must_use]
     pub fn snapshot(&self, transfer: &Arc<Transfer>) -> (StageRecord, u64) {
+        // First those that have left: one that leaves from here on may be missed, but none is counted twice.
+        let (mut record, mut syscalls) = transfer.final_record();
         let (reply, answers) = unbounded();
         for worker in &self.workers {
             worker.send(Command::Snapshot(transfer.clone(), reply.clone()));
         }
         drop(reply);
-        let (mut record, mut syscalls) = transfer.final_record();
         while let Ok((part, calls)) = answers.recv_timeout(SNAPSHOT_WAIT) {
             record.merge(&part);
             syscalls += calls;
         }
         (record, syscalls)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Pipeline {
@@ -212,5 +230,5 @@ fn start_worker(index: usize, cpu: u32, config: &PipelineConfig) -> Result<Handl
     let (wake, status) = started
         .recv()
         .map_err(|cause| Error::new(ErrorKind::Internal, "a worker died while starting").because(cause))??;
-    Ok(Handle { commands, wake, status, thread: Some(thread) })
+    Ok(Handle { commands, wake, status, ordered: Mutex::default(), thread: Some(thread) })
 }

@@ -6,6 +6,7 @@
 //!
 //! A [`Gate`] holds what a user may change while the transfer runs: pause, stop, and the rate limit.
 
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -73,6 +74,12 @@ impl Plan {
                 Err(moved) => start = moved,
             }
         }
+    }
+
+    /// Is nothing left to claim?
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        self.next.load(Ordering::Acquire) >= self.end.load(Ordering::Acquire)
     }
 
     /// The plan ends at `end` after all (a stream's end, or the first difference of a verification). Only ever lowers it.
@@ -156,20 +163,18 @@ impl Gate {
 
     /// Account for a claimed chunk.
     pub fn charge(&self, bytes: u64) {
-        let rate = self.rate.load(Ordering::Relaxed);
-        if rate == 0 {
-            return;
-        }
-        let cost = u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(rate)).unwrap_or(u64::MAX);
         let now = self.now_ns();
-        let _ = self.allowed_ns.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |allowed| {
-            Some(allowed.max(now).saturating_add(cost))
+        let _ = self.allowed_ns.fetch_update(Ordering::AcqRel, Ordering::Acquire, |allowed| {
+            // Looked at anew for each attempt: a debt at a rate that was just lifted must not outlive it.
+            let rate = NonZeroU64::new(self.rate.load(Ordering::Acquire))?;
+            let cost = u128::from(bytes) * 1_000_000_000 / u128::from(rate.get());
+            Some(allowed.max(now).saturating_add(u64::try_from(cost).unwrap_or(u64::MAX)))
         });
     }
 
     /// Limit the rate from now on; `None` lifts the limit.
     pub fn set_rate(&self, bytes_per_second: Option<u64>) {
-        self.rate.store(bytes_per_second.unwrap_or(0), Ordering::Relaxed);
+        self.rate.store(bytes_per_second.unwrap_or(0), Ordering::Release);
         // Debts of the old rate are forgiven, or a raised limit would take effect late.
         self.allowed_ns.store(self.now_ns(), Ordering::Release);
     }

@@ -43,7 +43,7 @@ pub struct End {
 /// How zero plaintext and the end of the sink are treated.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SinkRules {
-    /// The sink was created empty and has its final length: what is not written reads as zeros.
+    /// The sink was created empty and will have its final length: what is not written reads as zeros.
     pub skip_zeros: bool,
     /// Bytes the sink can hold, if it cannot grow.
     pub capacity: Option<u64>,
@@ -75,10 +75,25 @@ pub struct Transfer {
     pub counters: Box<[Counters]>,
     report: Mutex<Report>,
     difference: AtomicU64,
-    parts: AtomicU32,
-    finished: Sender<()>,
+    latch: Arc<Latch>,
     /// Receives one message when the last worker has left.
     pub ended: Receiver<()>,
+}
+
+/// Counts the workers that still carry a transfer. Outlives their hold on the transfer itself.
+pub(super) struct Latch {
+    parts: AtomicU32,
+    finished: Sender<()>,
+}
+
+impl Latch {
+    /// One worker has nothing of the transfer any more.
+    pub(super) fn leave(&self) {
+        if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Bounded by one message; the receiver may be gone when the daemon is leaving.
+            let _ = self.finished.try_send(());
+        }
+    }
 }
 
 #[derive(Default)]
@@ -135,8 +150,7 @@ impl Transfer {
             counters: (0..workers).map(|_| Counters::default()).collect(),
             report: Mutex::default(),
             difference: AtomicU64::new(u64::MAX),
-            parts: AtomicU32::new(0),
-            finished,
+            latch: Arc::new(Latch { parts: AtomicU32::new(0), finished }),
             ended,
         })
     }
@@ -157,7 +171,7 @@ impl Transfer {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first failure wins and stops all workers; later ones are its echoes.
+    /// The first failure wins and shuts the gate; later ones are its echoes. Workers see it at their next turn: wake them.
     pub fn fail(&self, error: Error) {
         self.report().failure.get_or_insert(error);
         self.gate.stop();
@@ -183,23 +197,22 @@ impl Transfer {
 
     /// `parts` workers are about to take part.
     pub(super) fn begin(&self, parts: u32) {
-        self.parts.store(parts, Ordering::Release);
+        self.latch.parts.store(parts, Ordering::Release);
     }
 
-    /// A worker has left: nothing of this transfer is in flight on it any more.
-    pub(super) fn leave(&self, record: &StageRecord, syscalls: u64) {
-        {
-            let mut report = self.report();
-            report.syscalls += syscalls;
-            match &mut report.record {
-                Some(sum) => sum.merge(record),
-                none => *none = Some(record.clone()),
-            }
+    /// What a worker that is about to leave has recorded.
+    pub(super) fn keep(&self, record: &StageRecord, syscalls: u64) {
+        let mut report = self.report();
+        report.syscalls += syscalls;
+        match &mut report.record {
+            Some(sum) => sum.merge(record),
+            none => *none = Some(record.clone()),
         }
-        if self.parts.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // Bounded by one message; the receiver may be gone when the daemon is leaving.
-            let _ = self.finished.try_send(());
-        }
+    }
+
+    /// To be left when the transfer has been let go of.
+    pub(super) fn latch(&self) -> Arc<Latch> {
+        self.latch.clone()
     }
 
     /// Take the failure, once the transfer has ended.

@@ -25,6 +25,13 @@ use crate::sys::buffer::Buf;
 use crate::telemetry::record::StageRecord;
 use crate::units::Extent;
 
+/// Buffers of a worker that ordered transfers leave alone. A pipe may stall for ever with what it holds; files never do, so
+/// with these they always get on.
+const ORDERED_RESERVE: usize = 2;
+
+/// Most chunks an ordered transfer holds on its worker: it moves one at a time, the others are being read or wait.
+const ORDERED_SLOTS_MAX: usize = 4;
+
 /// Claims that needed no I/O (holes) before the worker looks at commands and completions again.
 const CLAIMS_PER_TURN: u32 = 4096;
 
@@ -146,7 +153,9 @@ impl Worker {
             Ok(ports) => ports,
             Err(error) => {
                 transfer.fail(error);
-                transfer.leave(&StageRecord::default(), 0);
+                let latch = transfer.latch();
+                drop(transfer);
+                latch.leave();
                 return;
             }
         };
@@ -195,7 +204,7 @@ impl Worker {
         let mut deadline: Option<Instant> = None;
         let count = self.active.len();
         let running = self.active.iter().flatten().count().max(1);
-        // No transfer may hold everything: a quarter stays for newcomers, and a stalled pipe must not stall others.
+        // A quarter of the buffers stays for newcomers, which need not wait for chunks in flight.
         let share = (self.buffers / running).clamp(1, (self.buffers * 3 / 4).max(1));
         let mut idle = 0;
         let mut claims = 0;
@@ -223,12 +232,22 @@ impl Worker {
     fn claim(&mut self, at: usize, share: usize) -> Attempt {
         let Some(active) = &mut self.active[at] else { return Attempt::Idle };
         let transfer = active.transfer.clone();
+        if active.exhausted || transfer.plan.is_exhausted() {
+            // Also without a free buffer: others may hold them for ever, and this transfer can leave.
+            active.exhausted = true;
+            return Attempt::Idle;
+        }
         let verify = transfer.is_verify();
         let needed = if verify { 2 } else { 1 };
-        if active.exhausted
-            || self.free.len() < needed
+        let (reserve, slots_max) = if transfer.is_ordered() {
+            let slots_max = (self.buffers / 8).clamp(1, ORDERED_SLOTS_MAX);
+            (ORDERED_RESERVE.min(self.buffers - needed), slots_max)
+        } else {
+            (0, (share / needed).max(1))
+        };
+        if self.free.len() < needed + reserve
             || active.slots >= transfer.depth
-            || active.slots as usize >= (share / needed).max(1)
+            || active.slots as usize >= slots_max
             || (transfer.source.stream && active.reading[Side::Source as usize])
             || (verify && transfer.sink.stream && active.reading[Side::Sink as usize])
         {
@@ -521,7 +540,11 @@ impl Worker {
                 let active = self.active[at].take().expect("just seen");
                 self.queue.detach(active.source);
                 self.queue.detach(active.sink);
-                active.transfer.leave(&active.record, self.queue.syscalls() - active.syscalls_before);
+                active.transfer.keep(&active.record, self.queue.syscalls() - active.syscalls_before);
+                // The end is told when nothing here holds the transfer's files and key any more.
+                let latch = active.transfer.latch();
+                drop(active);
+                latch.leave();
             }
         }
     }

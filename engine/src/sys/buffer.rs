@@ -28,8 +28,8 @@ pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Every buffer starts on a multiple of this, which satisfies O_DIRECT on any device we know.
 pub const BUFFER_ALIGN_BYTES: u32 = 4096;
 
-/// What arenas leave of `RLIMIT_MEMLOCK` for keys: thousands of expanded key schedules.
-pub const KEY_RESERVE_BYTES: u64 = 512 << 10;
+/// What arenas leave of `RLIMIT_MEMLOCK` for keys: the expanded schedules (2880 bytes each) of some 350 volume keys.
+pub const KEY_RESERVE_BYTES: u64 = 1 << 20;
 
 /// What the mapping is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

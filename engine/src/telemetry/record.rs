@@ -73,12 +73,26 @@ impl Counters {
 }
 
 impl Totals {
-    /// The stage where chunks spend most of their time, if any time was spent.
+    /// The stage that limits the rate: `crypt` if it kept the cores busy most of `core_seconds` (running time times
+    /// workers), else the one where chunks spend most of their time. A busy core lets completed reads and writes wait, so
+    /// their times alone would name the device.
     #[must_use]
-    pub fn bottleneck(&self) -> Option<Stage> {
-        let (index, &ns) = self.stage_ns.iter().enumerate().max_by_key(|(_, ns)| **ns)?;
-        (ns > 0).then(|| Stage::ALL[index])
+    pub fn bottleneck(&self, core_seconds: f64) -> Option<Stage> {
+        bottleneck(&self.stage_ns, core_seconds)
     }
+}
+
+/// Share of the cores' time from which on crypt is what limits.
+const CRYPT_BOUND: f64 = 0.7;
+
+#[expect(clippy::cast_precision_loss, reason = "a share for people")]
+fn bottleneck(stage_ns: &[u64; Stage::ALL.len()], core_seconds: f64) -> Option<Stage> {
+    let crypt_seconds = stage_ns[index(Stage::Crypt)] as f64 / 1e9;
+    if core_seconds > 0.0 && crypt_seconds / core_seconds > CRYPT_BOUND {
+        return Some(Stage::Crypt);
+    }
+    let (at, &ns) = stage_ns.iter().enumerate().max_by_key(|(_, ns)| **ns)?;
+    (ns > 0).then(|| Stage::ALL[at])
 }
 
 /// Latency histograms of the five stages.
@@ -129,6 +143,12 @@ impl StageRecord {
         }
     }
 
+    /// See [`Totals::bottleneck`].
+    #[must_use]
+    pub fn bottleneck(&self, core_seconds: f64) -> Option<Stage> {
+        bottleneck(&self.ns, core_seconds)
+    }
+
     /// The stages that were passed, as the wire shows them.
     #[must_use]
     pub fn to_stats(&self) -> Vec<StageStats> {
@@ -174,9 +194,19 @@ mod tests {
         record.record(&counters, Stage::Read, Duration::from_micros(10), 4096);
         record.record(&counters, Stage::Write, Duration::from_micros(30), 4096);
         let mut totals = Totals::default();
-        assert_eq!(totals.bottleneck(), None);
+        assert_eq!(totals.bottleneck(1.0), None);
         counters.add_to(&mut totals);
-        assert_eq!(totals.bottleneck(), Some(Stage::Write));
+        assert_eq!(totals.bottleneck(1.0), Some(Stage::Write));
+    }
+
+    #[test]
+    fn busy_cores_name_crypt_whatever_waits_for_them() {
+        let counters = Counters::default();
+        let mut record = StageRecord::default();
+        record.record(&counters, Stage::Read, Duration::from_millis(40), 4096);
+        record.record(&counters, Stage::Crypt, Duration::from_millis(10), 4096);
+        assert_eq!(record.bottleneck(0.012), Some(Stage::Crypt));
+        assert_eq!(record.bottleneck(0.040), Some(Stage::Read));
     }
 
     #[test]
