@@ -1,12 +1,15 @@
 //! The stage circle: each stage of the pipeline alone, beside what the same machine does with the same bytes and nothing else.
 //!
-//! | stage | ours | limit |
+//! | stage | ours | beside |
 //! |---|---|---|
 //! | `ring-…` | a copy between two files through a worker's queue, no crypt | plain `pread`/`pwrite` on one thread |
 //! | `crypt-…` | AES-256-XTS, 4096-byte units, one chunk in place | the issue limit of the kernel's instruction |
 //! | `zeros-…` | zero detection over 1 MiB | adding up the same 1 MiB |
 //! | `compare` | verifying's comparison of two equal 1 MiB | adding up both |
 //! | `hand-off` | claim, gate, three laps and histograms of a chunk: rates count chunks, not bytes | - |
+//!
+//! On a disk the plain loop is no limit, having one chunk in flight: it is what a queue is for. The limit there is fio's, in the
+//! end-to-end sweep.
 //!
 //! Every round runs limit and stage one after the other, starting one place further each time; ratios are within a round.
 //! A copy's result is compared with its source before its rate is told.
@@ -47,6 +50,9 @@ struct Arguments {
     /// Bytes of a copied file, in MiB
     #[arg(long, default_value_t = 512, value_name = "MIB")]
     size: u64,
+    /// Chunks in flight on a queue; 8 is a job's default
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
+    depth: u32,
     /// Milliseconds per measurement in memory
     #[arg(long, default_value_t = 50)]
     millis: u64,
@@ -61,8 +67,6 @@ struct Arguments {
     small: bool,
 }
 
-/// Chunks in flight, as a job has them by default.
-const DEPTH: u32 = 8;
 /// Chunks the pipeline uses between memory and between disks, bytes.
 const CHUNKS: [u32; 2] = [256 << 10, 1 << 20];
 const MIB: usize = 1 << 20;
@@ -75,7 +79,9 @@ struct Row<'a> {
     /// `bytes_per_second`, or `chunks_per_second`.
     measure: &'static str,
     rate: Spread,
-    ratio_to_limit: Option<Spread>,
+    /// The contender that the ratio is taken to.
+    beside: Option<&'static str>,
+    ratio: Option<Spread>,
     syscalls_per_mib: Option<f64>,
     sha256: Option<String>,
     rounds: usize,
@@ -115,6 +121,7 @@ impl Bench {
                 syscalls[at] = calls;
             }
         }
+        let first = contenders[0].0;
         for (at, (contender, _)) in contenders.iter().enumerate() {
             let ratios = rates[at].iter().zip(&rates[0]).map(|(own, limit)| own / limit).collect();
             let row = Row {
@@ -122,7 +129,8 @@ impl Bench {
                 contender,
                 measure,
                 rate: Spread::of(rates[at].clone()).expect("at least one round"),
-                ratio_to_limit: if at > 0 { Spread::of(ratios) } else { None },
+                beside: (at > 0).then_some(first),
+                ratio: if at > 0 { Spread::of(ratios) } else { None },
                 syscalls_per_mib: syscalls[at],
                 sha256: sha256.map(str::to_owned),
                 rounds: self.rounds,
@@ -138,13 +146,15 @@ impl Bench {
                 }
             };
             let Spread { median, min, max } = row.rate;
-            let ratio = row.ratio_to_limit.map_or_else(String::new, |of| {
-                format!("{:.2} of limit ({:.2}..{:.2})", of.median, of.min, of.max)
+            // A time is the inverse of a rate, so its extremes change places.
+            let (min, max) = if measure == "bytes_per_second" { (min, max) } else { (max, min) };
+            let ratio = row.ratio.map_or_else(String::new, |of| {
+                format!("{:.2} of {first} ({:.2}..{:.2})", of.median, of.min, of.max)
             });
             let calls =
                 row.syscalls_per_mib.map_or_else(String::new, |calls| format!("{calls:.2} calls/MiB"));
             println!(
-                "{stage:<26} {contender:<14} {} ({}..{}) {ratio:<28} {calls}",
+                "{stage:<26} {contender:<14} {} ({}..{}) {ratio:<33} {calls}",
                 show(median),
                 show(min).trim(),
                 show(max).trim(),
@@ -153,7 +163,7 @@ impl Bench {
         Ok(())
     }
 
-    fn ring(&mut self, dir: &Path, bytes: u64) -> io::Result<()> {
+    fn ring(&mut self, dir: &Path, bytes: u64, depth: u32) -> io::Result<()> {
         let scratch = Scratch::new(dir)?;
         let (from, to) = (scratch.0.join("source"), scratch.0.join("sink"));
         let digest = source::write_file(&from, Content::Plain, bytes)?;
@@ -171,11 +181,11 @@ impl Bench {
         for chunk in CHUNKS {
             let failed = |error: engine::error::Error| io::Error::other(error.chain());
             let queue = |threads: bool| -> io::Result<CopyQueue> {
-                let mut arena = Arena::new(DEPTH, chunk).map_err(failed)?;
+                let mut arena = Arena::new(depth, chunk).map_err(failed)?;
                 let queue: Box<dyn Queue> = if threads {
-                    Box::new(ThreadsQueue::new(DEPTH, DEPTH).map_err(failed)?)
+                    Box::new(ThreadsQueue::new(depth.min(16), depth).map_err(failed)?)
                 } else {
-                    Box::new(UringQueue::new(&arena, DEPTH).map_err(failed)?)
+                    Box::new(UringQueue::new(&arena, depth).map_err(failed)?)
                 };
                 Ok(CopyQueue { queue, free: arena.take_all(), source: source.clone(), sink: sink.clone() })
             };
@@ -428,7 +438,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     };
     println!("{}", bench.facts.line());
     for dir in &arguments.dir {
-        bench.ring(dir, if small { 16 << 20 } else { arguments.size << 20 })?;
+        bench.ring(dir, if small { 16 << 20 } else { arguments.size << 20 }, arguments.depth)?;
     }
     bench.crypt()?;
     bench.memory()?;
