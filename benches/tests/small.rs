@@ -1,4 +1,4 @@
-//! The end-to-end sweep in its small mode: it runs, checks what it moved, and its rows can be read. Rates are not judged.
+//! The end-to-end sweep and the stage bench in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -67,4 +67,47 @@ fn both_ways_between_files_are_measured_and_checked() {
         let decrypted = row["case"] == "disk-decrypt" && row["side"] == "rival";
         assert_eq!(row["sha256"].is_string(), ours || decrypted, "{row}");
     }
+}
+
+#[test]
+fn every_stage_is_measured_beside_its_limit() {
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-stage-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).expect("creates");
+    let json = scratch.join("rows.json");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stage"));
+    let output =
+        command.arg("--small").arg("--dir").arg(&scratch).arg("--json").arg(&json).output().expect("runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let rows = std::fs::read_to_string(&json);
+    let left: Vec<_> =
+        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
+    std::fs::remove_dir_all(&scratch).expect("removes");
+    assert!(output.status.success(), "the stage bench failed: {said}");
+    assert_eq!(left, [json], "the stage bench left files behind");
+    let rows: Vec<Value> = rows
+        .expect("rows were written")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a row is JSON"))
+        .collect();
+    for row in &rows {
+        assert!(row["rate"]["min"].as_f64().is_some_and(|rate| rate > 0.0), "{row}");
+        assert!(row["machine"]["kernel"].as_str().is_some_and(|kernel| !kernel.is_empty()), "{row}");
+    }
+    let of = |stage: &str| -> Vec<&Value> {
+        rows.iter().filter(|row| row["stage"].as_str().is_some_and(|name| name.starts_with(stage))).collect()
+    };
+    for (stage, contender) in [
+        ("ring", "pread/pwrite"),
+        ("ring", "threads"),
+        ("zeros-of-zeros", "Runs::nonzero"),
+        ("zeros-of-noise", "Runs::nonzero"),
+        ("compare", "slice equality"),
+        ("hand-off", "claim+gate+record"),
+    ] {
+        assert!(of(stage).iter().any(|row| row["contender"] == contender), "{stage}: {contender}");
+    }
+    assert!(contenders(&rows).contains("io_uring") || said.contains("SKIP io_uring"), "{said}");
+    assert!(!of("crypt").is_empty());
+    // What was copied was checked.
+    assert!(of("ring").iter().all(|row| row["sha256"].is_string() && row["syscalls_per_mib"].is_number()));
 }

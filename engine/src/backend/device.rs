@@ -100,8 +100,9 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 /// `HUGETLBFS_MAGIC`.
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-/// `FUSE_SUPER_MAGIC`.
-const FUSE_SUPER_MAGIC: u64 = 0x6573_5546;
+/// FUSE, NFS, CIFS, SMB 2, Ceph, 9p, AFS: filesystems whose answers come from elsewhere.
+const REMOTE_MAGICS: [u64; 7] =
+    [0x6573_5546, 0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x0102_1997, 0x5346_414f];
 
 impl Device {
     /// Look at a descriptor and check that it can serve. `name` is for messages only.
@@ -223,10 +224,10 @@ impl Device {
         })
     }
 
-    /// On a filesystem that another program serves (FUSE): reads and writes are as slow as that program.
+    /// On a filesystem that another program or machine serves: even looking at it may take as long as they like.
     #[must_use]
-    pub fn is_fuse(&self) -> bool {
-        filesystem(&self.file) == Some(FUSE_SUPER_MAGIC)
+    pub fn is_remote(&self) -> bool {
+        filesystem(&self.file).is_some_and(|magic| REMOTE_MAGICS.contains(&magic))
     }
 
     /// On a filesystem made of memory.
@@ -274,7 +275,8 @@ impl Device {
             return Some(all_data);
         }
         Some(match fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Err(Errno::NXIO) => Region::Hole { until: size },
+            // No data to the end: a hole, unless the file has been cut off, which reading will find out.
+            Err(Errno::NXIO) if self.current_len().is_ok_and(|now| now >= size) => Region::Hole { until: size },
             Ok(data) if data > offset => Region::Hole { until: data.min(size) },
             Ok(_) => match fs::seek(&self.file, SeekFrom::Hole(offset)) {
                 Ok(hole) if hole > offset => Region::Data { until: hole.min(size) },
@@ -299,11 +301,6 @@ impl Device {
     /// Tell the page cache that reads go forward. Buffered ends only.
     pub fn expect_sequential(&self) {
         let _ = fs::fadvise(&self.file, 0, None, Advice::Sequential);
-    }
-
-    /// Ask for pages to be read ahead. Buffered ends only.
-    pub fn read_ahead(&self, extent: Extent) {
-        let _ = fs::fadvise(&self.file, extent.start(), NonZeroU64::new(extent.len()), Advice::WillNeed);
     }
 
     /// Leave the page cache as we found it. Clean pages go; of dirty ones the write-back starts, so call it for an extent

@@ -1,24 +1,34 @@
 //! Room on a device, before and after data moves: what is free, what is reserved, whether anything is left to read.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FallocateFlags, fallocate, fstat, fstatvfs, ftruncate};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstat, fstatvfs, ftruncate};
 use rustix::io::Errno;
 
 use crate::backend::device::{Device, Nature, Region};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// How often [`Device::has_more`] looks whether to give up, nanoseconds.
 const POLL_NS: i64 = 200_000_000;
 
 impl Device {
-    /// Can it have holes at all? A file with as many blocks as bytes has none worth asking for.
+    /// Can it have holes that are worth asking for? Not where a file has as many blocks as bytes, nor where the question
+    /// goes to another program or machine: a worker asks, and must not wait for either.
     #[must_use]
     pub fn may_have_holes(&self) -> bool {
-        if self.nature() != Nature::File || self.is_stream() {
+        if self.nature() != Nature::File || self.is_stream() || self.is_remote() {
             return false;
         }
         let blocks = fstat(self.file()).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
         self.size().is_some_and(|size| blocks.saturating_mul(512) < size)
+    }
+
+    /// Bytes in it now, whatever [`Device::size`] was.
+    ///
+    /// # Errors
+    /// It cannot be examined.
+    pub fn current_len(&self) -> Result<u64> {
+        let stat = fstat(self.file()).map_err(|errno| Error::io("cannot examine", errno).at(self.name()))?;
+        Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
     /// Bytes its filesystem has free for this user.
@@ -36,6 +46,21 @@ impl Device {
         ftruncate(self.file(), bytes).map_err(|errno| {
             Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(self.name())
         })
+    }
+
+    /// Keep other jobs from writing to this file: an exclusive `flock` on the description, which the sender may hold already.
+    ///
+    /// # Errors
+    /// `Conflict`: somebody else holds it.
+    pub fn lock(&self) -> Result<()> {
+        match flock(self.file(), FlockOperation::NonBlockingLockExclusive) {
+            // Filesystems without locks keep nobody out, and did not before.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => Ok(()),
+            Err(Errno::WOULDBLOCK) => {
+                Err(Error::new(ErrorKind::Conflict, "another job is writing to the sink").at(self.name()))
+            }
+            Err(errno) => Err(Error::io("cannot lock the sink", errno).at(self.name())),
+        }
     }
 
     /// Reserve blocks for `0..bytes`, so that a full filesystem says so now. Filesystems that cannot are left alone.

@@ -183,6 +183,7 @@ pub fn measure(
     buffer_bytes: usize,
     millis: u32,
     rounds: u32,
+    check: impl Fn() -> Result<()>,
 ) -> Result<Measurement> {
     let mut work = work(kernel, operation, key_bits, unit_bytes)?;
     let unit = unit_bytes as usize;
@@ -194,6 +195,7 @@ pub fn measure(
     let mut rates = Vec::new();
     let mut limits = Vec::new();
     for _ in 0..rounds.max(1) {
+        check()?;
         if spin(kernel, key_bits, 0).is_some() {
             limits.push(rate(bytes, time, || {
                 black_box(spin(kernel, key_bits, bytes * operation.passes()));
@@ -219,7 +221,7 @@ mod tests {
     fn a_measurement_is_ordered_and_has_a_limit_where_there_is_one() {
         for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
             for operation in Operation::ALL {
-                let found = measure(kernel, operation, 256, 512, 4096, 1, 3).expect("an available kernel");
+                let found = measure(kernel, operation, 256, 512, 4096, 1, 3, || Ok(())).expect("an available kernel");
                 assert!(
                     0.0 < found.min && found.min <= found.median && found.median <= found.max,
                     "{found:?}"

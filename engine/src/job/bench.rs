@@ -14,11 +14,11 @@ use crate::pipeline::Pipeline;
 /// Buffer of a measurement unless asked otherwise, bytes.
 const BUFFER_BYTES: u32 = 1 << 20;
 /// Most bytes of buffer.
-const BUFFER_BYTES_MAX: u32 = 1 << 30;
+const BUFFER_BYTES_MAX: u32 = 64 << 20;
 /// Milliseconds per measurement unless asked otherwise.
 const MILLIS: u32 = 200;
-/// Most milliseconds per measurement.
-const MILLIS_MAX: u32 = 60_000;
+/// Most milliseconds per measurement: as long as a request to cancel may stay unseen.
+const MILLIS_MAX: u32 = 5000;
 /// Interleaved rounds unless asked otherwise.
 const ROUNDS: u32 = 5;
 /// Most rounds.
@@ -84,9 +84,9 @@ pub fn run(job: &Job, bench: &Bench, pipeline: &Pipeline, configured: Kernel) ->
         for data_unit in [512, 4096] {
             for key_bits in [128, 256] {
                 for operation in [Operation::Encrypt, Operation::Decrypt, Operation::Reencrypt] {
-                    job.check_cancelled()?;
+                    let check = || job.check_cancelled();
                     let measured =
-                        measure(kernel, operation, key_bits, data_unit, buffer_bytes, millis, rounds)?;
+                        measure(kernel, operation, key_bits, data_unit, buffer_bytes, millis, rounds, check)?;
                     job.add_bench(BenchRow {
                         kernel: kernel.name().to_owned(),
                         operation: operation.name().to_owned(),

@@ -8,7 +8,10 @@
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, RenameFlags, fstat, fsync, renameat_with, statat, unlinkat};
+use rustix::fs::{
+    Access, AtFlags, FileType, OFlags, RenameFlags, accessat, fcntl_getfl, fstat, fsync, renameat_with, statat,
+    unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -55,10 +58,9 @@ impl Names {
             keep_partial: commit.keep_partial,
             owner: owner.clone(),
         };
+        names.check_directory()?;
         names.check_same(&file)?;
-        if !names.replace && names.exists()? {
-            return Err(Error::new(ErrorKind::Conflict, "the sink exists").at(&names.name));
-        }
+        names.check_free()?;
         Ok(names)
     }
 
@@ -67,14 +69,37 @@ impl Names {
             .map_err(|cause| Error::io(what, cause).at(&self.name))
     }
 
-    fn exists(&self) -> Result<bool> {
-        self.with_rights("cannot look up the sink", || {
+    /// A directory in which the owner may make and remove names: found out now, not after the last byte.
+    fn check_directory(&self) -> Result<()> {
+        let failed = |errno: Errno| Error::io("cannot examine the sink's directory", errno).at(&self.name);
+        let stat = fstat(&self.directory).map_err(failed)?;
+        let flags = fcntl_getfl(&self.directory).map_err(failed)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory || flags.contains(OFlags::PATH) {
+            let what = "the sink's directory must be a directory opened for reading";
+            return Err(Error::new(ErrorKind::Invalid, what).at(&self.name));
+        }
+        self.with_rights("cannot write to the sink's directory", || {
+            Ok(accessat(&self.directory, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)?)
+        })
+    }
+
+    /// The final name is free, or means an empty file (made by `mktemp`, say), or may be replaced whatever it means.
+    fn check_free(&self) -> Result<()> {
+        if self.replace {
+            return Ok(());
+        }
+        let taken = self.with_rights("cannot look up the sink", || {
             match statat(&self.directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(_) => Ok(true),
+                Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_size != 0),
                 Err(Errno::NOENT) => Ok(false),
                 Err(errno) => Err(errno.into()),
             }
-        })
+        })?;
+        if taken {
+            let error = Error::new(ErrorKind::Conflict, "the sink exists and is not empty").at(&self.name);
+            return Err(error.hint("--force replaces it"));
+        }
+        Ok(())
     }
 
     fn check_same(&self, file: impl AsFd) -> Result<()> {
@@ -101,17 +126,20 @@ impl Names {
     /// The rename or the flush failed; the file still has its partial name unless the flush was what failed.
     pub fn commit(&self, file: impl AsFd) -> Result<()> {
         self.check_same(file)?;
-        let flags = if self.replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-        self.with_rights("cannot give the sink its name", || {
-            let rename =
-                |flags| renameat_with(&self.directory, &*self.partial, &self.directory, &*self.name, flags);
-            match rename(flags) {
-                // Filesystems without the flag (FUSE, NFS): the name was free when the job began.
-                Err(Errno::INVAL) if !flags.is_empty() => rename(RenameFlags::empty())?,
-                other => other?,
-            }
-            Ok(())
-        })?;
+        let rename =
+            |flags| renameat_with(&self.directory, &*self.partial, &self.directory, &*self.name, flags);
+        let taken = !self.replace
+            && self.with_rights("cannot give the sink its name", || match rename(RenameFlags::NOREPLACE) {
+                Ok(()) => Ok(false),
+                // EINVAL: a filesystem without the flag (FUSE, NFS).
+                Err(Errno::EXIST | Errno::INVAL) => Ok(true),
+                Err(errno) => Err(errno.into()),
+            })?;
+        if self.replace || taken {
+            // The name may have been taken, or filled, since the job began.
+            self.check_free()?;
+            self.with_rights("cannot give the sink its name", || Ok(rename(RenameFlags::empty())?))?;
+        }
         self.with_rights("cannot make the sink's name durable", || match fsync(&self.directory) {
             // Some filesystems have no directories to flush.
             Err(Errno::INVAL | Errno::ROFS) => Ok(()),

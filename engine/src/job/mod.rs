@@ -72,33 +72,68 @@ pub struct Registry {
     table: Mutex<Table>,
 }
 
+/// Finished jobs whose histograms are kept. At some 150 KiB each, these are what a daemon that never ends remembers in full.
+const RECORDS_MAX: usize = 32;
+
 #[derive(Default)]
 struct Table {
     last: JobId,
     jobs: BTreeMap<JobId, Arc<Job>>,
     waiting: VecDeque<(Arc<Job>, Load)>,
-    running: HashMap<u32, u32>,
+    running: BTreeMap<JobId, Arc<Job>>,
 }
 
 impl Table {
-    fn running_total(&self) -> u32 {
-        self.running.values().sum()
+    fn check_room(&self, owner: &Owner, per_user_max: u32) -> Result<()> {
+        let mine =
+            self.jobs.values().filter(|job| job.owner.uid == owner.uid && !job.state().is_final()).count();
+        if mine >= per_user_max as usize {
+            let what = format!("{mine} jobs are queued or running, and a user may have {per_user_max}");
+            return Err(Error::new(ErrorKind::Limit, what).hint("wait for one to end, or cancel it"));
+        }
+        Ok(())
     }
 
-    /// Who goes next: the oldest waiting job of the user with the fewest running.
-    fn next(&mut self) -> Option<(Arc<Job>, Load)> {
-        let at = (0..self.waiting.len())
-            .min_by_key(|&at| self.running.get(&self.waiting[at].0.owner.uid).copied().unwrap_or(0))?;
-        self.waiting.remove(at)
+    /// Jobs that have a place. A paused one has given its place up; resumed, it may be one too many for a while.
+    fn placed(&self) -> impl Iterator<Item = &Arc<Job>> {
+        self.running.values().filter(|job| job.state() != JobState::Paused)
     }
 
-    /// Forget the oldest finished jobs beyond what is remembered.
+    /// Who goes next, if there is a place: the oldest waiting job of the user with the fewest running. No user has more than
+    /// three quarters of the places, so nobody can keep everybody else waiting; and one bench at a time, or they measure
+    /// each other.
+    fn next(&mut self, running_max: u32) -> Option<(Arc<Job>, Load)> {
+        let mut of_user: HashMap<u32, u32> = HashMap::new();
+        for job in self.placed() {
+            *of_user.entry(job.owner.uid).or_default() += 1;
+        }
+        if of_user.values().sum::<u32>() >= running_max {
+            return None;
+        }
+        let user_max = running_max - running_max / 4;
+        let benching = self.running.values().any(|job| job.action == Action::Bench);
+        let mine = |job: &Job| of_user.get(&job.owner.uid).copied().unwrap_or(0);
+        let (at, _) = self
+            .waiting
+            .iter()
+            .enumerate()
+            .filter(|(_, (job, _))| mine(job) < user_max && !(benching && job.action == Action::Bench))
+            .min_by_key(|(_, (job, _))| mine(job))?;
+        let next = self.waiting.remove(at)?;
+        self.running.insert(next.0.id, next.0.clone());
+        Some(next)
+    }
+
+    /// Forget the oldest finished jobs beyond what is remembered, and the histograms of all but the last few.
     fn forget(&mut self, remembered_max: u32) {
         let finished: Vec<JobId> =
             self.jobs.iter().filter(|(_, job)| job.state().is_final()).map(|(id, _)| *id).collect();
         let surplus = finished.len().saturating_sub(remembered_max as usize);
-        for id in finished.into_iter().take(surplus) {
-            self.jobs.remove(&id);
+        for id in &finished[..surplus] {
+            self.jobs.remove(id);
+        }
+        for id in &finished[surplus..finished.len().saturating_sub(RECORDS_MAX).max(surplus)] {
+            self.jobs[id].forget_record();
         }
     }
 }
@@ -133,15 +168,16 @@ impl Registry {
         submit: Submit,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(JobId, Vec<String>)> {
-        self.check_room(owner)?;
+        // Before any work is done for it.
+        self.table().check_room(owner, self.config.per_user_max)?;
         let action = submit.action;
         let detached = submit.detach;
         let name = |name: Option<&str>| name.unwrap_or_default().to_owned();
         let source = name(submit.source.as_ref().map(|source| source.name.as_str()));
         let sink = name(submit.sink.as_ref().map(|sink| sink.name.as_str()));
-        let (load, transfer, total_bytes, warnings) = if action == Action::Bench {
+        let (load, transfer, workers, total_bytes, warnings) = if action == Action::Bench {
             let bench = bench::check(submit, &descriptors)?;
-            (Load::Bench(bench), None, None, Vec::new())
+            (Load::Bench(bench), None, 1, None, Vec::new())
         } else {
             let means = Means {
                 kernel: self.config.kernel,
@@ -152,10 +188,13 @@ impl Registry {
             let warnings = std::mem::take(&mut prepared.warnings);
             let transfer = prepared.transfer.clone();
             let total_bytes = prepared.total_bytes;
-            (Load::Transfer(Box::new(prepared)), Some(transfer), total_bytes, warnings)
+            let workers = if transfer.is_ordered() { 1 } else { prepared.workers_max };
+            (Load::Transfer(Box::new(prepared)), Some(transfer), workers, total_bytes, warnings)
         };
         let id = {
             let mut table = self.table();
+            // Again, under the lock that adds it: several may have got this far together.
+            table.check_room(owner, self.config.per_user_max)?;
             table.last += 1;
             let id = table.last;
             let notify = self.notify.clone();
@@ -167,6 +206,7 @@ impl Registry {
                 source,
                 sink,
                 transfer,
+                workers: u32::try_from(workers).unwrap_or(u32::MAX),
                 total_bytes,
                 changed: Box::new(move |id| notify(id)),
             });
@@ -178,55 +218,45 @@ impl Registry {
         Ok((id, warnings))
     }
 
-    fn check_room(&self, owner: &Owner) -> Result<()> {
-        let table = self.table();
-        let mine =
-            table.jobs.values().filter(|job| job.owner.uid == owner.uid && !job.state().is_final()).count();
-        if mine >= self.config.per_user_max as usize {
-            let what = format!(
-                "{mine} jobs are queued or running, and a user may have {}",
-                self.config.per_user_max
-            );
-            return Err(Error::new(ErrorKind::Limit, what).hint("wait for one to end, or cancel it"));
-        }
-        Ok(())
-    }
-
     /// Start waiting jobs while there are places.
     fn start_waiting(self: &Arc<Self>) {
         loop {
-            let (job, load) = {
-                let mut table = self.table();
-                if table.running_total() >= self.config.running_max {
-                    return;
-                }
-                let Some(next) = table.next() else { return };
-                *table.running.entry(next.0.owner.uid).or_default() += 1;
-                next
-            };
-            let registry = self.clone();
-            let carried = job.clone();
-            let body = move || {
-                let ended = registry.carry(&carried, load);
-                registry.ended(&carried, ended);
-            };
-            if let Err(cause) = std::thread::Builder::new().name(format!("job{}", job.id)).spawn(body) {
-                // The load went down with the thread's body: nothing was written yet, and descriptors are closed.
-                self.ended(&job, Err(Error::io("cannot start the job's thread", cause)));
+            let next = self.table().next(self.config.running_max);
+            let Some((job, load)) = next else { return };
+            self.start_thread(job, load);
+        }
+    }
+
+    /// Carry a job to its end on a thread of its own.
+    fn start_thread(self: &Arc<Self>, job: Arc<Job>, load: Load) {
+        // Shared, so that it is not lost with a thread that cannot be had.
+        let load = Arc::new(Mutex::new(Some(load)));
+        let registry = self.clone();
+        let carried = (job.clone(), load.clone());
+        let body = move || {
+            let (job, load) = carried;
+            let load = load.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let ended = load.map_or_else(|| Ok(run::Ending::default()), |load| registry.carry(&job, load));
+            registry.ended(&job, ended);
+        };
+        if let Err(cause) = std::thread::Builder::new().name(format!("job{}", job.id)).spawn(body) {
+            if let Some(Load::Transfer(prepared)) = load.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                run::discard(&prepared);
             }
+            self.ended(&job, Err(Error::io("cannot start the job's thread", cause)));
         }
     }
 
     fn carry(&self, job: &Job, load: Load) -> Result<run::Ending> {
+        if let Err(cancelled) = job.check_cancelled() {
+            if let Load::Transfer(prepared) = &load {
+                run::discard(prepared);
+            }
+            return Err(cancelled);
+        }
         job.begin();
         match load {
-            Load::Transfer(prepared) => match job.check_cancelled() {
-                Ok(()) => run::run(job, &self.pipeline, &prepared),
-                Err(cancelled) => {
-                    run::undo(job, &prepared);
-                    Err(cancelled)
-                }
-            },
+            Load::Transfer(prepared) => run::run(job, &self.pipeline, &prepared),
             Load::Bench(bench) => {
                 bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
             }
@@ -237,12 +267,7 @@ impl Registry {
         job.end(ended);
         {
             let mut table = self.table();
-            if let Some(count) = table.running.get_mut(&job.owner.uid) {
-                *count -= 1;
-                if *count == 0 {
-                    table.running.remove(&job.owner.uid);
-                }
-            }
+            table.running.remove(&job.id);
             table.forget(self.config.remembered_max);
         }
         self.start_waiting();
@@ -270,8 +295,11 @@ impl Registry {
     ///
     /// # Errors
     /// `NotFound`, or `Conflict` when final.
-    pub fn pause(&self, job: JobId) -> Result<JobInfo> {
-        self.change(job, |job| job.set_paused(true))
+    pub fn pause(self: &Arc<Self>, job: JobId) -> Result<JobInfo> {
+        let info = self.change(job, |job| job.set_paused(true))?;
+        // Its place is free.
+        self.start_waiting();
+        Ok(info)
     }
 
     /// See `proto::Call::Resume`.
@@ -292,7 +320,7 @@ impl Registry {
         Ok(info)
     }
 
-    /// A job cancelled before it had a place ends at once, and gives back what it held.
+    /// A job cancelled before it had a place needs none to end: its thread only gives back what it held.
     fn end_waiting(self: &Arc<Self>, id: JobId) {
         let waiting = {
             let mut table = self.table();
@@ -300,10 +328,7 @@ impl Registry {
             at.and_then(|at| table.waiting.remove(at))
         };
         if let Some((job, load)) = waiting {
-            if let Load::Transfer(prepared) = &load {
-                run::undo(&job, prepared);
-            }
-            job.end(job.check_cancelled().map(|()| run::Ending::default()));
+            self.start_thread(job, load);
         }
     }
 
@@ -336,9 +361,13 @@ impl Registry {
             bottleneck: None,
             syscalls: 0,
         };
-        let mut seconds = 0.0;
+        let (mut seconds, mut core_seconds) = (0.0, 0.0);
         for &id in jobs {
-            let job = self.job(id)?;
+            let job = match self.job(id) {
+                // One of many may have been forgotten since they were listed.
+                Err(_) if jobs.len() > 1 => continue,
+                found => found?,
+            };
             let (mut part, mut syscalls) = job.record();
             // While it runs, the workers have it; `run` moves it over when they have left.
             if syscalls == 0
@@ -351,14 +380,14 @@ impl Registry {
             }
             record.merge(&part);
             stats.syscalls += syscalls;
-            let (ran, bytes) = job.work_done();
+            let (ran, cores, bytes) = job.work_done();
             seconds += ran;
+            core_seconds += cores;
             stats.bytes += bytes;
         }
         stats.stages = record.to_stats();
         stats.bytes_per_second = per_second(stats.bytes, seconds);
-        stats.bottleneck =
-            stats.stages.iter().max_by(|a, b| a.share.total_cmp(&b.share)).map(|stage| stage.stage);
+        stats.bottleneck = record.bottleneck(core_seconds);
         Ok(stats)
     }
 

@@ -20,9 +20,9 @@ use crate::pipeline::plan::Plan;
 use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
 use crate::units::round_up;
 
-/// Chunk where both ends are memory, bytes: what is read is crypted and written while it is still in the L2 cache.
+/// Chunk where both ends are memory or pipes, bytes: what is read is crypted and written while it is still in the L2 cache.
 pub(super) const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
-/// Chunks in flight per worker, unless asked otherwise.
+/// Most chunks in flight per worker, unless asked otherwise.
 pub(super) const DEPTH: u32 = 8;
 /// Chunks are multiples of this, so that every data unit and every device block divides them.
 const CHUNK_STEP: u32 = 4096;
@@ -132,14 +132,16 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
 
     let total = check_sizes(action, &source, &sink, unit, &tuning)?;
     let new_file = action != Action::Verify && is_file(&sink);
-    if new_file && names.is_none() && sink.size() != Some(0) {
-        let what = "the sink file is not empty and no replacement was agreed on";
-        return Err(Error::new(ErrorKind::Conflict, what).at(sink.name()));
+    if new_file && sink.size() != Some(0) {
+        // A replacement is written beside the old file, see `Names`; nothing is ever written over.
+        return Err(Error::new(ErrorKind::Conflict, "the sink file is not empty").at(sink.name()));
+    }
+    if new_file {
+        sink.lock()?;
     }
     let align = choose_direct(action, &source, &sink, total, unit, &tuning);
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
-    let depth = depth(&tuning)?;
-    let workers_max = workers(&tuning, means)?;
+    let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
 
     let sparse = action == Action::Decrypt && tuning.sparse.unwrap_or(true);
     let transfer = Transfer::new(
@@ -282,6 +284,8 @@ fn choose_direct(
     let direct = |device: &Device| match device.direct_alignment() {
         Some(align) if tuning.direct != Some(false) && device.enable_direct() => align,
         _ => {
+            // A descriptor may come with direct I/O on; buffered transfers have odd offsets and lengths.
+            device.disable_direct();
             device.expect_sequential();
             1
         }
@@ -308,7 +312,7 @@ fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, me
             }
             chunk
         }
-        None if source.is_memory() && sink.is_memory() => CHUNK_BYTES_MEMORY.min(means.buffer_bytes),
+        None if is_memory(source) && is_memory(sink) => CHUNK_BYTES_MEMORY.min(means.buffer_bytes),
         None => source.hints().chunk_bytes.max(sink.hints().chunk_bytes).min(means.buffer_bytes),
     };
     let align = align.source.max(align.sink);
@@ -319,18 +323,30 @@ fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, me
     Ok(chunk)
 }
 
-fn depth(tuning: &Tuning) -> Result<u32> {
-    match tuning.queue_depth {
-        Some(0) => Err(Error::new(ErrorKind::Invalid, "a queue depth of 0 moves nothing")),
-        Some(depth) => Ok(depth),
-        None => Ok(DEPTH),
-    }
+/// Its bytes are in memory, if only on their way through a pipe.
+fn is_memory(device: &Device) -> bool {
+    device.is_stream() || device.is_memory()
 }
 
-fn workers(tuning: &Tuning, means: Means) -> Result<usize> {
-    match tuning.workers {
-        Some(0) => Err(Error::new(ErrorKind::Invalid, "a job needs a worker")),
-        Some(workers) => Ok((workers as usize).min(means.workers)),
-        None => Ok(means.workers),
-    }
+/// Chunks in flight in all, as the slower of two devices likes it.
+fn depth_in_all(source: &Device, sink: &Device) -> u32 {
+    let wanted = |device: &Device| if is_memory(device) { u32::MAX } else { device.hints().queue_depth };
+    wanted(source).min(wanted(sink))
+}
+
+/// Workers that may take part, and chunks in flight on each.
+fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Means) -> Result<(usize, u32)> {
+    let in_all = depth_in_all(source, sink);
+    let workers = match tuning.workers {
+        Some(0) => return Err(Error::new(ErrorKind::Invalid, "a job needs a worker")),
+        Some(workers) => (workers as usize).min(means.workers),
+        // More workers than a disk with a head has places only make it move.
+        None => means.workers.min(in_all as usize).max(1),
+    };
+    let depth = match tuning.queue_depth {
+        Some(0) => return Err(Error::new(ErrorKind::Invalid, "a queue depth of 0 moves nothing")),
+        Some(depth) => depth,
+        None => (in_all / u32::try_from(workers).unwrap_or(u32::MAX)).clamp(1, DEPTH),
+    };
+    Ok((workers, depth))
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::RecvTimeoutError;
 use proto::{Action, JobState, Stage};
 
-use crate::backend::device::Nature;
+use crate::backend::device::{Device, Nature};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::prepare::Prepared;
 use crate::job::state::Job;
@@ -23,8 +23,6 @@ const DROP_DISTANCE: u64 = 256 << 20;
 /// What a job leaves behind when it has ended well.
 #[derive(Debug, Default)]
 pub struct Ending {
-    /// `verify`: where the sides first differ.
-    pub first_difference: Option<u64>,
     /// Zero bytes appended.
     pub padded_bytes: u64,
 }
@@ -34,6 +32,8 @@ pub struct Ending {
 /// # Errors
 /// Why it failed or was cancelled; its sink is undone by then.
 pub fn run(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> {
+    // Before anything may be undone: what another job has begun to write is not ours to remove.
+    check_empty(job, prepared)?;
     let outcome = carry(job, pipeline, prepared);
     if outcome.is_err() {
         undo(job, prepared);
@@ -48,6 +48,10 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> 
     let mut behind = 0;
     while let Err(RecvTimeoutError::Timeout) = transfer.ended.recv_timeout(TICK) {
         job.tick(Instant::now());
+        if transfer.gate.is_stopped() {
+            // A worker with nothing in flight has no other way to learn of another's failure.
+            pipeline.wake();
+        }
         behind = tidy_cache(prepared, behind);
     }
     job.keep_record(transfer.final_record());
@@ -55,11 +59,37 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> 
         return Err(failure);
     }
     job.check_cancelled()?;
+    check_sizes(job, prepared)?;
     if job.action == Action::Verify {
         return verdict(job, prepared);
     }
     make_durable(job, prepared)?;
-    Ok(Ending { first_difference: None, padded_bytes: transfer.padded_bytes() })
+    Ok(Ending { padded_bytes: transfer.padded_bytes() })
+}
+
+/// A sink file is empty when its job begins, or zeros left out would show what was there before.
+fn check_empty(job: &Job, prepared: &Prepared) -> Result<()> {
+    let sink = &prepared.sink;
+    if job.action != Action::Verify && prepared.is_file_sink() && sink.current_len()? != 0 {
+        let what = "the sink is not empty any more: something else writes to it";
+        return Err(Error::new(ErrorKind::Conflict, what).at(sink.name()));
+    }
+    Ok(())
+}
+
+/// A file that grew or shrank while it was read has not been read as a whole.
+fn check_sizes(job: &Job, prepared: &Prepared) -> Result<()> {
+    let verified = (job.action == Action::Verify).then_some(&prepared.sink);
+    for device in std::iter::once(&prepared.source).chain(verified) {
+        if let (Nature::File, Some(then)) = (device.nature(), device.size()) {
+            let now = device.current_len()?;
+            if now != then {
+                let what = format!("the size changed while it was read: {then} bytes then, {now} now");
+                return Err(Error::new(ErrorKind::Io, what).at(device.name()));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Give a new file its length, and its blocks where all of them will be written: an overfull filesystem says so before the
@@ -82,18 +112,32 @@ fn make_room(job: &Job, prepared: &Prepared) -> Result<()> {
 /// Buffered ends: start writing what is complete and drop what has passed, so that a volume does not push everybody else's
 /// pages out, and the final flush has little left to do. Returns how far it got.
 fn tidy_cache(prepared: &Prepared, behind: u64) -> u64 {
-    let transfer = &prepared.transfer;
-    let done = transfer.totals().done_bytes;
+    let done = prepared.transfer.totals().done_bytes;
     // Chunks complete out of order: stay a buffer pool behind, so that what is dropped is really over.
     let passed = done.saturating_sub(DROP_DISTANCE);
     let Some(extent) = Extent::new(behind, passed) else { return behind };
-    for (device, align) in [(&prepared.source, transfer.source.align), (&prepared.sink, transfer.sink.align)]
-    {
-        if align == 1 && !device.is_stream() && !device.is_memory() {
-            device.drop_cache(extent);
-        }
+    for device in buffered(prepared) {
+        device.drop_cache(extent);
     }
     passed
+}
+
+/// Everything is durable: what is left of it in the page cache helps nobody.
+fn drop_rest(prepared: &Prepared) {
+    let end = prepared.transfer.plan.end().unwrap_or(0);
+    let Some(extent) = Extent::new(end.saturating_sub(2 * DROP_DISTANCE), end) else { return };
+    for device in buffered(prepared) {
+        device.drop_cache(extent);
+    }
+}
+
+/// The ends whose bytes pass through the page cache and would stay there.
+fn buffered(prepared: &Prepared) -> impl Iterator<Item = &Device> {
+    let transfer = &prepared.transfer;
+    [(&prepared.source, transfer.source.align), (&prepared.sink, transfer.sink.align)]
+        .into_iter()
+        .filter(|(device, align)| *align == 1 && !device.is_stream() && !device.is_memory())
+        .map(|(device, _)| &**device)
 }
 
 /// See the write order in [`crate::job::commit::Names::commit`].
@@ -107,6 +151,7 @@ fn make_durable(job: &Job, prepared: &Prepared) -> Result<()> {
     }
     let start = Instant::now();
     sink.sync_all()?;
+    drop_rest(prepared);
     let mut record = StageRecord::default();
     record.record(&transfer.counters[0], Stage::Flush, start.elapsed(), 0);
     job.add_record(&record);
@@ -118,19 +163,25 @@ fn make_durable(job: &Job, prepared: &Prepared) -> Result<()> {
 }
 
 /// A job that did not succeed leaves nothing that looks whole.
-pub fn undo(job: &Job, prepared: &Prepared) {
+fn undo(job: &Job, prepared: &Prepared) {
     if job.action == Action::Verify {
         return;
     }
-    if let Some(names) = &prepared.names {
-        if let Some(left) = names.undo(&**prepared.sink.file()) {
-            tracing::info!("partial sink left behind: {left}");
-        }
-    } else if prepared.is_file_sink() {
-        // A file that was handed over empty is empty again: never half a volume that looks whole.
+    discard(prepared);
+    if prepared.names.is_none() && prepared.is_file_sink() {
+        // A file that was handed over empty is empty again.
         if let Err(error) = prepared.sink.set_len(0) {
             tracing::warn!("{}", error.chain());
         }
+    }
+}
+
+/// Remove the partial file of a job that did not even begin.
+pub fn discard(prepared: &Prepared) {
+    if let Some(names) = &prepared.names
+        && let Some(left) = names.undo(&**prepared.sink.file())
+    {
+        tracing::info!("partial sink left behind: {left}");
     }
 }
 

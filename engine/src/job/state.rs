@@ -26,7 +26,7 @@ pub struct Job {
     source: String,
     sink: String,
     submitted: SystemTime,
-    started: Instant,
+    submitted_at: Instant,
     total_bytes: Option<u64>,
     cancelled: AtomicBool,
     inner: Mutex<Inner>,
@@ -40,12 +40,16 @@ struct Inner {
     transfer: Option<Arc<Transfer>>,
     /// What the transfer had done when it was dropped.
     totals: Totals,
-    record: StageRecord,
+    /// Of workers that have left, and of stages that no worker carries. Some 150 KiB: made when there is something in it,
+    /// and forgotten long before the job is.
+    record: Option<Box<StageRecord>>,
     syscalls: u64,
     outcome: Option<Outcome>,
     first_difference: Option<u64>,
     bench: Vec<BenchRow>,
     cpu_before: (f64, f64),
+    /// Workers that carry it.
+    cores: f64,
 }
 
 /// What a job is made of.
@@ -64,6 +68,8 @@ pub struct JobSpec {
     pub sink: String,
     /// Its data path; a bench has none.
     pub transfer: Option<Arc<Transfer>>,
+    /// Workers that will carry it.
+    pub workers: u32,
     /// Bytes of source, if known.
     pub total_bytes: Option<u64>,
     /// Called after each change of state, from any thread.
@@ -74,7 +80,7 @@ impl Job {
     /// A queued job.
     #[must_use]
     pub fn new(spec: JobSpec) -> Arc<Self> {
-        let JobSpec { id, owner, action, detached, source, sink, transfer, total_bytes, changed } = spec;
+        let JobSpec { id, owner, action, detached, source, sink, transfer, workers, total_bytes, changed } = spec;
         Arc::new(Self {
             id,
             owner,
@@ -83,7 +89,7 @@ impl Job {
             source,
             sink,
             submitted: SystemTime::now(),
-            started: Instant::now(),
+            submitted_at: Instant::now(),
             total_bytes,
             cancelled: AtomicBool::new(false),
             inner: Mutex::new(Inner {
@@ -91,12 +97,13 @@ impl Job {
                 clock: Clock::default(),
                 transfer,
                 totals: Totals::default(),
-                record: StageRecord::default(),
+                record: None,
                 syscalls: 0,
                 outcome: None,
                 first_difference: None,
                 bench: Vec::new(),
                 cpu_before: cpu_seconds(),
+                cores: f64::from(workers),
             }),
             changed,
         })
@@ -120,28 +127,25 @@ impl Job {
 
     /// Move to another state. Final states absorb: nothing follows them.
     pub fn set_state(&self, state: JobState) {
-        {
-            let mut inner = self.inner();
-            if inner.state.is_final() || inner.state == state {
-                return;
-            }
-            inner.state = state;
-            let now = Instant::now();
-            match state {
-                JobState::Running | JobState::Flushing => inner.clock.start(now),
-                JobState::Paused | JobState::Queued => inner.clock.stop(now),
-                JobState::Done | JobState::Failed | JobState::Cancelled => inner.clock.stop(now),
-            }
+        if self.inner().enter(state) {
+            self.announce();
         }
-        tracing::info!("job {} is {state:?}", self.id);
+    }
+
+    fn announce(&self) {
+        tracing::info!("job {} is {:?}", self.id, self.state());
         (self.changed)(self.id);
     }
 
     /// It starts running, paused if it was paused while queued.
     pub fn begin(&self) {
-        let paused = self.transfer().is_some_and(|transfer| transfer.gate.is_paused());
-        self.inner().cpu_before = cpu_seconds();
-        self.set_state(if paused { JobState::Paused } else { JobState::Running });
+        {
+            let mut inner = self.inner();
+            let paused = inner.transfer.as_ref().is_some_and(|transfer| transfer.gate.is_paused());
+            inner.cpu_before = cpu_seconds();
+            inner.enter(if paused { JobState::Paused } else { JobState::Running });
+        }
+        self.announce();
     }
 
     /// Pause or resume. A queued job keeps its state and starts paused.
@@ -149,20 +153,28 @@ impl Job {
     /// # Errors
     /// `Conflict` when it is past the point, or a bench.
     pub fn set_paused(&self, paused: bool) -> Result<()> {
-        let state = self.state();
-        let Some(transfer) = self.transfer() else {
-            return Err(self.refused(if paused { "paused" } else { "resumed" }));
+        // Gate and state change under one lock, or a state could be shown that the gate does not have.
+        let changed = {
+            let mut inner = self.inner();
+            let (state, transfer) = (inner.state, inner.transfer.clone());
+            match (state, transfer) {
+                (JobState::Queued, Some(transfer)) => {
+                    transfer.gate.set_paused(paused);
+                    false
+                }
+                (JobState::Running | JobState::Paused, Some(transfer)) => {
+                    transfer.gate.set_paused(paused);
+                    inner.enter(if paused { JobState::Paused } else { JobState::Running })
+                }
+                (JobState::Flushing, Some(_)) => false,
+                _ => {
+                    drop(inner);
+                    return Err(self.refused(if paused { "paused" } else { "resumed" }));
+                }
+            }
         };
-        match state {
-            JobState::Queued => transfer.gate.set_paused(paused),
-            JobState::Running | JobState::Paused => {
-                transfer.gate.set_paused(paused);
-                self.set_state(if paused { JobState::Paused } else { JobState::Running });
-            }
-            JobState::Flushing => {}
-            JobState::Done | JobState::Failed | JobState::Cancelled => {
-                return Err(self.refused(if paused { "paused" } else { "resumed" }));
-            }
+        if changed {
+            self.announce();
         }
         Ok(())
     }
@@ -232,13 +244,13 @@ impl Job {
     /// The workers have left: their statistics.
     pub fn keep_record(&self, (record, syscalls): (StageRecord, u64)) {
         let mut inner = self.inner();
-        inner.record.merge(&record);
+        inner.record.get_or_insert_default().merge(&record);
         inner.syscalls += syscalls;
     }
 
     /// Statistics of a stage that no worker carries.
     pub fn add_record(&self, record: &StageRecord) {
-        self.inner().record.merge(record);
+        self.inner().record.get_or_insert_default().merge(record);
     }
 
     /// `verify` found this.
@@ -268,7 +280,7 @@ impl Job {
                 tracing::warn!("job {}: {}", self.id, error.chain());
             }
             inner.outcome = Some(Outcome {
-                seconds: self.started.elapsed().as_secs_f64(),
+                seconds: self.submitted_at.elapsed().as_secs_f64(),
                 failure: failure.map(|error| error.to_failure()),
                 first_difference: inner.first_difference,
                 bench: std::mem::take(&mut inner.bench),
@@ -284,14 +296,20 @@ impl Job {
     #[must_use]
     pub fn record(&self) -> (StageRecord, u64) {
         let inner = self.inner();
-        (inner.record.clone(), inner.syscalls)
+        (inner.record.as_deref().cloned().unwrap_or_default(), inner.syscalls)
     }
 
-    /// Running time and bytes done.
+    /// Let go of its histograms; what it did and how it ended stays.
+    pub fn forget_record(&self) {
+        self.inner().record = None;
+    }
+
+    /// Seconds of running time, the same times its workers, and bytes done.
     #[must_use]
-    pub fn work_done(&self) -> (f64, u64) {
+    pub fn work_done(&self) -> (f64, f64, u64) {
         let inner = self.inner();
-        (inner.clock.elapsed(Instant::now()).as_secs_f64(), inner.current().done_bytes)
+        let seconds = inner.clock.elapsed(Instant::now()).as_secs_f64();
+        (seconds, seconds * inner.cores, inner.current().done_bytes)
     }
 
     /// As the wire shows it.
@@ -317,6 +335,22 @@ impl Job {
 }
 
 impl Inner {
+    /// Move to another state; `false` if there is nothing to move. Final states absorb.
+    fn enter(&mut self, state: JobState) -> bool {
+        if self.state.is_final() || self.state == state {
+            return false;
+        }
+        self.state = state;
+        let now = Instant::now();
+        match state {
+            JobState::Running | JobState::Flushing => self.clock.start(now),
+            JobState::Paused | JobState::Queued | JobState::Done | JobState::Failed | JobState::Cancelled => {
+                self.clock.stop(now);
+            }
+        }
+        true
+    }
+
     fn current(&self) -> Totals {
         self.transfer.as_ref().map_or(self.totals, |transfer| transfer.totals())
     }
@@ -342,7 +376,7 @@ impl Inner {
                 (JobState::Running, Some(left)) if rate > 0.0 => Some(seconds_for(left, rate)),
                 _ => None,
             },
-            bottleneck: totals.bottleneck(),
+            bottleneck: totals.bottleneck(elapsed * self.cores),
             throttle_bytes_per_second: self.transfer.as_ref().and_then(|transfer| transfer.gate.rate()),
         }
     }
