@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows what is right: the tests do.
 
+pub mod jobs;
 mod loop_device;
 mod place;
 
@@ -87,6 +88,16 @@ impl Scratch {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// A file in it with this content.
+    ///
+    /// # Panics
+    /// If it cannot be written.
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.join(name);
+        std::fs::write(&path, content).expect("write a scratch file");
+        path
     }
 
     /// A path in it.

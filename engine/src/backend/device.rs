@@ -276,7 +276,9 @@ impl Device {
         }
         Some(match fs::seek(&self.file, SeekFrom::Data(offset)) {
             // No data to the end: a hole, unless the file has been cut off, which reading will find out.
-            Err(Errno::NXIO) if self.current_len().is_ok_and(|now| now >= size) => Region::Hole { until: size },
+            Err(Errno::NXIO) if self.current_len().is_ok_and(|now| now >= size) => {
+                Region::Hole { until: size }
+            }
             Ok(data) if data > offset => Region::Hole { until: data.min(size) },
             Ok(_) => match fs::seek(&self.file, SeekFrom::Hole(offset)) {
                 Ok(hole) if hole > offset => Region::Data { until: hole.min(size) },

@@ -112,6 +112,17 @@ pub fn test_key(key_bits: u32, seed: u8) -> Result<Vec<u8>> {
 /// Seed of the key that encrypts, decrypts, and is left behind by re-encryption.
 pub const SEED: u8 = 7;
 
+/// How much is done for one number.
+#[derive(Debug, Clone, Copy)]
+pub struct Effort {
+    /// Bytes of buffer, rounded down to whole data units, at least one.
+    pub buffer_bytes: usize,
+    /// Milliseconds per round, for the kernel and for its limit each.
+    pub millis: u32,
+    /// Rounds, of which the median counts; at least one.
+    pub rounds: u32,
+}
+
 /// An operation of a kernel on fixed test keys, `plain64` from unit 0.
 ///
 /// # Errors
@@ -173,16 +184,16 @@ pub fn median(values: &[f64]) -> f64 {
 /// Measure one operation of one kernel on one core, in place, beside its limit: `rounds` rounds of `millis` each for the
 /// limit and for the kernel. The buffer is `buffer_bytes` rounded down to whole data units, at least one.
 ///
+/// `check` is asked before each round whether to go on.
+///
 /// # Errors
-/// As [`work`].
+/// As [`work`], and whatever `check` says.
 pub fn measure(
     kernel: Kernel,
     operation: Operation,
     key_bits: u32,
     unit_bytes: u32,
-    buffer_bytes: usize,
-    millis: u32,
-    rounds: u32,
+    Effort { buffer_bytes, millis, rounds }: Effort,
     check: impl Fn() -> Result<()>,
 ) -> Result<Measurement> {
     let mut work = work(kernel, operation, key_bits, unit_bytes)?;
@@ -221,7 +232,15 @@ mod tests {
     fn a_measurement_is_ordered_and_has_a_limit_where_there_is_one() {
         for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
             for operation in Operation::ALL {
-                let found = measure(kernel, operation, 256, 512, 4096, 1, 3, || Ok(())).expect("an available kernel");
+                let found = measure(
+                    kernel,
+                    operation,
+                    256,
+                    512,
+                    Effort { buffer_bytes: 4096, millis: 1, rounds: 3 },
+                    || Ok(()),
+                )
+                .expect("an available kernel");
                 assert!(
                     0.0 < found.min && found.min <= found.median && found.median <= found.max,
                     "{found:?}"

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use proto::{Bench, BenchRow, Submit};
 
 use crate::crypto::Kernel;
-use crate::crypto::measure::{Operation, measure};
+use crate::crypto::measure::{Effort, Operation, measure};
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::rehearse;
 use crate::job::state::Job;
@@ -77,6 +77,7 @@ pub fn run(job: &Job, bench: &Bench, pipeline: &Pipeline, configured: Kernel) ->
     let buffer_bytes = bench.buffer_bytes.unwrap_or(BUFFER_BYTES) as usize;
     let millis = bench.millis.unwrap_or(MILLIS);
     let rounds = bench.rounds.unwrap_or(ROUNDS);
+    let effort = Effort { buffer_bytes, millis, rounds };
     let kernels = kernels(bench)?;
     let carrier = if bench.kernel.is_some() { kernels[0] } else { configured };
     job.add_bench(rehearse::measure(job, pipeline, carrier, millis, rounds)?);
@@ -85,8 +86,7 @@ pub fn run(job: &Job, bench: &Bench, pipeline: &Pipeline, configured: Kernel) ->
             for key_bits in [128, 256] {
                 for operation in [Operation::Encrypt, Operation::Decrypt, Operation::Reencrypt] {
                     let check = || job.check_cancelled();
-                    let measured =
-                        measure(kernel, operation, key_bits, data_unit, buffer_bytes, millis, rounds, check)?;
+                    let measured = measure(kernel, operation, key_bits, data_unit, effort, check)?;
                     job.add_bench(BenchRow {
                         kernel: kernel.name().to_owned(),
                         operation: operation.name().to_owned(),

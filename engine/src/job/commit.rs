@@ -9,8 +9,8 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
-    Access, AtFlags, FileType, OFlags, RenameFlags, accessat, fcntl_getfl, fstat, fsync, renameat_with, statat,
-    unlinkat,
+    Access, AtFlags, FileType, OFlags, RenameFlags, accessat, fcntl_getfl, fstat, fsync, renameat_with,
+    statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -90,7 +90,9 @@ impl Names {
         }
         let taken = self.with_rights("cannot look up the sink", || {
             match statat(&self.directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_size != 0),
+                Ok(stat) => {
+                    Ok(FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_size != 0)
+                }
                 Err(Errno::NOENT) => Ok(false),
                 Err(errno) => Err(errno.into()),
             }
@@ -129,11 +131,13 @@ impl Names {
         let rename =
             |flags| renameat_with(&self.directory, &*self.partial, &self.directory, &*self.name, flags);
         let taken = !self.replace
-            && self.with_rights("cannot give the sink its name", || match rename(RenameFlags::NOREPLACE) {
-                Ok(()) => Ok(false),
-                // EINVAL: a filesystem without the flag (FUSE, NFS).
-                Err(Errno::EXIST | Errno::INVAL) => Ok(true),
-                Err(errno) => Err(errno.into()),
+            && self.with_rights("cannot give the sink its name", || {
+                match rename(RenameFlags::NOREPLACE) {
+                    Ok(()) => Ok(false),
+                    // EINVAL: a filesystem without the flag (FUSE, NFS).
+                    Err(Errno::EXIST | Errno::INVAL) => Ok(true),
+                    Err(errno) => Err(errno.into()),
+                }
             })?;
         if self.replace || taken {
             // The name may have been taken, or filled, since the job began.

@@ -240,7 +240,8 @@ impl Registry {
             registry.ended(&job, ended);
         };
         if let Err(cause) = std::thread::Builder::new().name(format!("job{}", job.id)).spawn(body) {
-            if let Some(Load::Transfer(prepared)) = load.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            if let Some(Load::Transfer(prepared)) = load.lock().unwrap_or_else(PoisonError::into_inner).take()
+            {
                 run::discard(&prepared);
             }
             self.ended(&job, Err(Error::io("cannot start the job's thread", cause)));

@@ -80,7 +80,8 @@ impl Job {
     /// A queued job.
     #[must_use]
     pub fn new(spec: JobSpec) -> Arc<Self> {
-        let JobSpec { id, owner, action, detached, source, sink, transfer, workers, total_bytes, changed } = spec;
+        let JobSpec { id, owner, action, detached, source, sink, transfer, workers, total_bytes, changed } =
+            spec;
         Arc::new(Self {
             id,
             owner,
