@@ -72,7 +72,10 @@ impl Error {
         let mut cause = self.source();
         while let Some(error) = cause {
             text.push_str(": ");
-            text.push_str(&error.to_string());
+            match error.downcast_ref::<std::io::Error>() {
+                Some(system) => text.push_str(&proto::errno::describe(system)),
+                None => text.push_str(&error.to_string()),
+            }
             cause = error.source();
         }
         text
@@ -115,7 +118,7 @@ mod tests {
     fn a_chain_reads_what_where_why() {
         let error = Error::io("read failed", std::io::Error::from_raw_os_error(libc::EIO))
             .at("/dev/vdb sectors 8..16");
-        assert_eq!(error.chain(), "read failed: /dev/vdb sectors 8..16: Input/output error (os error 5)");
+        assert_eq!(error.chain(), "read failed: /dev/vdb sectors 8..16: input/output error (EIO)");
         assert_eq!(error.kind(), ErrorKind::Io);
     }
 }

@@ -18,6 +18,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod errno;
 pub mod socket;
 
 /// The version in every line's `v`. A daemon answers a request of another version with [`ErrorKind::Version`].
