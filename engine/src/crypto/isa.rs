@@ -16,11 +16,21 @@ type Crypt = unsafe fn(&Schedule, &Counter, Run);
 /// The fused loop of one kernel and two key sizes.
 type Fused = unsafe fn((&Schedule, &Counter), (&Schedule, &Counter), Run);
 
+/// Is this a CPU that shifts bits where it encrypts, and bytes elsewhere? See `vaes512::Blocks`.
+fn by_bytes() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+}
+
 /// The two directions of a kernel.
 fn crypt_of(kernel: Kernel, key_bits: u32) -> (Crypt, Crypt) {
     match (kernel, key_bits) {
-        (Kernel::VaesAvx512, 128) => (vaes512::encrypt::<11>, vaes512::decrypt::<11>),
-        (Kernel::VaesAvx512, _) => (vaes512::encrypt::<15>, vaes512::decrypt::<15>),
+        (Kernel::VaesAvx512, 128) if by_bytes() => {
+            (vaes512::encrypt::<11, true>, vaes512::decrypt::<11, true>)
+        }
+        (Kernel::VaesAvx512, _) if by_bytes() => (vaes512::encrypt::<15, true>, vaes512::decrypt::<15, true>),
+        (Kernel::VaesAvx512, 128) => (vaes512::encrypt::<11, false>, vaes512::decrypt::<11, false>),
+        (Kernel::VaesAvx512, _) => (vaes512::encrypt::<15, false>, vaes512::decrypt::<15, false>),
         (Kernel::VaesAvx2, 128) => (vaes256::encrypt::<11>, vaes256::decrypt::<11>),
         (Kernel::VaesAvx2, _) => (vaes256::encrypt::<15>, vaes256::decrypt::<15>),
         (Kernel::AesNi, 128) => (aesni::encrypt::<11>, aesni::decrypt::<11>),
@@ -32,10 +42,14 @@ fn crypt_of(kernel: Kernel, key_bits: u32) -> (Crypt, Crypt) {
 /// The fused loop of a kernel.
 fn fused_of(kernel: Kernel, old_bits: u32, new_bits: u32) -> Fused {
     match (kernel, old_bits, new_bits) {
-        (Kernel::VaesAvx512, 128, 128) => vaes512::recrypt::<11, 11>,
-        (Kernel::VaesAvx512, 128, _) => vaes512::recrypt::<11, 15>,
-        (Kernel::VaesAvx512, _, 128) => vaes512::recrypt::<15, 11>,
-        (Kernel::VaesAvx512, _, _) => vaes512::recrypt::<15, 15>,
+        (Kernel::VaesAvx512, 128, 128) if by_bytes() => vaes512::recrypt::<11, 11, true>,
+        (Kernel::VaesAvx512, 128, 128) => vaes512::recrypt::<11, 11, false>,
+        (Kernel::VaesAvx512, 128, _) if by_bytes() => vaes512::recrypt::<11, 15, true>,
+        (Kernel::VaesAvx512, 128, _) => vaes512::recrypt::<11, 15, false>,
+        (Kernel::VaesAvx512, _, 128) if by_bytes() => vaes512::recrypt::<15, 11, true>,
+        (Kernel::VaesAvx512, _, 128) => vaes512::recrypt::<15, 11, false>,
+        (Kernel::VaesAvx512, _, _) if by_bytes() => vaes512::recrypt::<15, 15, true>,
+        (Kernel::VaesAvx512, _, _) => vaes512::recrypt::<15, 15, false>,
         (Kernel::VaesAvx2, 128, 128) => vaes256::recrypt::<11, 11>,
         (Kernel::VaesAvx2, 128, _) => vaes256::recrypt::<11, 15>,
         (Kernel::VaesAvx2, _, 128) => vaes256::recrypt::<15, 11>,
