@@ -24,6 +24,8 @@ pub struct Copy {
     pub depth: u32,
     /// Threads that read, and as many that write; each has its own part of the file.
     pub threads_each: u32,
+    /// Reserve the sink's blocks first, as ours does; off the clock, because fio lays files out before it starts it.
+    pub preallocate: bool,
 }
 
 /// Run the copy. `sink` is created anew: allocating it is part of a copy.
@@ -35,7 +37,8 @@ pub fn copy(how: Copy, source: &Path, sink: &Path, size: u64) -> io::Result<Cost
     let report = sink.with_extension("fio.json");
     let mut fio = Command::new("fio");
     fio.args(["--output-format=json", "--thread", "--group_reporting=0", "--direct=1", "--bs=1M"])
-        .args(["--fallocate=none", "--randrepeat=1", "--norandommap"])
+        .args(["--randrepeat=1", "--norandommap"])
+        .arg(if how.preallocate { "--fallocate=native" } else { "--fallocate=none" })
         .arg(format!("--output={}", report.display()))
         .arg(format!("--ioengine={}", how.engine))
         .arg(format!("--iodepth={}", how.depth))

@@ -137,7 +137,7 @@ pub fn json_lines(rows: &[Row], facts: &Facts) -> serde_json::Result<String> {
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "{:<14} {:<18} {:>8} {:>24} {:>22} {:>9} {:>9} {:>8}  {}\n",
+        "{:<14} {:<22} {:>8} {:>24} {:>22} {:>9} {:>9} {:>8}  {}\n",
         "case",
         "contender",
         "wall s",
@@ -172,7 +172,7 @@ pub fn table(rows: &[Row]) -> String {
         let result = row.sha256.as_ref().map_or("-", |digest| &digest[..16]);
         writeln!(
             text,
-            "{:<14} {:<18} {:>8.2} {:>24} {:>22} {:>9.3} {:>9} {:>8.1}  {}",
+            "{:<14} {:<22} {:>8.2} {:>24} {:>22} {:>9.3} {:>9} {:>8.1}  {}",
             row.case,
             row.contender,
             median(&|row| row.wall_seconds),
