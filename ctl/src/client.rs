@@ -80,8 +80,12 @@ impl Client {
         let mut client = Self { stream, lines: Lines::default(), next_id: 1, ended: false, hello: unknown };
         let reply = match client.call(Call::Hello {}, &[]) {
             Ok((reply, _)) => reply,
-            // It was leaving: its socket took us in, but nobody will look at it any more.
-            Err(_) if client.ended => return Ok(None),
+            Err(_) if client.ended => {
+                // It may have refused us without waiting for our question, as when it has too many connections.
+                while client.fill().is_ok() {}
+                // Otherwise it was leaving: its socket took us in, but nobody will look at it any more.
+                return client.answer(0)?.map_or(Ok(None), |answer| answer.and(Ok(None)));
+            }
             Err(error) => return Err(error),
         };
         match reply {
@@ -385,6 +389,23 @@ mod tests {
         assert_eq!(error.exit, Exit::Unreachable);
         assert!(error.to_string().contains("went away"), "{error}");
         thread.join().expect("daemon");
+    }
+
+    #[test]
+    fn a_refusal_at_the_door_is_heard_whenever_it_comes() {
+        let refusal =
+            "{\"v\":1,\"id\":0,\"error\":{\"kind\":\"limit\",\"message\":\"too many connections\"}}\n";
+        for _ in 0..100 {
+            let dir = tempfile::tempdir().expect("dir");
+            let path = dir.path().join("s");
+            let listener = UnixListener::bind(&path).expect("bind");
+            let peer = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().expect("accept");
+                stream.write_all(refusal.as_bytes()).expect("there is room");
+            });
+            assert_eq!(connect(&path).err().expect("refused").failure.kind, ErrorKind::Limit);
+            peer.join().expect("peer");
+        }
     }
 
     #[test]
