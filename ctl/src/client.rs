@@ -27,6 +27,8 @@ pub struct Client {
     stream: UnixStream,
     lines: Lines,
     next_id: u64,
+    /// The daemon closed the connection.
+    ended: bool,
     /// Who answered.
     pub hello: Hello,
 }
@@ -75,8 +77,18 @@ impl Client {
             .hint("name your own with --socket, or remove the impostor"));
         }
         let unknown = Hello { version: String::new(), protocol: 0, pid: 0, uid: 0 };
-        let mut client = Self { stream, lines: Lines::default(), next_id: 1, hello: unknown };
-        match client.call(Call::Hello {}, &[])?.0 {
+        let mut client = Self { stream, lines: Lines::default(), next_id: 1, ended: false, hello: unknown };
+        let reply = match client.call(Call::Hello {}, &[]) {
+            Ok((reply, _)) => reply,
+            Err(_) if client.ended => {
+                // It may have refused us without waiting for our question, as when it has too many connections.
+                while client.fill().is_ok() {}
+                // Otherwise it was leaving: its socket took us in, but nobody will look at it any more.
+                return client.answer(0)?.map_or(Ok(None), |answer| answer.and(Ok(None)));
+            }
+            Err(error) => return Err(error),
+        };
+        match reply {
             Reply::Hello(hello) if hello.protocol == PROTOCOL_VERSION => client.hello = hello,
             Reply::Hello(hello) => {
                 return Err(Error::new(
@@ -104,7 +116,7 @@ impl Client {
         if line.len() > MAX_LINE {
             return Err(Error::usage(format!("the request is longer than {MAX_LINE} bytes")));
         }
-        send_with_descriptors(&self.stream, &line, descriptors).map_err(|error| lost(&error))?;
+        send_with_descriptors(&self.stream, &line, descriptors).map_err(|error| self.lost(&error))?;
         Ok(id)
     }
 
@@ -113,16 +125,8 @@ impl Client {
         let id = self.send(call, descriptors)?;
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
-            while let Some(line) = self.next_line()? {
-                // Id 0 answers a request whose id could not be read: ours, since we have only one open.
-                if line.response.id != id && line.response.id != 0 {
-                    continue;
-                }
-                return match line.response.body {
-                    Body::Ok(reply) => Ok((reply, line.text)),
-                    Body::Error(failure) => Err(failure.into()),
-                    Body::Event(_) => continue,
-                };
+            if let Some(answer) = self.answer(id)? {
+                return answer;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -137,6 +141,26 @@ impl Client {
         }
     }
 
+    /// The answer to request `id`, if it has been read: what the daemon said, or that it refused. Lines that belong to
+    /// something else are dropped.
+    ///
+    /// # Errors
+    /// The daemon cannot be understood.
+    pub fn answer(&mut self, id: u64) -> Result<Option<Result<(Reply, String)>>> {
+        while let Some(line) = self.next_line()? {
+            // Id 0 answers a request whose id could not be read: ours, since we have only one open.
+            if line.response.id != id && line.response.id != 0 {
+                continue;
+            }
+            match line.response.body {
+                Body::Ok(reply) => return Ok(Some(Ok((reply, line.text)))),
+                Body::Error(failure) => return Ok(Some(Err(failure.into()))),
+                Body::Event(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
     /// Sleep until the daemon or `other` has something to say, or the time is over.
     pub fn wait(&self, other: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> Result<Woken> {
         let mut polled = vec![PollFd::new(&self.stream, PollFlags::IN)];
@@ -144,7 +168,7 @@ impl Client {
         let timeout = timeout.map(|left| Timespec::try_from(left).expect("timeouts are short"));
         match poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(lost(&errno.into())),
+            Err(errno) => return Err(lost_for(&errno.into())),
         }
         let woken = |at: usize| polled.get(at).is_some_and(|fd| !fd.revents().is_empty());
         Ok(Woken { readable: woken(0), other: woken(1) })
@@ -157,14 +181,19 @@ impl Client {
     pub fn fill(&mut self) -> Result<()> {
         let mut chunk = [0; 16 * 1024];
         match self.stream.read(&mut chunk) {
-            Ok(0) => Err(lost(&io::ErrorKind::UnexpectedEof.into())),
+            Ok(0) => Err(self.lost(&io::ErrorKind::UnexpectedEof.into())),
             Ok(count) => {
                 self.lines.push(&chunk[..count]);
                 Ok(())
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => Err(lost(&error)),
+            Err(error) => Err(self.lost(&error)),
         }
+    }
+
+    fn lost(&mut self, error: &io::Error) -> Error {
+        self.ended = is_end(error);
+        lost_for(error)
     }
 
     /// The next whole line that was read.
@@ -180,14 +209,16 @@ impl Client {
     }
 }
 
-fn lost(error: &io::Error) -> Error {
-    let why = match error.kind() {
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-            String::new()
-        }
-        _ => format!(": {}", crate::report::reason(error)),
-    };
-    Error::unreachable(format!("the daemon went away{why}")).hint("its log is cryptd.log beside the socket")
+/// The connection ended by itself, without a reason of its own.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
+}
+
+fn lost_for(error: &io::Error) -> Error {
+    let why = if is_end(error) { String::new() } else { format!(": {}", crate::report::reason(error)) };
+    Error::unreachable(format!("the daemon went away{why}"))
+        .hint("a daemon started by cryptctl logs to its socket's path with .log at the end")
 }
 
 /// An answer that does not belong to the question.
@@ -257,6 +288,7 @@ mod tests {
     use std::io::IoSliceMut;
     use std::os::unix::net::UnixListener;
 
+    const PATIENCE: Duration = Duration::from_secs(60);
     const HELLO: &str = r#"{"v":1,"id":1,"ok":{"hello":{"version":"0.1.0","protocol":1,"pid":9,"uid":0}}}"#;
 
     /// A daemon of canned lines: answers the n-th request with the n-th answer.
@@ -269,6 +301,7 @@ mod tests {
         let answers: Vec<String> = answers.iter().map(|&answer| answer.to_owned()).collect();
         let thread = std::thread::spawn(move || {
             let (stream, _) = listener.accept().expect("accept");
+            bounded(&stream);
             let mut reader = io::BufReader::new(&stream);
             let mut asked = Vec::new();
             for answer in answers {
@@ -280,6 +313,12 @@ mod tests {
             asked
         });
         (dir, path, thread)
+    }
+
+    /// A peer that waits in vain gives up and hangs up, which ends the other side's wait too.
+    fn bounded(stream: &UnixStream) {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a socket");
     }
 
     fn connect(path: &Path) -> Result<Client> {
@@ -330,13 +369,42 @@ mod tests {
             (other.as_str(), "speaks protocol 2"),
             ("hello\n", "cannot be understood"),
             ("\u{0}\n", "cannot be understood"),
-            ("", "went away"),
         ] {
             let (_dir, path, thread) = canned(&[answer]);
             let error = connect(&path).err().expect("refused");
             assert!(error.to_string().contains(words), "{error}");
             assert_eq!(error.exit, Exit::Unreachable);
             thread.join().expect("daemon");
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_hangs_up_at_the_handshake_is_leaving_and_one_that_hangs_up_later_is_lost() {
+        let (_dir, path, thread) = canned(&[""]);
+        assert!(Client::connect(&path).expect("no error").is_none());
+        thread.join().expect("daemon");
+        let hello = format!("{HELLO}\n");
+        let (_dir, path, thread) = canned(&[&hello, ""]);
+        let error = connect(&path).expect("hello").call(Call::List {}, &[]).expect_err("it left");
+        assert_eq!(error.exit, Exit::Unreachable);
+        assert!(error.to_string().contains("went away"), "{error}");
+        thread.join().expect("daemon");
+    }
+
+    #[test]
+    fn a_refusal_at_the_door_is_heard_whenever_it_comes() {
+        let refusal =
+            "{\"v\":1,\"id\":0,\"error\":{\"kind\":\"limit\",\"message\":\"too many connections\"}}\n";
+        for _ in 0..100 {
+            let dir = tempfile::tempdir().expect("dir");
+            let path = dir.path().join("s");
+            let listener = UnixListener::bind(&path).expect("bind");
+            let peer = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().expect("accept");
+                stream.write_all(refusal.as_bytes()).expect("there is room");
+            });
+            assert_eq!(connect(&path).err().expect("refused").failure.kind, ErrorKind::Limit);
+            peer.join().expect("peer");
         }
     }
 
@@ -352,6 +420,8 @@ mod tests {
     #[test]
     fn descriptors_travel_with_the_first_byte_of_a_line_longer_than_the_socket_buffer() {
         let (ours, theirs) = UnixStream::pair().expect("pair");
+        bounded(&ours);
+        bounded(&theirs);
         let (reader, writer) = io::pipe().expect("pipe");
         let line = vec![b'x'; 4 << 20];
         let sender = std::thread::spawn(move || {

@@ -95,7 +95,7 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
                 return Err(Error::new(ErrorKind::NotFound, format!("{name} is a symbolic link to nothing"))
                     .hint("name the file itself"));
             }
-            return Ok(Sink::New(Place::new(path, None, force, mode)?));
+            return Ok(Sink::New(Place::new(path, &name, None, force, mode)?));
         }
         Err(error) => return Err(Error::io("cannot open", &name, error)),
     };
@@ -109,8 +109,10 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
                 .hint("--force replaces it, once the new one is whole"));
         }
         // The link's target is replaced, not the link.
-        let real = std::fs::canonicalize(path).map_err(|error| Error::io("cannot open", &name, error))?;
-        Ok(Sink::New(Place::new(&real, Some(&metadata), force, mode)?))
+        let link = std::fs::symlink_metadata(path).is_ok_and(|there| there.is_symlink());
+        let real = if link { std::fs::canonicalize(path) } else { Ok(path.to_owned()) };
+        let real = real.map_err(|error| Error::io("cannot open", &name, error))?;
+        Ok(Sink::New(Place::new(&real, &name, Some(&metadata), force, mode)?))
     } else if kind.is_block_device() {
         let file = File::options()
             .read(true)

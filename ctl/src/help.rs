@@ -29,16 +29,18 @@ EXIT STATUS
   3    no daemon could be reached, or it went away
   4    wrong key or damaged data
   5    verification found a difference
-  130  left at once on a second interrupt
+  130  left at once: on a second interrupt, at the key prompt, or from
+       `job watch`, whose job goes on
 
   The first interrupt (Ctrl-C, SIGTERM, SIGHUP) cancels the job, waits until
-  it is undone, and ends with status 1.
+  it is undone, and ends with status 1. So does, with --json, a reader of the
+  events that goes away.
 
 FILES
   $XDG_RUNTIME_DIR/cryptd/cryptd.sock
-         where this user's daemon listens; without XDG_RUNTIME_DIR it is
-         /tmp/cryptd-UID/cryptd.sock
-  cryptd.log beside the socket
+         where this user's daemon listens; without XDG_RUNTIME_DIR, or if it
+         is another user's (su, sudo -E), it is /tmp/cryptd-UID/cryptd.sock
+  SOCKET.log beside the socket, such as cryptd.sock.log
          what a daemon started by cryptctl has to say
 
 ENVIRONMENT
@@ -129,7 +131,8 @@ EXAMPLES
 
 EXIT STATUS
   0 done, 1 no such job or not possible now, 2 usage, 3 daemon unreachable;
-  `watch` ends with the status the job would have had in the foreground";
+  `watch` ends with the status the job would have had in the foreground, or
+  130 when it is interrupted: the job goes on";
 
 /// `stats --help`.
 pub const STATS: &str = "\

@@ -5,11 +5,13 @@
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
 
 use crate::args::Global;
 use crate::client::Client;
@@ -19,13 +21,22 @@ use crate::report::{Error, Result, reason};
 pub const IDLE_EXIT_SECONDS: u64 = 300;
 /// How long a daemon may take from its start to its socket: self-tests and buffers, on a busy machine.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// A longer log is emptied before another daemon starts, bytes.
+const LOG_LIMIT: u64 = 1 << 20;
 
 /// The socket that was named, or this user's.
 pub fn socket_path(global: &Global) -> PathBuf {
     global.socket.clone().unwrap_or_else(|| {
+        let us = rustix::process::geteuid().as_raw();
         let runtime_dir = std::env::var_os(proto::socket::RUNTIME_DIR_VARIABLE);
-        proto::socket::default_path(runtime_dir.as_deref(), rustix::process::geteuid().as_raw())
+        let runtime_dir = runtime_dir.filter(|dir| !is_anothers(Path::new(dir), us));
+        proto::socket::default_path(runtime_dir.as_deref(), us)
     })
+}
+
+/// After `su` or `sudo -E` the variable still names the directory of the user before, where we must leave nothing.
+fn is_anothers(dir: &Path, us: u32) -> bool {
+    std::fs::metadata(dir).is_ok_and(|found| found.uid() != us)
 }
 
 /// A daemon that answers; never starts one.
@@ -48,7 +59,8 @@ pub fn start(global: &Global, idle_exit_seconds: u64) -> Result<(Client, bool)> 
     if let Some(client) = Client::connect(&socket)? {
         return Ok((client, false));
     }
-    let log = prepare_directory(&socket, global.socket.is_none())?;
+    prepare_directory(&socket, global.socket.is_none())?;
+    let log = Log::open(&socket)?;
     let mut child = spawn(&socket, &log, idle_exit_seconds)?;
     let deadline = Instant::now() + START_TIMEOUT;
     let mut pause = Duration::from_millis(2);
@@ -56,27 +68,34 @@ pub fn start(global: &Global, idle_exit_seconds: u64) -> Result<(Client, bool)> 
         if let Some(client) = Client::connect(&socket)? {
             return Ok((client, true));
         }
-        // A daemon that lost the race for the lock leaves with success, and the winner is about to answer.
-        if let Ok(Some(status)) = child.try_wait()
-            && !status.success()
-        {
-            return Err(Error::unreachable(format!("cryptd could not start ({status}){}", last_words(&log)))
-                .hint(format!("its log is {}", log.display())));
+        if let Ok(Some(status)) = child.try_wait() {
+            if !status.success() {
+                return Err(Error::unreachable(format!(
+                    "cryptd could not start ({status}){}",
+                    log.last_words()
+                ))
+                .hint(format!("its log is {}", log.path.display())));
+            }
+            // It lost the race for the lock, and the winner is about to answer; unless the winner was just leaving.
+            if let Some(client) = Client::connect(&socket)? {
+                return Ok((client, true));
+            }
+            child = spawn(&socket, &log, idle_exit_seconds)?;
         }
         if Instant::now() >= deadline {
             return Err(Error::unreachable(format!(
                 "cryptd did not answer within {} seconds of its start",
                 START_TIMEOUT.as_secs()
             ))
-            .hint(format!("its log is {}", log.display())));
+            .hint(format!("its log is {}", log.path.display())));
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(100));
     }
 }
 
-/// The socket's directory, private to us if it is the default one. Returns the log's path.
-fn prepare_directory(socket: &Path, default: bool) -> Result<PathBuf> {
+/// The socket's directory, private to us if it is the default one.
+fn prepare_directory(socket: &Path, default: bool) -> Result<()> {
     let directory = match socket.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -99,21 +118,66 @@ fn prepare_directory(socket: &Path, default: bool) -> Result<PathBuf> {
             return Err(unusable("it is not a directory that only you can enter".to_owned()));
         }
     }
-    Ok(directory.join("cryptd.log"))
+    Ok(())
 }
 
-fn spawn(socket: &Path, log: &Path, idle_exit_seconds: u64) -> Result<Child> {
+/// What daemons of one socket have to say: `SOCKET.log`, appended to by each, and emptied when it has become long.
+struct Log {
+    path: PathBuf,
+    file: File,
+    /// Bytes of earlier daemons.
+    before: u64,
+}
+
+impl Log {
+    fn open(socket: &Path) -> Result<Self> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".log");
+        let path = PathBuf::from(path);
+        let unusable =
+            |why: String| Error::unreachable(format!("cannot start cryptd: {}: {why}", path.display()));
+        let failed = |error: io::Error| unusable(reason(&error));
+        // Not followed, and no wait for a reader: in a directory others can write to, anything may be in its place.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = File::options()
+            .create(true)
+            .read(true)
+            .append(true)
+            .mode(0o600)
+            .custom_flags(flags.bits().cast_signed())
+            .open(&path)
+            .map_err(failed)?;
+        let found = file.metadata().map_err(failed)?;
+        if !found.is_file() || found.uid() != rustix::process::geteuid().as_raw() || found.nlink() != 1 {
+            return Err(unusable("it is not a file of yours alone".to_owned())
+                .hint("name a socket in a directory of yours with --socket"));
+        }
+        let mut before = found.len();
+        if before > LOG_LIMIT {
+            file.set_len(0).map_err(failed)?;
+            before = 0;
+        }
+        Ok(Self { path, file, before })
+    }
+
+    /// The last line that the daemon just started has written, to spare a look into the log.
+    fn last_words(&self) -> String {
+        let mut text = vec![0; 64 << 10];
+        let end = self.file.metadata().map_or(self.before, |found| found.len());
+        let from = self.before.max(end.saturating_sub(64 << 10));
+        let length = self.file.read_at(&mut text, from).unwrap_or(0);
+        let text = String::from_utf8_lossy(&text[..length]);
+        let last = text.lines().rev().find(|line| !line.trim().is_empty());
+        last.map(|line| format!(": {line}")).unwrap_or_default()
+    }
+}
+
+fn spawn(socket: &Path, log: &Log, idle_exit_seconds: u64) -> Result<Child> {
     let program = beside_us().unwrap_or_else(|| PathBuf::from("cryptd"));
     let failed = |what: &str, error: &io::Error| {
         Error::unreachable(format!("cannot start cryptd: {what}: {}", reason(error)))
     };
-    let log_file = File::options()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-        .open(log)
-        .map_err(|error| failed(&log.display().to_string(), &error))?;
+    let log_file = log.file.try_clone().map_err(|error| failed("log", &error))?;
     // A process group of its own keeps the terminal's Ctrl-C and hang-up away from it; its own directory is `/`, so
     // that it holds no filesystem. A relative socket would then mean another place.
     let socket = std::path::absolute(socket).map_err(|error| failed("current directory", &error))?;
@@ -138,26 +202,17 @@ fn beside_us() -> Option<PathBuf> {
     path.is_file().then_some(path)
 }
 
-/// The last line of the log, to spare a look into it.
-fn last_words(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .map(|line| format!(": {line}"))
-        .unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn the_default_directory_is_made_private_and_must_be_so() {
         let dir = tempfile::tempdir().expect("dir");
         let socket = dir.path().join("cryptd").join("cryptd.sock");
-        assert_eq!(prepare_directory(&socket, true).expect("made"), dir.path().join("cryptd/cryptd.log"));
+        prepare_directory(&socket, true).expect("made");
         let made = dir.path().join("cryptd");
         assert_eq!(std::fs::metadata(&made).expect("exists").mode() & 0o777, 0o700);
         assert!(prepare_directory(&socket, true).is_ok(), "a second time");
@@ -167,5 +222,45 @@ mod tests {
             prepare_directory(&socket, false).is_ok(),
             "a named socket's directory is the user's own choice"
         );
+    }
+
+    #[test]
+    fn another_users_runtime_directory_is_not_ours() {
+        let dir = tempfile::tempdir().expect("dir");
+        let us = rustix::process::geteuid().as_raw();
+        assert!(!is_anothers(dir.path(), us));
+        assert!(is_anothers(dir.path(), us + 1));
+        assert!(!is_anothers(&dir.path().join("none"), us), "a missing one is told when it is used");
+    }
+
+    #[test]
+    fn each_socket_has_its_own_log_and_only_the_latest_daemon_is_quoted() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        std::fs::write(dir.path().join("one.log"), "error of last week\n").expect("write");
+        let log = Log::open(&one).expect("log");
+        assert_eq!(log.last_words(), "");
+        (&log.file).write_all(b"started\nlast\n\n").expect("write");
+        assert_eq!(log.last_words(), ": last");
+        assert_eq!(Log::open(&two).expect("log").path, dir.path().join("two.log"));
+    }
+
+    #[test]
+    fn a_long_log_is_emptied_and_a_planted_one_refused() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (socket, log) = (dir.path().join("s"), dir.path().join("s.log"));
+        std::fs::write(&log, vec![b'x'; 1 << 20]).expect("write");
+        assert_eq!(Log::open(&socket).expect("log").before, 1 << 20);
+        std::fs::write(&log, vec![b'x'; (1 << 20) + 1]).expect("write");
+        assert_eq!(Log::open(&socket).expect("log").before, 0);
+        assert_eq!(std::fs::metadata(&log).expect("log").len(), 0);
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "p").expect("write");
+        std::fs::remove_file(&log).expect("remove");
+        std::os::unix::fs::symlink(&precious, &log).expect("link");
+        assert!(Log::open(&socket).is_err());
+        std::fs::remove_file(&log).expect("remove");
+        std::fs::hard_link(&precious, &log).expect("link");
+        assert!(Log::open(&socket).is_err());
     }
 }

@@ -25,8 +25,10 @@ mod report;
 mod request;
 mod run;
 mod secret;
+mod signals;
 mod signature;
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -39,7 +41,10 @@ use report::{Error, Exit, Result};
 
 fn main() -> ExitCode {
     secret::harden();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(mistyped(&error, std::env::args_os().skip(1)) as u8),
+    };
     let exit = match dispatch(&cli) {
         Ok(exit) => exit,
         Err(error) => {
@@ -77,6 +82,38 @@ fn man_pages(dir: &Path) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+/// Show help or the version, or say what is wrong with the command line; with `--json` also as an object.
+fn mistyped(error: &clap::Error, args: impl Iterator<Item = OsString>) -> Exit {
+    if !error.use_stderr() {
+        // A reader that has gone is no error.
+        let _ = error.print();
+        return Exit::Done;
+    }
+    let options: Vec<OsString> = args.take_while(|arg| arg != "--").collect();
+    if options.iter().any(|arg| arg == "--json") {
+        // Which `-` it is, if any, cannot be told for certain; a volume must not be mixed with anything.
+        object(&usage(&error.render().to_string()), options.iter().any(|arg| arg == "-"));
+    }
+    let _ = error.print();
+    Exit::Usage
+}
+
+/// The sentence of what clap says: its first paragraph, without the usage and the pointer to help that follow.
+fn usage(text: &str) -> Error {
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = paragraph.split_whitespace().collect();
+    let sentence = words.join(" ");
+    Error::usage(sentence.strip_prefix("error: ").unwrap_or(&sentence))
+        .hint("`cryptctl --help` shows what is possible")
+}
+
+/// An error as a wire object.
+fn object(error: &Error, stdout_is_data: bool) {
+    let response = Response { v: PROTOCOL_VERSION, id: 0, body: Body::Error((*error.failure).clone()) };
+    let text = serde_json::to_string(&response).expect("wire types have string keys and finite numbers");
+    Output::new(stdout_is_data).line(&text);
+}
+
 /// In words, and with `--json` also as the last object.
 fn report(error: &Error, cli: &Cli) {
     use std::io::Write;
@@ -86,9 +123,7 @@ fn report(error: &Error, cli: &Cli) {
             Verb::Decrypt(args) => endpoint::is_dash(&args.ends.sink),
             _ => false,
         };
-        let response = Response { v: PROTOCOL_VERSION, id: 0, body: Body::Error((*error.failure).clone()) };
-        let text = serde_json::to_string(&response).expect("wire types have string keys and finite numbers");
-        Output::new(stdout_is_data).line(&text);
+        object(error, stdout_is_data);
     }
     let _ = writeln!(std::io::stderr(), "{error}");
 }

@@ -22,7 +22,8 @@ use crate::report::{Error, Result};
 
 /// Where a file will be, with what it replaces. Nothing exists of it yet.
 pub struct Place {
-    directory: PathBuf,
+    path: PathBuf,
+    typed: String,
     dir_fd: OwnedFd,
     name: String,
     /// Mode and owner of the file it replaces.
@@ -41,44 +42,46 @@ pub struct Partial {
     pub partial: String,
     /// Its name when done.
     pub name: String,
-    /// An existing `name` may go.
+    /// An existing `name` may go whatever it holds. Otherwise only if it is still empty when we are done.
     pub replace: bool,
     shown: PathBuf,
 }
 
 impl Place {
-    /// `path` has no symbolic link in its last component. `old`: the file it replaces. `mode`: a new file's, before the umask.
-    pub fn new(path: &Path, old: Option<&Metadata>, force: bool, mode: u32) -> Result<Self> {
+    /// `path` has no symbolic link in its last component; `typed` is what the user calls it. `old`: the file it replaces.
+    /// `mode`: a new file's, before the umask.
+    pub fn new(path: &Path, typed: &str, old: Option<&Metadata>, force: bool, mode: u32) -> Result<Self> {
         let (directory, name) = split(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir_fd = rustix::fs::open(&directory, flags, Mode::empty())
             .map_err(|errno| Error::io("cannot open the directory", directory.display(), errno))?;
         let old = old.map(|metadata| (metadata.mode() & 0o777, metadata.uid(), metadata.gid()));
-        Ok(Self { directory, dir_fd, name, old, force, mode })
+        Ok(Self { path: path.to_owned(), typed: typed.to_owned(), dir_fd, name, old, force, mode })
     }
 
-    /// The path it will have, for messages.
-    pub fn shown(&self) -> String {
-        self.directory.join(&self.name).display().to_string()
+    /// Its name as typed, for messages.
+    pub fn typed(&self) -> &str {
+        &self.typed
     }
 
     /// Create and lock the `.partial`.
     pub fn create(self) -> Result<Partial> {
         let partial = format!("{}.partial", self.name);
-        let shown = self.directory.join(&partial);
+        let shown = self.path.with_file_name(&partial);
         let failed = |errno: Errno| Error::io("cannot create", shown.display(), errno);
         // Somebody else may take the name between two of our steps; each round starts again from what is there now.
         for _ in 0..8 {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             match openat(&self.dir_fd, &*partial, flags, Mode::from_raw_mode(self.mode)) {
                 Ok(fd) => {
+                    let created = Created { dir_fd: &self.dir_fd, name: &partial, fd: &fd, kept: false };
                     lock(&fd, &shown)?;
                     if !names(&self.dir_fd, &partial, &fd).map_err(failed)? {
                         continue;
                     }
                     self.inherit(&fd).map_err(failed)?;
-                    let replace = self.force || self.old.is_some();
-                    let Self { dir_fd, name, .. } = self;
+                    created.keep();
+                    let Self { dir_fd, name, force: replace, .. } = self;
                     return Ok(Partial { fd, dir_fd, partial, name, replace, shown });
                 }
                 Err(Errno::EXIST) => self.clear_leftover(&partial, &shown)?,
@@ -126,6 +129,28 @@ impl Place {
     }
 }
 
+/// A file just created, removed again if what follows fails.
+struct Created<'a> {
+    dir_fd: &'a OwnedFd,
+    name: &'a str,
+    fd: &'a OwnedFd,
+    kept: bool,
+}
+
+impl Created<'_> {
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Created<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            remove(self.dir_fd, self.name, self.fd);
+        }
+    }
+}
+
 impl Partial {
     /// Did the file take its final name?
     pub fn is_in_place(&self) -> bool {
@@ -134,8 +159,7 @@ impl Partial {
 
     /// Remove the file if it is still there and still ours. Says whether it was.
     pub fn remove(&self) -> bool {
-        names(&self.dir_fd, &self.partial, &self.fd).unwrap_or(false)
-            && unlinkat(&self.dir_fd, &*self.partial, AtFlags::empty()).is_ok()
+        remove(&self.dir_fd, &self.partial, &self.fd)
     }
 
     /// Its path now, for messages.
@@ -153,6 +177,11 @@ fn lock(fd: &OwnedFd, shown: &Path) -> Result<()> {
         }
         Err(errno) => Err(Error::io("cannot lock", shown.display(), errno)),
     }
+}
+
+/// Remove `name` if it means the file behind `fd`. Says whether it did.
+fn remove(dir_fd: &OwnedFd, name: &str, fd: &OwnedFd) -> bool {
+    names(dir_fd, name, fd).unwrap_or(false) && unlinkat(dir_fd, name, AtFlags::empty()).is_ok()
 }
 
 /// Does `name` mean the file behind `fd`?
@@ -173,7 +202,7 @@ mod tests {
 
     fn place(path: &Path, force: bool, mode: u32) -> Place {
         let old = fs::metadata(path).ok();
-        Place::new(path, old.as_ref(), force, mode).expect("place")
+        Place::new(path, "out", old.as_ref(), force, mode).expect("place")
     }
 
     fn refused(result: Result<Partial>) -> Error {
@@ -207,6 +236,33 @@ mod tests {
         assert_eq!(fs::metadata(partial.shown()).expect("exists").mode() & 0o777, 0o640);
         assert!(partial.replace);
         assert_eq!(fs::read_to_string(&path).expect("read"), "old");
+    }
+
+    #[test]
+    fn an_empty_file_is_replaced_only_while_it_is_empty() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("out");
+        fs::write(&path, "").expect("write");
+        let partial = place(&path, false, 0o666).create().expect("create");
+        assert!(!partial.replace, "the daemon looks again before it replaces");
+    }
+
+    #[test]
+    fn what_was_created_in_vain_is_removed_and_only_that() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("new");
+        let file = OwnedFd::from(fs::File::create(&path).expect("create"));
+        let dir_fd = OwnedFd::from(fs::File::open(dir.path()).expect("open"));
+        let created = || Created { dir_fd: &dir_fd, name: "new", fd: &file, kept: false };
+        created().keep();
+        assert!(path.exists());
+        fs::rename(&path, dir.path().join("moved")).expect("rename");
+        fs::write(&path, "somebody else's").expect("write");
+        drop(created());
+        assert!(path.exists());
+        fs::rename(dir.path().join("moved"), &path).expect("rename");
+        drop(created());
+        assert!(!path.exists());
     }
 
     #[test]

@@ -14,12 +14,13 @@ use crate::report::printable;
 pub struct Output {
     to_stderr: bool,
     gone: bool,
+    unread: bool,
 }
 
 impl Output {
     /// Standard output, or standard error when standard output carries a volume.
     pub fn new(to_stderr: bool) -> Self {
-        Self { to_stderr, gone: false }
+        Self { to_stderr, gone: false, unread: false }
     }
 
     /// Colour is for terminals, and only where it is wanted (no-color.org).
@@ -45,6 +46,12 @@ impl Output {
             stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
         };
         self.gone = result.is_err();
+        self.unread = result.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
+    }
+
+    /// Its reader has gone. Any other failure to write is not a wish to end.
+    pub fn is_unread(&self) -> bool {
+        self.unread
     }
 }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use std::io;
 
 use proto::{ErrorKind, Failure};
+use rustix::io::Errno;
 
 /// The exit statuses: a contract with scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub enum Exit {
     WrongKey = 4,
     /// Verification found a difference.
     Difference = 5,
-    /// Left at once, on a second interrupt or at a prompt.
+    /// Left at once: on a second interrupt, at a prompt, or when only watching.
     Interrupted = 130,
 }
 
@@ -113,19 +114,59 @@ impl fmt::Display for Error {
     }
 }
 
-/// The system's words for an error, in our case and without its number.
+/// The system's words for an error in our case, with its name: `permission denied (EACCES)`.
 pub fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or(&text);
     let mut chars = text.chars();
-    match (chars.next(), chars.next()) {
-        // "Is a directory" is lowered, "I/O error" is not.
+    let text = match (chars.next(), chars.next()) {
+        // "Is a directory" is lowered, "RPC struct is bad" is not.
         (Some(first), Some(second)) if second.is_lowercase() || second == ' ' => {
             first.to_lowercase().collect::<String>() + &text[first.len_utf8()..]
         }
         _ => text.to_owned(),
-    }
+    };
+    let name = Errno::from_io_error(error)
+        .and_then(|errno| ERRNO_NAMES.iter().find(|(known, _)| *known == errno))
+        .map(|(_, name)| format!(" ({name})"));
+    text + &name.unwrap_or_default()
 }
+
+/// The names of errors that opening, writing and connecting give; others are told in words alone.
+const ERRNO_NAMES: [(Errno, &str); 32] = [
+    (Errno::ACCESS, "EACCES"),
+    (Errno::AGAIN, "EAGAIN"),
+    (Errno::BADF, "EBADF"),
+    (Errno::BUSY, "EBUSY"),
+    (Errno::CONNREFUSED, "ECONNREFUSED"),
+    (Errno::CONNRESET, "ECONNRESET"),
+    (Errno::DQUOT, "EDQUOT"),
+    (Errno::EXIST, "EEXIST"),
+    (Errno::FBIG, "EFBIG"),
+    (Errno::INVAL, "EINVAL"),
+    (Errno::IO, "EIO"),
+    (Errno::ISDIR, "EISDIR"),
+    (Errno::LOOP, "ELOOP"),
+    (Errno::MFILE, "EMFILE"),
+    (Errno::NAMETOOLONG, "ENAMETOOLONG"),
+    (Errno::NFILE, "ENFILE"),
+    (Errno::NODEV, "ENODEV"),
+    (Errno::NOENT, "ENOENT"),
+    (Errno::NOEXEC, "ENOEXEC"),
+    (Errno::NOLCK, "ENOLCK"),
+    (Errno::NOMEM, "ENOMEM"),
+    (Errno::NOSPC, "ENOSPC"),
+    (Errno::NOSYS, "ENOSYS"),
+    (Errno::NOTDIR, "ENOTDIR"),
+    (Errno::NXIO, "ENXIO"),
+    (Errno::OPNOTSUPP, "EOPNOTSUPP"),
+    (Errno::PERM, "EPERM"),
+    (Errno::PIPE, "EPIPE"),
+    (Errno::ROFS, "EROFS"),
+    (Errno::STALE, "ESTALE"),
+    (Errno::TIMEDOUT, "ETIMEDOUT"),
+    (Errno::TXTBSY, "ETXTBSY"),
+];
 
 /// Names come from disks, other users and daemons: nothing in them may steer the terminal.
 pub fn printable(text: &str) -> String {
@@ -158,7 +199,7 @@ mod tests {
             Error::io("cannot open", "/x\x1b[31m", io::Error::from_raw_os_error(2)).hint("look again");
         assert_eq!(
             error.to_string(),
-            "cryptctl: cannot open: /x\u{fffd}[31m: no such file or directory\nhint: look again"
+            "cryptctl: cannot open: /x\u{fffd}[31m: no such file or directory (ENOENT)\nhint: look again"
         );
         assert_eq!(error.exit, Exit::Failed);
     }

@@ -233,7 +233,7 @@ impl Opened {
                 submit.sink = Some(proto::Sink { fd: pass(fd), name, stream, commit: None });
             }
             Some(Sink::New(place)) => {
-                let shown = place.shown();
+                let typed = place.typed().to_owned();
                 let file = place.create()?;
                 let share = |fd: BorrowedFd<'_>| {
                     fd.try_clone_to_owned().map_err(|error| {
@@ -244,7 +244,7 @@ impl Opened {
                 let (fd, dir_fd) = (share(file.fd.as_fd())?, share(file.dir_fd.as_fd())?);
                 submit.sink = Some(proto::Sink {
                     fd: pass(fd),
-                    name: shown,
+                    name: typed,
                     stream: false,
                     commit: Some(Commit {
                         dir_fd: pass(dir_fd),
@@ -266,6 +266,11 @@ impl PartialFile {
     /// The job was refused: what we created is empty and goes.
     pub fn refused(&self) {
         self.file.remove();
+    }
+
+    /// Where the file is if nobody has removed or renamed it.
+    pub fn shown(&self) -> String {
+        self.file.shown().display().to_string()
     }
 
     /// The job ended without success, or its daemon went away: nothing half may look whole. Says what became of the file.

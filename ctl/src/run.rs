@@ -1,11 +1,8 @@
 //! A job in the foreground: send it, show it, cancel it on a signal, and answer for its end.
 
-use std::io::Read;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 
 use proto::{Body, Call, ErrorKind, Event, Failure, JobId, JobInfo, JobState, Reply, Submit};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::args::Global;
 use crate::client::{Client, out_of_turn};
@@ -13,74 +10,49 @@ use crate::progress::{Display, note};
 use crate::render::{self, Output};
 use crate::report::{Error, Exit, Result};
 use crate::request::{Opened, PartialFile, Prepared};
-
-/// Signals that mean "stop", as something that can be polled.
-pub struct Signals {
-    reader: UnixStream,
-}
-
-impl Signals {
-    /// Catch them from now on, except those this process was started to ignore (nohup, background jobs of scripts).
-    pub fn catch() -> Result<Self> {
-        let failed = |error: std::io::Error| Error::io("cannot catch signals", "SIGINT", error);
-        let (reader, writer) = UnixStream::pair().map_err(failed)?;
-        let ignored = ignored_signals();
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            if ignored >> (signal - 1) & 1 == 0 {
-                signal_hook::low_level::pipe::register(signal, writer.try_clone().map_err(failed)?)
-                    .map_err(failed)?;
-            }
-        }
-        Ok(Self { reader })
-    }
-
-    /// How many came since last asked. Called when the descriptor is readable.
-    fn take(&mut self) -> usize {
-        self.reader.read(&mut [0; 16]).unwrap_or(0)
-    }
-}
-
-/// The mask of ignored signals; bit n-1 is signal n (proc(5), `SigIgn`).
-fn ignored_signals() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
-}
+use crate::signals::Signals;
 
 /// Run a checked job to its end, or with `--detach` to its number.
 pub fn volume_job(client: Client, opened: Opened, global: &Global) -> Result<Exit> {
+    // From here on there is something to undo, so a signal must not just end us.
+    foreground(Run::new(client, Signals::catch()?, global), opened, global)
+}
+
+fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
     for warning in &opened.warnings {
         note(&format!("warning: {warning}"));
     }
     let mut output = Output::new(opened.stdout_is_data);
-    // From here on there is something to undo, so a signal must not just end us.
-    let signals = Signals::catch()?;
     let Prepared { submit, descriptors, partial } = opened.create()?;
     let detach = submit.detach;
-    let mut run = Run::new(client, signals, global);
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let result = run.submit(submit, &borrowed, &mut output);
     drop(borrowed);
     // The daemon has its own copies. Ours would keep pipes open for their other ends.
     drop(descriptors);
     match result {
-        Ok(job) if detach => {
+        Ok(job) if detach && run.signalled == 0 => {
             if !global.json {
                 output.line(&job.to_string());
             }
             Ok(Exit::Done)
         }
         Ok(job) => match run.watch(job, &mut output) {
+            // Nobody is left to be told, as at the end of any pipeline.
+            Ok(info) if output.is_unread() && info.state == JobState::Cancelled => Ok(Exit::Failed),
             Ok(info) => finish(&info, partial.as_ref(), global),
+            // With the connection a job in the foreground ends too; a detached one may go on.
+            Err(error) if detach => Err(unheard(error, partial.as_ref())),
             Err(error) => Err(abandoned(error, partial.as_ref())),
         },
-        Err(error) if error.exit == Exit::Unreachable => Err(abandoned(error, partial.as_ref())),
-        Err(error) => {
+        Err(error) if run.answered => {
             if let Some(partial) = &partial {
                 partial.refused();
             }
             Err(error)
         }
+        Err(error) if detach => Err(unheard(error, partial.as_ref())),
+        Err(error) => Err(abandoned(error, partial.as_ref())),
     }
 }
 
@@ -90,6 +62,9 @@ pub fn bench_job(client: Client, submit: Submit, global: &Global) -> Result<Exit
     let mut run = Run::new(client, Signals::catch()?, global);
     let job = run.submit(submit, &[], &mut output)?;
     let info = run.watch(job, &mut output)?;
+    if output.is_unread() && info.state == JobState::Cancelled {
+        return Ok(Exit::Failed);
+    }
     if let Some(outcome) = &info.outcome
         && info.state == JobState::Done
         && !global.json
@@ -104,8 +79,11 @@ pub fn watch_job(client: Client, job: JobId, global: &Global) -> Result<Exit> {
     let mut output = Output::new(false);
     let mut run = Run::new(client, Signals::catch()?, global);
     run.cancels = false;
-    let info = run.watch(job, &mut output)?;
-    finish(&info, None, global)
+    match run.watch(job, &mut output) {
+        // Nobody is left to be told.
+        Err(_) if output.is_unread() => Ok(Exit::Done),
+        result => finish(&result?, None, global),
+    }
 }
 
 struct Run {
@@ -116,11 +94,24 @@ struct Run {
     /// A signal cancels the job.
     cancels: bool,
     signalled: usize,
+    /// The daemon took the job or refused it; otherwise nobody knows.
+    answered: bool,
+    /// The job was told to end.
+    cancelled: bool,
 }
 
 impl Run {
     fn new(client: Client, signals: Signals, global: &Global) -> Self {
-        Self { client, signals, json: global.json, quiet: global.quiet, cancels: true, signalled: 0 }
+        Self {
+            client,
+            signals,
+            json: global.json,
+            quiet: global.quiet,
+            cancels: true,
+            signalled: 0,
+            answered: false,
+            cancelled: false,
+        }
     }
 
     fn submit(
@@ -129,8 +120,29 @@ impl Run {
         descriptors: &[std::os::fd::BorrowedFd<'_>],
         output: &mut Output,
     ) -> Result<JobId> {
-        let (reply, text) = self.client.call(Call::Submit(Box::new(submit)), descriptors)?;
-        let Reply::Submitted { job, warnings } = reply else { return Err(out_of_turn()) };
+        let id = self.client.send(Call::Submit(Box::new(submit)), descriptors)?;
+        // No time limit: the daemon looks at devices before it answers, and a job it took must not be lost sight of.
+        let answer = loop {
+            if let Some(answer) = self.client.answer(id)? {
+                break answer;
+            }
+            let woken = self.client.wait(Some(self.signals.as_fd()), None)?;
+            if woken.other {
+                self.signalled += self.signals.take();
+                if self.signalled > 1 {
+                    return Err(interrupted("left before the daemon took or refused the job"));
+                }
+                note(
+                    "the job will be cancelled when the daemon has answered; interrupt again to leave at once",
+                );
+            }
+            if woken.readable {
+                self.client.fill()?;
+            }
+        };
+        let answer = answer.inspect_err(|_| self.answered = true)?;
+        let (Reply::Submitted { job, warnings }, text) = answer else { return Err(out_of_turn()) };
+        self.answered = true;
         if self.json {
             output.line(&text);
         }
@@ -144,6 +156,9 @@ impl Run {
         let mut display = Display::new(self.json, self.quiet);
         let interval_ms = Some(display.interval_ms());
         let watch = self.client.send(Call::Watch { job, interval_ms }, &[])?;
+        if self.signalled > 0 {
+            self.cancel(job, &display)?;
+        }
         let result = loop {
             match self.step(job, watch, &mut display, output) {
                 Ok(None) => {}
@@ -153,6 +168,14 @@ impl Run {
         };
         display.end();
         result
+    }
+
+    fn cancel(&mut self, job: JobId, display: &Display) -> Result<()> {
+        if !std::mem::replace(&mut self.cancelled, true) {
+            display.note(&format!("cancelling job {job}"));
+            self.client.send(Call::Cancel { job }, &[])?;
+        }
+        Ok(())
     }
 
     /// Handle what has come, then sleep. `Some` when the job is final.
@@ -181,20 +204,22 @@ impl Run {
                 Body::Error(failure) => return Err(failure.into()),
             }
         }
-        let woken = self.client.wait(Some(self.signals.reader.as_fd()), None)?;
+        if self.json && output.is_unread() {
+            if !self.cancels {
+                return Err(interrupted("nobody reads the events"));
+            }
+            self.cancel(job, display)?;
+        }
+        let woken = self.client.wait(Some(self.signals.as_fd()), None)?;
         if woken.other {
-            let before = self.signalled;
             self.signalled += self.signals.take();
-            if !self.cancels || self.signalled > 1 {
-                return Err(Error {
-                    exit: Exit::Interrupted,
-                    ..Error::new(ErrorKind::Cancelled, format!("left at once, job {job} may still be ending"))
-                });
+            if !self.cancels {
+                return Err(interrupted(format!("no longer watching job {job}, which goes on")));
             }
-            if before == 0 {
-                display.note(&format!("cancelling job {job}"));
-                self.client.send(Call::Cancel { job }, &[])?;
+            if self.signalled > 1 {
+                return Err(interrupted(format!("left at once, job {job} may still be ending")));
             }
+            self.cancel(job, display)?;
         }
         if woken.readable {
             self.client.fill()?;
@@ -240,6 +265,18 @@ fn difference(info: &JobInfo, mut failure: Failure) -> Failure {
     failure
 }
 
+fn interrupted(message: impl Into<String>) -> Error {
+    Error { exit: Exit::Interrupted, ..Error::new(ErrorKind::Cancelled, message) }
+}
+
+/// A detached job that may run without our knowing: its file is left alone.
+fn unheard(error: Error, partial: Option<&PartialFile>) -> Error {
+    let left =
+        partial.map(|partial| format!(", and {} may be left over or still be written", partial.shown()));
+    note(&format!("the job may run all the same{}", left.unwrap_or_default()));
+    if error.failure.hint.is_some() { error } else { error.hint("`cryptctl job list` tells") }
+}
+
 fn abandoned(error: Error, partial: Option<&PartialFile>) -> Error {
     if let Some(what) = partial.and_then(PartialFile::abandon) {
         note(&what);
@@ -255,21 +292,42 @@ mod tests {
     const HELLO: &str = r#"{"v":1,"id":1,"ok":{"hello":{"version":"0","protocol":1,"pid":9,"uid":0}}}"#;
     const SUBMITTED: &str = r#"{"v":1,"id":2,"ok":{"submitted":{"job":3}}}"#;
 
-    /// Run `encrypt DIR/in DIR/out` against a peer that gives one answer per request and then hangs up.
+    /// Run `encrypt DIR/in DIR/out` against a peer that gives one answer (or none, if empty) per request and then hangs up.
     fn against(dir: &std::path::Path, flags: &str, answers: &[&str]) -> Result<Exit> {
+        against_with_signals(dir, flags, answers, 0).0
+    }
+
+    /// The same with so many signals pending from the start. Also what was asked.
+    fn against_with_signals(
+        dir: &std::path::Path,
+        flags: &str,
+        answers: &[&str],
+        signals: usize,
+    ) -> (Result<Exit>, Vec<String>) {
         use clap::Parser;
         use std::io::{BufRead, BufReader, Write};
+        use std::os::unix::net::UnixStream;
+        let patience = Some(std::time::Duration::from_secs(60));
+        let (mut sender, reader) = UnixStream::pair().expect("pair");
+        sender.write_all(&vec![1; signals]).expect("short enough");
         std::fs::write(dir.join("key"), [7; 64]).expect("write");
         std::fs::write(dir.join("in"), [0; 512]).expect("write");
         let listener = std::os::unix::net::UnixListener::bind(dir.join("s")).expect("bind");
-        let answers: Vec<String> = answers.iter().map(|answer| format!("{answer}\n")).collect();
+        let answers: Vec<String> = answers
+            .iter()
+            .map(|answer| if answer.is_empty() { String::new() } else { format!("{answer}\n") })
+            .collect();
         let peer = std::thread::spawn(move || {
             let (stream, _) = listener.accept().expect("accept");
+            // A peer that waits in vain gives up and hangs up, which ends the other side's wait too.
+            stream.set_read_timeout(patience).expect("a socket");
             let mut requests = BufReader::new(&stream).lines();
+            let mut asked = Vec::new();
             for answer in answers {
-                requests.next().expect("a request").expect("readable");
+                asked.push(requests.next().expect("a request").expect("readable"));
                 (&stream).write_all(answer.as_bytes()).expect("answer");
             }
+            asked
         });
         let at = |name: &str| dir.join(name).display().to_string();
         let mut words = vec!["cryptctl".to_owned(), "encrypt".into(), at("in"), at("out"), "-q".into()];
@@ -278,9 +336,9 @@ mod tests {
         let cli = crate::args::Cli::try_parse_from(words).expect("parses");
         let crate::args::Verb::Encrypt(args) = &cli.verb else { panic!("encrypt was typed") };
         let client = Client::connect(&dir.join("s")).expect("hello").expect("listens");
-        let result = volume_job(client, crate::request::encrypt(args).expect("opens"), &cli.global);
-        peer.join().expect("peer");
-        result
+        let run = Run::new(client, Signals::from_bytes(reader), &cli.global);
+        let result = foreground(run, crate::request::encrypt(args).expect("opens"), &cli.global);
+        (result, peer.join().expect("peer"))
     }
 
     fn finished(state: JobState, failure: Option<Failure>) -> String {
@@ -337,6 +395,45 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         assert_eq!(against(dir.path(), "--detach", &[HELLO, SUBMITTED]), Ok(Exit::Done));
         assert!(dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn a_detached_job_nobody_answered_for_keeps_its_file_and_a_refused_one_does_not() {
+        let refusal = r#"{"v":1,"id":2,"error":{"kind":"shutting_down","message":"leaving"}}"#;
+        for (answers, kept) in [(&[HELLO, ""][..], true), (&[HELLO, refusal], false)] {
+            let dir = tempfile::tempdir().expect("dir");
+            let error = against(dir.path(), "--detach", answers).expect_err("no job");
+            assert_eq!(error.exit, Exit::Unreachable, "{error}");
+            assert_eq!(dir.path().join("out.partial").exists(), kept, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_signal_before_the_answer_cancels_the_job_when_it_has_a_number() {
+        let cancelled = format!(
+            "{}\n{}",
+            r#"{"v":1,"id":4,"ok":{"job":{}}}"#
+                .replace("{}", &serde_json::to_string(&info(JobState::Running, None)).expect("serializes")),
+            finished(JobState::Cancelled, None)
+        );
+        for flags in ["", "--detach"] {
+            let dir = tempfile::tempdir().expect("dir");
+            let (result, asked) =
+                against_with_signals(dir.path(), flags, &[HELLO, SUBMITTED, "", &cancelled], 1);
+            let error = result.expect_err("cancelled");
+            assert_eq!((error.exit, error.failure.kind), (Exit::Failed, ErrorKind::Cancelled), "{error}");
+            assert!(asked[3].contains(r#"{"cancel":{"job":3}}"#), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn a_second_signal_before_the_answer_leaves_at_once() {
+        for (flags, kept) in [("", false), ("--detach", true)] {
+            let dir = tempfile::tempdir().expect("dir");
+            let (result, _) = against_with_signals(dir.path(), flags, &[HELLO, ""], 2);
+            assert_eq!(result.expect_err("left").exit, Exit::Interrupted);
+            assert_eq!(dir.path().join("out.partial").exists(), kept);
+        }
     }
 
     fn info(state: JobState, failure: Option<Failure>) -> JobInfo {

@@ -7,13 +7,16 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
-use linux_keyutils::{KeyRing, KeyRingIdentifier};
+use linux_keyutils::{Key, KeyError, KeyRing, KeyRingIdentifier};
 use proto::ErrorKind;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd};
 use zeroize::Zeroizing;
 
 use crate::prompt;
@@ -108,7 +111,7 @@ pub fn fetch(at: &KeyRef, key_bytes: usize, twice: bool) -> Result<VolumeKey> {
         KeyRef::File(path) => {
             let file = File::options()
                 .read(true)
-                .custom_flags(rustix::fs::OFlags::NOCTTY.bits().cast_signed())
+                .custom_flags(OFlags::NOCTTY.bits().cast_signed())
                 .open(path)
                 .map_err(|error| Error::io("cannot open the key", path.display(), error))?;
             let mode = file
@@ -121,16 +124,11 @@ pub fn fetch(at: &KeyRef, key_bytes: usize, twice: bool) -> Result<VolumeKey> {
             }
             read(file, &mut text).map_err(|error| Error::io("cannot read the key", path.display(), error))?;
         }
-        KeyRef::Fd(0) => {
-            read(io::stdin().lock(), &mut text)
-                .map_err(|error| Error::io("cannot read the key", "fd:0", error))?;
-        }
         KeyRef::Fd(number) => {
-            let path = format!("/proc/self/fd/{number}");
-            let file = File::open(&path).map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => Error::usage(format!("--key: descriptor {number} is not open"))
+            let file = duplicate(*number).map_err(|errno| match errno {
+                Errno::BADF => Error::usage(format!("--key: descriptor {number} is not open"))
                     .hint("in a shell: cryptctl … --key fd:3 3< <(fetch-key)"),
-                _ => Error::io("cannot read the key", format_args!("fd:{number}"), error),
+                _ => Error::io("cannot read the key", format_args!("fd:{number}"), errno),
             })?;
             read(file, &mut text)
                 .map_err(|error| Error::io("cannot read the key", format_args!("fd:{number}"), error))?;
@@ -161,6 +159,27 @@ impl VolumeKey {
     }
 }
 
+/// The same open file under a number of our own: its offset is shared, its permissions are not asked again. Unbuffered:
+/// the standard library's standard input keeps what it has read, and does not zeroize it.
+fn duplicate(number: u32) -> Result<File, Errno> {
+    if number == 0 {
+        let fd = io::stdin().as_fd().try_clone_to_owned();
+        return fd.map(File::from).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO));
+    }
+    let raw = RawFd::try_from(number).map_err(|_| Errno::BADF)?;
+    let us = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty());
+    match us.and_then(|us| pidfd_getfd(us, raw, PidfdGetfdFlags::empty())) {
+        Ok(fd) => Ok(fd.into()),
+        Err(Errno::BADF) => Err(Errno::BADF),
+        // Before Linux 5.6, and in some containers: open it anew, which works for pipes and for files of our own.
+        Err(_) => {
+            let path = format!("/proc/self/fd/{number}");
+            let opened = open(path, OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty());
+            opened.map(File::from).map_err(|errno| if errno == Errno::NOENT { Errno::BADF } else { errno })
+        }
+    }
+}
+
 /// Fill `text` up to its capacity, never beyond.
 fn read(mut from: impl Read, text: &mut Zeroizing<Vec<u8>>) -> io::Result<()> {
     let capacity = text.capacity();
@@ -179,18 +198,43 @@ fn read(mut from: impl Read, text: &mut Zeroizing<Vec<u8>>) -> io::Result<()> {
 }
 
 fn read_keyring(name: &str, text: &mut Zeroizing<Vec<u8>>) -> Result<()> {
-    let find = |ring| KeyRing::from_special_id(ring, false).and_then(|ring| ring.search(name));
-    let key = find(KeyRingIdentifier::Session).or_else(|_| find(KeyRingIdentifier::User)).map_err(|_| {
-        Error::new(ErrorKind::NotFound, format!("no user key named {name} in the session or user keyring"))
-            .hint(format!("add it with: keyctl padd user {name} @u < KEYFILE"))
-    })?;
+    let key = [KeyRingIdentifier::Session, KeyRingIdentifier::User]
+        .map(|ring| KeyRing::from_special_id(ring, false).and_then(|ring| ring.search(name)));
+    let key = choose(key).map_err(|error| keyring_error(name, error))?;
     let capacity = text.capacity();
     text.resize(capacity, 0);
-    let length = key.read(&mut **text).map_err(|error| {
-        Error::new(ErrorKind::Denied, format!("cannot read the key: keyring:{name}: {error}"))
-    })?;
+    let length = key.read(&mut **text).map_err(|error| keyring_error(name, error))?;
     text.truncate(length);
     Ok(())
+}
+
+/// The first key found; if none was, the reason that says most: one found in a bad state is not a missing one.
+fn choose(found: [Result<Key, KeyError>; 2]) -> Result<Key, KeyError> {
+    let missing = |error| matches!(error, KeyError::KeyDoesNotExist | KeyError::KeyringDoesNotExist);
+    let [session, user] = found;
+    session.or_else(|first| user.map_err(|second| if missing(first) { second } else { first }))
+}
+
+fn keyring_error(name: &str, error: KeyError) -> Error {
+    let cannot = |kind, why: &str| Error::new(kind, format!("cannot read the key: keyring:{name}: {why}"));
+    match error {
+        KeyError::KeyDoesNotExist | KeyError::KeyringDoesNotExist => Error::new(
+            ErrorKind::NotFound,
+            format!("no user key named {name} in the session or user keyring"),
+        )
+        .hint(format!("add it with: keyctl padd user {name} @u < KEYFILE")),
+        KeyError::KeyExpired => cannot(ErrorKind::NotFound, "it has expired (EKEYEXPIRED)"),
+        KeyError::KeyRevoked => cannot(ErrorKind::NotFound, "it was revoked (EKEYREVOKED)"),
+        KeyError::KeyRejected => cannot(ErrorKind::Denied, "it was rejected (EKEYREJECTED)"),
+        KeyError::PermissionDenied => cannot(ErrorKind::Denied, "operation not permitted (EPERM)"),
+        KeyError::AccessDenied => cannot(ErrorKind::Denied, "permission denied (EACCES)")
+            .hint("a key must be possessed or readable by you: `keyctl show` and `keyctl rdescribe` tell"),
+        KeyError::Unknown(code) => {
+            let error = io::Error::from_raw_os_error(code.saturating_abs());
+            cannot(ErrorKind::Io, &crate::report::reason(&error))
+        }
+        other => cannot(ErrorKind::Io, &other.to_string()),
+    }
 }
 
 /// Raw bytes or hexadecimal digits to exactly `key_bytes` bytes.
@@ -339,8 +383,43 @@ mod tests {
         File::from(writer).write_all(&[5; 32]).expect("write");
         let number = u32::try_from(reader.as_raw_fd()).expect("a descriptor");
         assert_eq!(*fetch(&KeyRef::Fd(number), 32, false).expect("key").bytes, [5; 32]);
-        let error = fetch(&KeyRef::Fd(99_999), 32, false).err().expect("no such descriptor");
-        assert!(error.to_string().starts_with("cryptctl: --key: descriptor 99999 is not open"), "{error}");
+        for number in [99_999, u32::MAX] {
+            let error = fetch(&KeyRef::Fd(number), 32, false).err().expect("no such descriptor").to_string();
+            assert!(
+                error.starts_with(&format!("cryptctl: --key: descriptor {number} is not open")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_descriptor_is_used_as_it_was_inherited() {
+        use std::io::{Seek, SeekFrom};
+        use std::os::fd::AsRawFd;
+        let number = |fd: &dyn AsRawFd| KeyRef::Fd(u32::try_from(fd.as_raw_fd()).expect("a descriptor"));
+        let mut file = tempfile::tempfile().expect("file");
+        file.write_all(&[&[1; 32][..], &[2; 32]].concat()).expect("write");
+        file.seek(SeekFrom::Start(32)).expect("seek");
+        assert_eq!(*fetch(&number(&file), 32, false).expect("key").bytes, [2; 32], "from its offset on");
+        // A socket has no path to open it anew by.
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
+        (&theirs).write_all(&[3; 32]).expect("write");
+        drop(theirs);
+        assert_eq!(*fetch(&number(&ours), 32, false).expect("key").bytes, [3; 32]);
+    }
+
+    #[test]
+    fn a_key_in_a_bad_state_is_not_called_missing() {
+        for (found, words) in [
+            ([KeyError::KeyDoesNotExist, KeyError::KeyDoesNotExist], "no user key named k"),
+            ([KeyError::KeyRevoked, KeyError::KeyDoesNotExist], "revoked"),
+            ([KeyError::KeyDoesNotExist, KeyError::KeyExpired], "expired"),
+            ([KeyError::KeyringDoesNotExist, KeyError::AccessDenied], "permission denied"),
+            ([KeyError::Unknown(1), KeyError::KeyDoesNotExist], "operation not permitted"),
+        ] {
+            let error = keyring_error("k", choose(found.map(Err)).expect_err("none")).to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

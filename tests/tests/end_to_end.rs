@@ -249,6 +249,48 @@ fn a_reader_that_leaves_ends_the_job_with_a_reason() {
 }
 
 #[test]
+fn a_reader_of_events_that_leaves_ends_the_job_but_not_a_watched_one() {
+    as_each_user(|user| {
+        let place = Place::new(user);
+        let _ = place.noise("plain", 16 * MIB);
+        let _ = place
+            .shell(
+                "$CTL encrypt @/plain @/volume RAW --json --throttle 1M --chunk-size 64k | head -n 1 > @/head
+                echo ${PIPESTATUS[*]} > @/codes",
+            )
+            .done();
+        assert_eq!(place.read("codes"), b"1 0\n");
+        assert_eq!(place.jobs()[0].state, JobState::Cancelled);
+        assert_eq!(place.names(), ["codes", "head", "plain"]);
+        let job = place.spawn("encrypt @/plain @/volume RAW --throttle 1M --chunk-size 64k");
+        let id = place.moving();
+        let _ = place.shell(&format!("$CTL job watch {id} --json | head -n 1")).done();
+        assert_eq!(place.jobs()[1].state, JobState::Running, "watching is not steering");
+        job.signal(Signal::INT);
+        let _ = job.wait().exit(1, &["cancel"]);
+    });
+}
+
+#[test]
+fn a_key_is_read_through_the_descriptor_that_was_inherited() {
+    as_each_user(|user| {
+        let place = Place::new(user);
+        let plain = place.noise("plain", MIB);
+        // Its file may be closed to whoever inherits it, and its beginning may be somebody else's.
+        let file = place.home().join("not-yours");
+        std::fs::write(&file, [&[0; 100][..], &place.key(64)].concat()).expect("written");
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("closed");
+        let mut inherited = File::open(&file).expect("opens");
+        std::io::Seek::seek(&mut inherited, std::io::SeekFrom::Start(100)).expect("seeks");
+        let mut command =
+            place.script("exec 7<&0 </dev/null; $CTL encrypt @/plain @/volume --format raw --key fd:7");
+        let _ = command.stdin(Stdio::from(inherited));
+        let _ = place.finish(command).done();
+        assert!(place.read("volume") == encrypted(&place.key(64), &plain, layout(512)));
+    });
+}
+
+#[test]
 fn a_terminal_is_neither_source_nor_sink() {
     let place = Place::new(User::Me);
     let _ = place.noise("plain", 4096);
@@ -344,7 +386,7 @@ fn an_interrupted_command_cancels_its_job_and_watching_does_not() {
             let watch = place.spawn(&format!("job watch {id}"));
             std::thread::sleep(Duration::from_millis(200));
             watch.signal(Signal::INT);
-            assert_eq!(watch.wait().code, Some(130));
+            let _ = watch.wait().exit(130, &["no longer watching", "goes on"]);
             assert_eq!(
                 place.jobs().last().expect("there").state,
                 JobState::Running,
