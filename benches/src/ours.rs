@@ -38,6 +38,8 @@ impl Programs {
 /// Tuning handed on to `cryptctl`; `None` leaves the choice to the daemon, which is what users get.
 #[derive(Debug, Clone, Default)]
 pub struct Tuning {
+    /// `--sector-size`: the data unit, bytes.
+    pub sector_bytes: u16,
     /// `--queue-depth`.
     pub queue_depth: Option<u32>,
     /// `--chunk-size`, bytes.
@@ -80,7 +82,8 @@ impl Daemon {
     pub fn command(&self, verb: &str, source: &Path, sink: &Path, tuning: &Tuning) -> Command {
         let mut command = Command::new(&self.programs.cryptctl);
         command.arg(verb).arg(source).arg(sink);
-        command.args(["--format", "raw", "--key-size", "512", "--sector-size", "4096", "--force", "--quiet"]);
+        command.args(["--format", "raw", "--key-size", "512", "--force", "--quiet"]);
+        command.arg("--sector-size").arg(tuning.sector_bytes.to_string());
         command.arg("--key").arg(format!("file:{}", self.key.display()));
         command.arg("--socket").arg(&self.socket);
         let tunings = [

@@ -46,7 +46,7 @@ pub struct Row {
     pub cpu_user_seconds: f64,
     /// CPU seconds in the kernel, likewise.
     pub cpu_system_seconds: f64,
-    /// CPU seconds of `cryptctl` beside its daemon.
+    /// CPU seconds of what runs beside the daemon: `cryptctl`, and the two ends of a pipe.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_cpu_seconds: Option<f64>,
     /// System calls of the workers' queues.
@@ -68,9 +68,15 @@ impl Row {
         self.bytes as f64 / self.wall_seconds
     }
 
-    /// CPU seconds per GiB.
+    /// CPU seconds per GiB, of every process that took part: what can be compared between contenders.
     #[must_use]
     pub fn cpu_per_gib(&self) -> f64 {
+        self.daemon_cpu_per_gib() + self.client_cpu_seconds.unwrap_or(0.0) / (self.bytes as f64 / GIB)
+    }
+
+    /// CPU seconds per GiB of the daemon alone (of all processes for others).
+    #[must_use]
+    pub fn daemon_cpu_per_gib(&self) -> f64 {
         (self.cpu_user_seconds + self.cpu_system_seconds) / (self.bytes as f64 / GIB)
     }
 }
@@ -137,13 +143,14 @@ pub fn json_lines(rows: &[Row], facts: &Facts) -> serde_json::Result<String> {
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
     let mut text = format!(
-        "{:<14} {:<22} {:>8} {:>24} {:>22} {:>9} {:>9} {:>8}  {}\n",
+        "{:<14} {:<22} {:>8} {:>24} {:>22} {:>9} {:>7} {:>9} {:>8}  {}\n",
         "case",
         "contender",
         "wall s",
         "GiB/s (min..max)",
         "of limit (min..max)",
         "CPU s/GiB",
+        "daemon",
         "calls/MiB",
         "RSS MiB",
         "result"
@@ -172,13 +179,15 @@ pub fn table(rows: &[Row]) -> String {
         let result = row.sha256.as_ref().map_or("-", |digest| &digest[..16]);
         writeln!(
             text,
-            "{:<14} {:<22} {:>8.2} {:>24} {:>22} {:>9.3} {:>9} {:>8.1}  {}",
+            "{:<14} {:<22} {:>8.2} {:>24} {:>22} {:>9.3} {:>7} {:>9} {:>8.1}  {}",
             row.case,
             row.contender,
             median(&|row| row.wall_seconds),
             spread(own.iter().map(|row| row.rate() / GIB).collect()),
             spread(ratios(rows, row.case, row.contender)),
             median(&Row::cpu_per_gib),
+            row.client_cpu_seconds
+                .map_or_else(|| "-".to_owned(), |_| format!("{:.3}", median(&Row::daemon_cpu_per_gib))),
             calls,
             median(&|row| row.rss_peak_bytes as f64 / MIB),
             result

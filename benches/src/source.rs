@@ -17,7 +17,7 @@ use xts_mode::{Xts128, get_tweak_default};
 
 /// Bytes moved per system call, as everywhere in these benches.
 pub const BLOCK: usize = 1 << 20;
-/// The data unit of every volume measured here, bytes.
+/// The largest data unit of a volume, bytes.
 pub const DATA_UNIT: usize = 4096;
 /// Bytes of an AES-256-XTS volume key, both halves.
 pub const KEY_BYTES: usize = 64;
@@ -54,31 +54,28 @@ pub fn bench_key() -> [u8; KEY_BYTES] {
     key
 }
 
-/// Encrypts as `cryptctl encrypt --format raw --key-size 512 --sector-size 4096` must: aes-xts-plain64, tweaks counted
+/// Encrypts as `cryptctl encrypt --format raw --key-size 512 --sector-size UNIT` must: aes-xts-plain64, tweaks counted
 /// in 512-byte sectors.
-pub struct Oracle(Xts128<Aes256>);
+pub struct Oracle {
+    cipher: Xts128<Aes256>,
+    unit: usize,
+}
 
 impl Oracle {
-    /// With the key of [`bench_key`].
+    /// With the key of [`bench_key`] and data units of so many bytes.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(unit: usize) -> Self {
         let key = bench_key();
         let half =
             |bytes: &[u8]| Aes256::new(&Array::try_from(bytes).expect("half of 64 bytes is an AES-256 key"));
-        Self(Xts128::new(half(&key[..32]), half(&key[32..])))
+        Self { cipher: Xts128::new(half(&key[..32]), half(&key[32..])), unit }
     }
 
     /// Encrypt whole data units in place; the first starts at byte `offset` of the volume.
     pub fn encrypt(&self, offset: u64, buf: &mut [u8]) {
-        let step = (DATA_UNIT / 512) as u128;
-        let first = u128::from(offset) / DATA_UNIT as u128;
-        self.0.encrypt_area(buf, DATA_UNIT, first, |unit| get_tweak_default(unit * step));
-    }
-}
-
-impl Default for Oracle {
-    fn default() -> Self {
-        Self::new()
+        let step = (self.unit / 512) as u128;
+        let first = u128::from(offset) / self.unit as u128;
+        self.cipher.encrypt_area(buf, self.unit, first, |unit| get_tweak_default(unit * step));
     }
 }
 
@@ -87,12 +84,12 @@ impl Default for Oracle {
 pub enum Content {
     /// The pattern.
     Plain,
-    /// The pattern encrypted by the oracle.
-    Cipher,
+    /// The pattern encrypted by the oracle in data units of so many bytes.
+    Cipher(usize),
     /// The first [`REPEAT`] bytes of the pattern over and over: what a producer can write without making it anew.
     LoopedPlain,
     /// That, encrypted by the oracle.
-    LoopedCipher,
+    LoopedCipher(usize),
 }
 
 /// Different bytes in a looped content, a multiple of [`BLOCK`].
@@ -118,15 +115,18 @@ impl Aligned {
 
 /// Walk over `size` bytes of `content` in blocks.
 fn each_block(content: Content, size: u64, mut visit: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
-    let oracle = Oracle::new();
+    let oracle = match content {
+        Content::Cipher(unit) | Content::LoopedCipher(unit) => Some(Oracle::new(unit)),
+        _ => None,
+    };
     let mut room = Aligned::new();
     let mut offset = 0;
     while offset < size {
         let length = usize::try_from(size - offset).map_or(BLOCK, |left| left.min(BLOCK));
         let block = &mut room.block()[..length];
-        let looped = matches!(content, Content::LoopedPlain | Content::LoopedCipher);
+        let looped = matches!(content, Content::LoopedPlain | Content::LoopedCipher(_));
         Pattern.fill(if looped { offset % REPEAT as u64 } else { offset }, block);
-        if matches!(content, Content::Cipher | Content::LoopedCipher) {
+        if let Some(oracle) = &oracle {
             oracle.encrypt(offset, block);
         }
         visit(block)?;
@@ -224,8 +224,8 @@ mod tests {
     fn a_data_unit_does_not_depend_on_its_neighbours() {
         let mut two = vec![7; 2 * DATA_UNIT];
         let mut second = vec![7; DATA_UNIT];
-        Oracle::new().encrypt(0, &mut two);
-        Oracle::new().encrypt(DATA_UNIT as u64, &mut second);
+        Oracle::new(DATA_UNIT).encrypt(0, &mut two);
+        Oracle::new(DATA_UNIT).encrypt(DATA_UNIT as u64, &mut second);
         assert_eq!(two[DATA_UNIT..], second);
         assert_ne!(two[..DATA_UNIT], second);
     }
@@ -234,7 +234,7 @@ mod tests {
     fn the_oracle_agrees_with_openssl() {
         let mut units = vec![0; 2 * DATA_UNIT];
         Pattern.fill(5 * DATA_UNIT as u64, &mut units);
-        Oracle::new().encrypt(5 * DATA_UNIT as u64, &mut units);
+        Oracle::new(DATA_UNIT).encrypt(5 * DATA_UNIT as u64, &mut units);
         // Worked out with Python's `cryptography` (OpenSSL's AES-256-XTS) from the same key, bytes and tweaks 40 and 48.
         let known = "3102988df423b6b5712484bb37f51c9eff4535ae5c3679577afd3be304a88fce";
         assert_eq!(hex(&Sha256::digest(&units)), known);
@@ -254,7 +254,7 @@ mod tests {
         };
         let (first, second) = halves(Content::LoopedPlain);
         assert_eq!(first, second);
-        let (first, second) = halves(Content::LoopedCipher);
+        let (first, second) = halves(Content::LoopedCipher(DATA_UNIT));
         assert_ne!(first, second);
     }
 
@@ -262,11 +262,11 @@ mod tests {
     fn what_is_written_is_what_is_read() {
         let path = std::env::temp_dir().join(format!("source-{}", std::process::id()));
         let size = BLOCK as u64 + 8192;
-        let written = write_file(&path, Content::Cipher, size).expect("writes");
+        let written = write_file(&path, Content::Cipher(DATA_UNIT), size).expect("writes");
         let read = digest_file(&path).expect("reads");
         std::fs::remove_file(&path).expect("removes");
         assert_eq!(written, read);
-        assert_eq!(written, digest_of(Content::Cipher, size).expect("hashes"));
+        assert_eq!(written, digest_of(Content::Cipher(DATA_UNIT), size).expect("hashes"));
         assert_ne!(written, digest_of(Content::Plain, size).expect("hashes"));
     }
 }

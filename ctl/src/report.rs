@@ -114,60 +114,6 @@ impl fmt::Display for Error {
     }
 }
 
-/// The system's words for an error in our case, with its name: `permission denied (EACCES)`.
-pub fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or(&text);
-    let mut chars = text.chars();
-    let text = match (chars.next(), chars.next()) {
-        // "Is a directory" is lowered, "RPC struct is bad" is not.
-        (Some(first), Some(second)) if second.is_lowercase() || second == ' ' => {
-            first.to_lowercase().collect::<String>() + &text[first.len_utf8()..]
-        }
-        _ => text.to_owned(),
-    };
-    let name = Errno::from_io_error(error)
-        .and_then(|errno| ERRNO_NAMES.iter().find(|(known, _)| *known == errno))
-        .map(|(_, name)| format!(" ({name})"));
-    text + &name.unwrap_or_default()
-}
-
-/// The names of errors that opening, writing and connecting give; others are told in words alone.
-const ERRNO_NAMES: [(Errno, &str); 32] = [
-    (Errno::ACCESS, "EACCES"),
-    (Errno::AGAIN, "EAGAIN"),
-    (Errno::BADF, "EBADF"),
-    (Errno::BUSY, "EBUSY"),
-    (Errno::CONNREFUSED, "ECONNREFUSED"),
-    (Errno::CONNRESET, "ECONNRESET"),
-    (Errno::DQUOT, "EDQUOT"),
-    (Errno::EXIST, "EEXIST"),
-    (Errno::FBIG, "EFBIG"),
-    (Errno::INVAL, "EINVAL"),
-    (Errno::IO, "EIO"),
-    (Errno::ISDIR, "EISDIR"),
-    (Errno::LOOP, "ELOOP"),
-    (Errno::MFILE, "EMFILE"),
-    (Errno::NAMETOOLONG, "ENAMETOOLONG"),
-    (Errno::NFILE, "ENFILE"),
-    (Errno::NODEV, "ENODEV"),
-    (Errno::NOENT, "ENOENT"),
-    (Errno::NOEXEC, "ENOEXEC"),
-    (Errno::NOLCK, "ENOLCK"),
-    (Errno::NOMEM, "ENOMEM"),
-    (Errno::NOSPC, "ENOSPC"),
-    (Errno::NOSYS, "ENOSYS"),
-    (Errno::NOTDIR, "ENOTDIR"),
-    (Errno::NXIO, "ENXIO"),
-    (Errno::OPNOTSUPP, "EOPNOTSUPP"),
-    (Errno::PERM, "EPERM"),
-    (Errno::PIPE, "EPIPE"),
-    (Errno::ROFS, "EROFS"),
-    (Errno::STALE, "ESTALE"),
-    (Errno::TIMEDOUT, "ETIMEDOUT"),
-    (Errno::TXTBSY, "ETXTBSY"),
-];
-
 /// Names come from disks, other users and daemons: nothing in them may steer the terminal.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()

@@ -167,7 +167,7 @@ impl Bench {
         let scratch = Scratch::new(dir)?;
         let (from, to) = (scratch.0.join("source"), scratch.0.join("sink"));
         let digest = source::write_file(&from, Content::Plain, bytes)?;
-        source::write_file(&to, Content::Cipher, 0)?;
+        source::write_file(&to, Content::Cipher(source::DATA_UNIT), 0)?;
         let direct = |path: &Path, write: bool| {
             use std::os::unix::fs::OpenOptionsExt;
             let mut options = File::options();
@@ -204,7 +204,7 @@ impl Bench {
             contenders.push(("threads", Box::new(move || threads.copy(bytes, chunk))));
             // Each alone into a spoiled sink, checked, before any is timed; then the sink has its pages or blocks, too.
             for (name, once) in &mut contenders {
-                source::write_file(&to, Content::Cipher, bytes.min(16 << 20))?;
+                source::write_file(&to, Content::Cipher(source::DATA_UNIT), bytes.min(16 << 20))?;
                 once()?;
                 if source::digest_file(&to)? != digest {
                     return Err(io::Error::other(format!("{name} copied wrong bytes")));

@@ -61,6 +61,9 @@ struct Arguments {
     /// Operations in flight per fio thread on the disk
     #[arg(long, default_value_t = 8)]
     fio_depth: u32,
+    /// Data unit of our volumes, bytes; a LUKS1 volume, as qemu-img makes it, has 512
+    #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = sector_size)]
+    sector_size: u16,
     /// Handed on to cryptctl [default: the daemon's choice]
     #[arg(long, value_name = "N")]
     queue_depth: Option<u32>,
@@ -70,6 +73,11 @@ struct Arguments {
     /// Handed on to cryptctl [default: the daemon's choice]
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
+}
+
+fn sector_size(text: &str) -> Result<u16, String> {
+    let known = [512, 1024, 2048, 4096];
+    text.parse().ok().filter(|bytes| known.contains(bytes)).ok_or_else(|| "512, 1024, 2048 or 4096".to_owned())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -173,7 +181,7 @@ fn sweep(arguments: Arguments) -> io::Result<()> {
     let programs = Programs::find(&bin_dir).map_err(|why| eprintln!("SKIP cryptctl: {why}")).ok();
     let json = arguments.json.clone();
     let mut sweep = Sweep { arguments, programs, facts: Facts::collect(), rows: Vec::new() };
-    println!("{}", sweep.facts.line());
+    println!("{}; data unit {} bytes", sweep.facts.line(), sweep.arguments.sector_size);
     let mut outcome = Ok(());
     for case in sweep.arguments.cases.clone() {
         outcome = sweep.case(case).map_err(|error| io::Error::other(format!("{}: {error}", case.name())));
@@ -282,7 +290,7 @@ impl Sweep {
             Content::Plain
         } else {
             source::write_file(&files.source, Content::Plain, size)?;
-            Content::Cipher
+            Content::Cipher(self.data_unit())
         };
         let mut expected = None;
         let mut devices = Vec::new();
@@ -382,9 +390,13 @@ impl Sweep {
         programs.map(|programs| Daemon::start(programs, &scratch.0)).transpose()
     }
 
+    fn data_unit(&self) -> usize {
+        self.arguments.sector_size.into()
+    }
+
     fn tuning(&self) -> Tuning {
-        let Arguments { queue_depth, chunk_size, workers, .. } = self.arguments;
-        Tuning { queue_depth, chunk_bytes: chunk_size, workers }
+        let Arguments { sector_size, queue_depth, chunk_size, workers, .. } = self.arguments;
+        Tuning { sector_bytes: sector_size, queue_depth, chunk_bytes: chunk_size, workers }
     }
 
     /// Make the encrypted sources: ours by the oracle, the rivals' by the rivals.
@@ -407,7 +419,7 @@ impl Sweep {
         if has(|contender| matches!(contender, Contender::Openssl)) {
             run::pipeline(&mut rivals::openssl_files(true, passphrase, plain, &files.ctr))?;
         }
-        source::write_file(&files.source, Content::Cipher, size).map(drop)
+        source::write_file(&files.source, Content::Cipher(self.data_unit()), size).map(drop)
     }
 
     /// All rounds of a case, each starting with the next contender.
@@ -512,7 +524,7 @@ impl Sweep {
             Ok(text.split_whitespace().nth(1).unwrap_or_default().to_owned())
         };
         let plain = source::digest_of(Content::LoopedPlain, checked)?;
-        let cipher = source::digest_of(Content::LoopedCipher, checked)?;
+        let cipher = source::digest_of(Content::LoopedCipher(self.data_unit()), checked)?;
         for &contender in contenders {
             check(
                 contender,

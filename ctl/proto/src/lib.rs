@@ -194,7 +194,7 @@ pub struct Commit {
     pub partial: String,
     /// File name (no slash) it takes when done; replaces an existing file only if `replace`.
     pub name: String,
-    /// An existing `name` may be replaced (`--force`, or it is empty).
+    /// An existing `name` may be replaced whatever it holds (`--force`). Otherwise only while it is an empty file.
     #[serde(default)]
     pub replace: bool,
     /// Leave `partial` behind when the job fails or is cancelled.

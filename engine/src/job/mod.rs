@@ -81,6 +81,8 @@ struct Table {
     jobs: BTreeMap<JobId, Arc<Job>>,
     waiting: VecDeque<(Arc<Job>, Load)>,
     running: BTreeMap<JobId, Arc<Job>>,
+    /// In the order they ended, the oldest end first.
+    finished: VecDeque<JobId>,
 }
 
 impl Table {
@@ -126,14 +128,14 @@ impl Table {
 
     /// Forget the oldest finished jobs beyond what is remembered, and the histograms of all but the last few.
     fn forget(&mut self, remembered_max: u32) {
-        let finished: Vec<JobId> =
-            self.jobs.iter().filter(|(_, job)| job.state().is_final()).map(|(id, _)| *id).collect();
-        let surplus = finished.len().saturating_sub(remembered_max as usize);
-        for id in &finished[..surplus] {
-            self.jobs.remove(id);
+        while self.finished.len() > remembered_max as usize
+            && let Some(id) = self.finished.pop_front()
+        {
+            self.jobs.remove(&id);
         }
-        for id in &finished[surplus..finished.len().saturating_sub(RECORDS_MAX).max(surplus)] {
-            self.jobs[id].forget_record();
+        let old = self.finished.len().checked_sub(RECORDS_MAX + 1);
+        if let Some(job) = old.and_then(|old| self.jobs.get(&self.finished[old])) {
+            job.forget_record();
         }
     }
 }
@@ -269,6 +271,7 @@ impl Registry {
         {
             let mut table = self.table();
             table.running.remove(&job.id);
+            table.finished.push_back(job.id);
             table.forget(self.config.remembered_max);
         }
         self.start_waiting();
