@@ -1,6 +1,6 @@
 //! Puts the daemon together, and takes it apart.
 //!
-//! Start order, each step before the next can matter: 1. harden the process, before anything secret can be in it; 2. read the
+//! Start order, each step before the next can matter: 0. `main` closes what it inherited; 1. harden the process, before anything secret can be in it; 2. read the
 //! configuration; 3. take the socket's lock, so that the loser of a start race leaves before it costs anything; 4. start
 //! workers and jobs; 5. listen: who can connect is served by a daemon that is ready. The end is the reverse: no new jobs,
 //! active jobs finish (or are cancelled), the socket goes, the workers are joined, the lock is released.

@@ -587,6 +587,32 @@ fn an_idle_daemon_leaves_but_not_under_a_client_or_a_job() {
 }
 
 #[test]
+fn what_the_starter_had_open_is_not_kept_open() {
+    let scratch = Scratch::new();
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("pipe");
+    // A shell makes a lock and a pipe inheritable, as a cron script with its `exec 9>lock` does.
+    let lock = scratch.join("lock");
+    let mut child = Command::new("sh")
+        .arg("-c")
+        .arg("exec 9>\"$1\" 8>&0 0</dev/null; exec \"$0\" --socket \"$2\"")
+        .args([&program("cryptd"), &lock, &scratch.join("cryptd.sock")])
+        .stdin(write)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    eventually("it serves", || UnixStream::connect(scratch.join("cryptd.sock")).is_ok());
+    let open: Vec<_> = std::fs::read_dir(format!("/proc/{}/fd", child.id()))
+        .map(|dir| dir.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect())
+        .unwrap_or_default();
+    assert!(!open.contains(&lock), "{open:?}");
+    // Had it kept the write end, this would never end.
+    assert_eq!(std::fs::File::from(read).read(&mut [0; 1]).expect("end of file"), 0);
+    let mut client = Client::connect(&scratch.join("cryptd.sock"));
+    assert!(client.call(Call::Shutdown { now: false }).is_ok());
+    assert!(child.wait().expect("child").success());
+}
+
+#[test]
 fn a_socket_passed_by_systemd_is_served_and_left_in_place() {
     use std::os::unix::process::CommandExt;
     let scratch = Scratch::new();
@@ -697,12 +723,39 @@ fn a_wrong_configuration_is_a_usage_error_that_names_file_key_and_what_is_allowe
 
 #[test]
 fn the_process_cannot_be_dumped_or_traced() {
-    let daemon = Daemon::start();
+    // Root may look into everything, so the daemon and who looks are one unprivileged user.
+    let start = if is_root() { Start::new().user(NOBODY) } else { Start::new() };
+    let daemon = start.daemon();
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).expect("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("core limit");
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("status");
     assert!(status.lines().any(|line| line.starts_with("NoNewPrivs:") && line.ends_with('1')), "{status}");
+    let mut plain = as_unprivileged(Command::new("sleep").arg("600")).spawn().expect("starts");
+    eventually("it runs", || {
+        std::fs::read_to_string(format!("/proc/{}/comm", plain.id())).is_ok_and(|name| name.trim() == "sleep")
+    });
+    for (pid, seen) in [(plain.id(), true), (daemon.pid(), false)] {
+        let listed = as_unprivileged(Command::new("ls").arg(format!("/proc/{pid}/fd")))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        assert_eq!(listed.expect("ls runs").success(), seen, "descriptors of {pid}");
+        let opened = as_unprivileged(Command::new("sh").arg("-c").arg(format!("exec 3</proc/{pid}/mem")))
+            .stderr(Stdio::null())
+            .status();
+        assert_eq!(opened.expect("sh runs").success(), seen, "memory of {pid}");
+    }
+    plain.kill().expect("killed");
+    plain.wait().expect("child");
+}
+
+fn as_unprivileged(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+    if is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command.current_dir("/")
 }
 
 // ---- the parser, on whatever may come
