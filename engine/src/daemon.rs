@@ -7,7 +7,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use rustix::process::{Resource, Rlimit};
@@ -83,8 +83,15 @@ pub fn run(options: &Options) -> Result<Ended> {
         per_user_max: config.per_user_max,
         remembered_max: config.remembered_max,
     };
-    let notify = Arc::clone(&mailbox);
-    let registry = Registry::start(job_config, pipeline, Box::new(move |job| notify.job_changed(job)));
+    let (notify, home) = (Arc::clone(&mailbox), Arc::new(OnceLock::<Weak<Registry>>::new()));
+    let jobs = Arc::clone(&home);
+    let changed = move |job| {
+        // Looked at here and not when the notice is read: by then it may be forgotten.
+        let info = jobs.get().and_then(Weak::upgrade).and_then(|registry| registry.show(job));
+        notify.job_changed(job, info);
+    };
+    let registry = Registry::start(job_config, pipeline, Box::new(changed));
+    home.set(Arc::downgrade(&registry)).expect("set once, before the first job");
 
     let listener = match (passed, reserved) {
         (Some(listener), _) => listener,

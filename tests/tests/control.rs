@@ -189,6 +189,39 @@ fn descriptors_meet_the_line_they_came_with() {
 }
 
 #[test]
+fn a_descriptor_whose_closing_hangs_does_not_hang_the_daemon() {
+    use std::net::{TcpListener, TcpStream};
+    // Closing it takes until its other end has read everything: never.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let mut hanging = TcpStream::connect(listener.local_addr().expect("address")).expect("connected");
+    let (far, _) = listener.accept().expect("accepted");
+    hanging.set_nonblocking(true).expect("nonblocking");
+    while hanging.write(&[0; 1 << 16]).is_ok() {}
+    hanging.set_nonblocking(false).expect("blocking");
+    rustix::net::sockopt::set_socket_linger(&hanging, Some(Duration::from_secs(3600))).expect("lingers");
+
+    let mut daemon = Daemon::start();
+    let mut client = daemon.client();
+    let mut gone = daemon.client();
+    client.send_with(b"{\"v\":1,\"id\":1,", &[hanging.as_fd()]);
+    gone.send_with(b"{\"v\":1,\"id\":1,", &[hanging.as_fd()]);
+    // The daemon's copies, or those on their way, are the last.
+    drop(hanging);
+    // One is closed with a refused line, the last with its connection.
+    client.send(b"\"call\":{\"list\":{}}}\n").expect("sent");
+    assert_eq!(client.refusal().1, ErrorKind::Invalid);
+    drop(gone);
+    let mut other = daemon.client();
+    for _ in 0..10 {
+        assert!(other.call(Call::Hello {}).is_ok());
+    }
+    // Nor does it keep the daemon from leaving.
+    assert!(other.call(Call::Shutdown { now: false }).is_ok());
+    assert!(daemon.wait().success());
+    drop(far);
+}
+
+#[test]
 fn a_submission_names_each_descriptor_once_and_none_that_is_missing() {
     let daemon = Daemon::start();
     let mut client = daemon.client();
@@ -197,7 +230,7 @@ fn a_submission_names_each_descriptor_once_and_none_that_is_missing() {
     let missing = client.call_with(Call::Submit(Box::new(job.submit.clone())), &[source, sink]);
     let missing = missing.expect_err("refused");
     assert_eq!(missing.kind, ErrorKind::Invalid);
-    assert!(missing.message.contains("key names descriptor 2, 2 were passed"), "{}", missing.message);
+    assert!(missing.message.contains("descriptor 2 (key) was not sent"), "{}", missing.message);
     let unnamed = client.call_with(Call::Submit(Box::new(job.submit.clone())), &[source, sink, key, key]);
     assert_eq!(kind(unnamed), ErrorKind::Invalid);
     let mut twice = job.submit.clone();
@@ -347,6 +380,95 @@ fn a_client_that_never_reads_is_let_go_and_its_job_cancelled() {
     assert!(refused.is_some(), "requests were taken without end");
     let mut watcher = daemon.client();
     eventually("its job is cancelled", || state(&mut watcher, job) == JobState::Cancelled);
+}
+
+/// A finished job with the longest names there are, in which every byte is escaped on the wire.
+fn long_names(client: &mut Client) -> proto::JobId {
+    let mut job = Endless::new(true);
+    let name = "\u{1}".repeat(proto::MAX_NAME);
+    job.submit.source.as_mut().expect("a source").name.clone_from(&name);
+    job.submit.sink.as_mut().expect("a sink").name = name;
+    let (job, _writer, _reader) = job.start(client);
+    assert!(client.call(Call::Cancel { job }).is_ok());
+    eventually("cancelled", || state(client, job).is_final());
+    job
+}
+
+#[test]
+fn a_list_shortens_names_and_show_has_them_whole() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let job = long_names(&mut client);
+    let Ok(Reply::Jobs(jobs)) = client.call(Call::List {}) else { panic!("no list") };
+    assert!(jobs[0].source.len() <= engine::limits::LIST_TEXT, "{}", jobs[0].source.len());
+    let Ok(Reply::Job(info)) = client.call(Call::Show { job }) else { panic!("no job") };
+    assert_eq!((info.source.len(), info.sink.len()), (proto::MAX_NAME, proto::MAX_NAME));
+}
+
+#[test]
+fn replies_left_unread_on_many_connections_are_bounded_together() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let job = long_names(&mut client);
+    let line = format!("{{\"v\":1,\"id\":1,\"call\":{{\"show\":{{\"job\":{job}}}}}}}\n").repeat(16);
+    let mut deaf: Vec<Client> = Vec::new();
+    for _ in 0..400 {
+        let mut connection = daemon.client();
+        // The daemon may let it go while we still send.
+        let _ = connection.send(line.as_bytes());
+        deaf.push(connection);
+    }
+    eventually("one is let go", || daemon.log().contains("the connection with most is disconnected"));
+    let Ok(Reply::Status(status)) = client.call(Call::Status {}) else { panic!("no status") };
+    assert!(status.rss_bytes < 128 << 20, "{} bytes", status.rss_bytes);
+}
+
+#[test]
+fn the_end_of_a_job_is_told_also_if_it_is_forgotten_at_once() {
+    let daemon = Start::new().config("remembered_max = 1").daemon();
+    let mut client = daemon.client();
+    let jobs: Vec<_> = (0..8).map(|_| Endless::new(false).start(&mut client)).collect();
+    // From the newest: of two that have ended, the older is the one forgotten.
+    for (job, _, _) in jobs.iter().rev() {
+        let mut watcher = daemon.client();
+        assert!(matches!(watcher.call(Call::Watch { job: *job, interval_ms: None }), Ok(Reply::Job(_))));
+        assert!(client.call(Call::Cancel { job: *job }).is_ok());
+        assert_eq!(watcher.finished().1.state, JobState::Cancelled);
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_locked_is_told_once_with_the_number_needed() {
+    let start =
+        Start::new().config("queue = \"threads\"\nworkers = 1").under(&["prlimit", "--memlock=65536"]);
+    // Root may lock without a limit.
+    let daemon = if is_root() { start.user(NOBODY) } else { start }.daemon();
+    let mut client = daemon.client();
+    let mut warnings = || {
+        let job = Endless::new(false);
+        match client.call_with(Call::Submit(Box::new(job.submit.clone())), &job.descriptors()) {
+            Ok(Reply::Submitted { warnings, .. }) => warnings,
+            other => panic!("not submitted: {other:?}"),
+        }
+    };
+    let needed = (engine::limits::WORKER_MEMORY + (1 << 20)).to_string();
+    let first = warnings();
+    assert!(first.iter().any(|warning| warning.contains(&needed) && warning.contains("65536")), "{first:?}");
+    assert!(!warnings().iter().any(|warning| warning.contains(&needed)));
+}
+
+#[test]
+fn statistics_of_all_jobs_are_of_none_in_particular() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (job, _writer, _reader) = Endless::new(false).start(&mut client);
+    for asked in [None, Some(job)] {
+        let Ok(Reply::Stats(stats)) = client.call(Call::Stats { job: asked }) else {
+            panic!("no statistics")
+        };
+        assert_eq!(stats.job, asked);
+    }
+    assert_eq!(kind(client.call(Call::Stats { job: Some(job + 1) })), ErrorKind::NotFound);
 }
 
 #[test]
