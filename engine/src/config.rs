@@ -31,11 +31,11 @@ pub struct RawConfig {
     pub kernel: Option<String>,
     /// `auto`, `io_uring` or `threads`.
     pub queue: Option<String>,
-    /// How many workers, or on which CPUs; default: one on each CPU this process may use.
+    /// How many workers, or on which CPUs; default: one on each CPU this process may use, at most 32.
     pub workers: Option<RawWorkers>,
     /// Pin each worker to its CPU.
     pub pin: Option<bool>,
-    /// Bytes of one buffer, the largest chunk.
+    /// Bytes of one buffer, the largest chunk; default: 1 MiB, less from nine workers on.
     pub buffer_bytes: Option<u32>,
     /// Buffers of one worker.
     pub buffers_per_worker: Option<u32>,
@@ -167,7 +167,7 @@ impl Config {
             remembered_max: check.within(
                 "remembered_max",
                 raw.remembered_max.unwrap_or(limits::REMEMBERED_JOBS),
-                0..=limits::REMEMBERED_JOBS,
+                1..=limits::REMEMBERED_JOBS,
             )?,
             log: check.log(raw.log.as_deref())?,
         })
@@ -248,7 +248,7 @@ impl Check<'_> {
             format!("the CPUs this process may use: {}", list.join(", "))
         };
         let cpus = match &raw.workers {
-            None => around.cpus.clone(),
+            None => around.cpus[..limits::workers(around.cpus.len())].to_vec(),
             Some(RawWorkers::Count(count)) => {
                 let most = around.cpus.len().min(limits::WORKERS_MAX);
                 let most = u32::try_from(most).expect("WORKERS_MAX fits");
@@ -274,7 +274,8 @@ impl Check<'_> {
                 return Err(self.wrong("queue", format_args!("{other:?}"), "auto, io_uring, threads"));
             }
         };
-        let buffer_bytes = raw.buffer_bytes.unwrap_or(limits::BUFFER_BYTES);
+        let workers = u32::try_from(cpus.len()).expect("as many as CPUs");
+        let buffer_bytes = raw.buffer_bytes.unwrap_or_else(|| limits::buffer_bytes(workers));
         if !buffer_bytes.is_power_of_two()
             || !(limits::BUFFER_BYTES_MIN..=limits::BUFFER_BYTES_MAX).contains(&buffer_bytes)
         {
@@ -282,7 +283,6 @@ impl Check<'_> {
                 format!("a power of two, {} to {}", limits::BUFFER_BYTES_MIN, limits::BUFFER_BYTES_MAX);
             return Err(self.wrong("buffer_bytes", buffer_bytes, allowed));
         }
-        let workers = u32::try_from(cpus.len()).expect("as many as CPUs");
         let buffers_per_worker = match raw.buffers_per_worker {
             None => limits::buffers_per_worker(workers, buffer_bytes),
             Some(count) => self.within(
@@ -365,6 +365,7 @@ mod tests {
             ("buffers_per_worker = 3", "buffers_per_worker", "3", "4 to 256"),
             ("buffers_per_worker = 257", "buffers_per_worker", "257", "4 to 256"),
             ("running_max = 0", "running_max", "0", "1 to 1024"),
+            ("remembered_max = 0", "remembered_max", "0", "1 to 1024"),
             ("per_user_max = 1025", "per_user_max", "1025", "1 to 1024"),
             ("socket_mode = '0777'", "socket_mode", "0777", "\"0600\" to \"0666\""),
             ("socket_mode = '0060'", "socket_mode", "0060", "\"0600\" to \"0666\""),

@@ -1,13 +1,13 @@
 //! Puts the daemon together, and takes it apart.
 //!
-//! Start order, each step before the next can matter: 1. harden the process, before anything secret can be in it; 2. read the
+//! Start order, each step before the next can matter: 0. `main` closes what it inherited; 1. harden the process, before anything secret can be in it; 2. read the
 //! configuration; 3. take the socket's lock, so that the loser of a start race leaves before it costs anything; 4. start
 //! workers and jobs; 5. listen: who can connect is served by a daemon that is ready. The end is the reverse: no new jobs,
 //! active jobs finish (or are cancelled), the socket goes, the workers are joined, the lock is released.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use rustix::process::{Resource, Rlimit};
@@ -83,8 +83,15 @@ pub fn run(options: &Options) -> Result<Ended> {
         per_user_max: config.per_user_max,
         remembered_max: config.remembered_max,
     };
-    let notify = Arc::clone(&mailbox);
-    let registry = Registry::start(job_config, pipeline, Box::new(move |job| notify.job_changed(job)));
+    let (notify, home) = (Arc::clone(&mailbox), Arc::new(OnceLock::<Weak<Registry>>::new()));
+    let jobs = Arc::clone(&home);
+    let changed = move |job| {
+        // Looked at here and not when the notice is read: by then it may be forgotten.
+        let info = jobs.get().and_then(Weak::upgrade).and_then(|registry| registry.show(job));
+        notify.job_changed(job, info);
+    };
+    let registry = Registry::start(job_config, pipeline, Box::new(changed));
+    home.set(Arc::downgrade(&registry)).expect("set once, before the first job");
 
     let listener = match (passed, reserved) {
         (Some(listener), _) => listener,

@@ -20,10 +20,22 @@ pub const LINES_PER_TURN: usize = 16;
 pub const WATCHES_MAX: usize = 64;
 /// Jobs submitted without `detach` that one connection may hold.
 pub const ATTACHED_MAX: usize = 1024;
-/// Submissions being checked at one time; more wait, one per connection.
-pub const SUBMITS_AT_ONCE: usize = 8;
+/// Helper threads (submissions being checked, statistics being gathered) at one time; more wait, one per connection.
+pub const HELPERS_MAX: usize = 64;
+/// Helper threads of one user at one time: a user whose files hang keeps no more than these.
+pub const HELPERS_PER_USER_MAX: usize = 4;
+/// How long a leaving daemon waits for helpers that hang.
+pub const HELPER_PATIENCE: Duration = Duration::from_secs(10);
+/// Descriptors of one user that may wait to be closed behind one that hangs: with more the user is not served.
+pub const UNCLOSED_PER_USER_MAX: usize = 64;
+/// A close that takes longer hangs.
+pub const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 /// A connection with more unsent bytes than this is asked nothing new until it has read.
 pub const UNSENT_HIGH: usize = 64 * 1024;
+/// Bytes of replies held for clients of one user that do not read: with more, the one that owes most is disconnected.
+pub const UNSENT_PER_USER_MAX: usize = 16 << 20;
+/// The same for all users together: the user that owes most pays.
+pub const UNSENT_ALL_MAX: usize = 32 << 20;
 /// A line begun must be complete within this time.
 pub const LINE_TIME: Duration = Duration::from_secs(30);
 /// Seconds for which a client may leave everything unread before it is taken for dead.
@@ -47,8 +59,16 @@ pub const JOBS_MAX: u32 = 1024;
 /// Finished jobs remembered.
 pub const REMEMBERED_JOBS: u32 = 1024;
 
-/// Bytes of one buffer.
+/// Longest name and failure message in a `list`, bytes; `show` has them whole. Enough for nearly every path.
+pub const LIST_TEXT: usize = 128;
+/// Longest entry of a `list` as JSON, bytes: two names and a message in which every byte is escaped (`\\u0001`), and 21
+/// fields of at most 64 bytes.
+pub const LIST_ENTRY_MAX: usize = 3 * 6 * LIST_TEXT + 21 * 64;
+
+/// Bytes of one buffer by default, where the budget of all workers allows it: see [`buffer_bytes`].
 pub const BUFFER_BYTES: u32 = 1 << 20;
+/// Smallest buffer by default while it is for us to choose: a chunk of this is still cheap per byte.
+pub const BUFFER_BYTES_DEFAULT_MIN: u32 = 256 << 10;
 /// Smallest buffer.
 pub const BUFFER_BYTES_MIN: u32 = 64 << 10;
 /// Largest buffer.
@@ -57,11 +77,13 @@ pub const BUFFER_BYTES_MAX: u32 = 16 << 20;
 pub const BUFFERS_PER_WORKER_MIN: u32 = 4;
 /// Most buffers of one worker.
 pub const BUFFERS_PER_WORKER_MAX: u32 = 256;
+/// Most workers by default: as many as the budget feeds. One core encrypts faster than most devices write.
+pub const WORKERS_DEFAULT_MAX: usize = 32;
 /// Fewest buffers of one worker by default: below this a device runs dry between two chunks.
 pub const BUFFERS_PER_WORKER_DEFAULT_MIN: u32 = 8;
 /// Buffer memory of one worker by default, bytes.
 pub const WORKER_MEMORY: u64 = 32 << 20;
-/// Buffer memory of all workers by default, bytes: what keeps the process below 96 MiB.
+/// Buffer memory of all workers by default, bytes, however many CPUs there are: what keeps the process below 96 MiB.
 pub const ALL_WORKERS_MEMORY: u64 = 64 << 20;
 /// Most workers.
 pub const WORKERS_MAX: usize = 1024;
@@ -70,6 +92,18 @@ const _: () = assert!(CONNECTIONS_PER_USER_MAX < CONNECTIONS_MAX);
 const _: () =
     assert!(CONNECTIONS_PER_USER_MAX >= 1024, "a thousand idle connections of one user are promised");
 const _: () = assert!(UNSENT_HIGH <= proto::MAX_RESPONSE);
+const _: () = assert!(HELPERS_PER_USER_MAX < HELPERS_MAX);
+const _: () =
+    assert!(proto::MAX_RESPONSE + UNSENT_HIGH <= UNSENT_PER_USER_MAX, "the longest reply is no offence");
+const _: () = assert!(UNSENT_PER_USER_MAX <= UNSENT_ALL_MAX);
+const _: () = assert!(
+    (REMEMBERED_JOBS + JOBS_MAX) as usize * (LIST_ENTRY_MAX + 1) + 64 <= proto::MAX_RESPONSE,
+    "all remembered jobs and all that one user may have waiting fit a list"
+);
+const _: () = assert!(
+    WORKERS_DEFAULT_MAX as u64 * BUFFER_BYTES_DEFAULT_MIN as u64 * BUFFERS_PER_WORKER_DEFAULT_MIN as u64
+        <= ALL_WORKERS_MEMORY
+);
 const _: () = assert!(proto::MAX_NAME * 6 * 2 + 4096 <= proto::MAX_LINE, "two escaped names fit a line");
 const _: () = assert!(BUFFER_BYTES_MIN <= BUFFER_BYTES && BUFFER_BYTES <= BUFFER_BYTES_MAX);
 const _: () = assert!(BUFFER_BYTES.is_power_of_two());
@@ -80,7 +114,26 @@ const _: () =
     assert!(WATCH_INTERVAL_MS.0 <= WATCH_INTERVAL_MS.1 && WATCH_INTERVAL_MS.1 <= WATCH_INTERVAL_MS.2);
 const _: () = assert!(RUNNING_JOBS <= JOBS_MAX && JOBS_PER_USER <= JOBS_MAX);
 
-/// Buffers of one worker when none are configured: its share of the budget, in whole buffers.
+/// Workers when none are configured.
+#[must_use]
+pub fn workers(cpus: usize) -> usize {
+    cpus.min(WORKERS_DEFAULT_MAX)
+}
+
+/// Bytes of one buffer when none are configured: the largest of which every worker can have enough within the budget. More
+/// workers than are started by default may be configured; they get the smallest buffers there are.
+#[must_use]
+pub fn buffer_bytes(workers: u32) -> u32 {
+    let fewest = u64::from(workers.max(1)) * u64::from(BUFFERS_PER_WORKER_DEFAULT_MIN);
+    let mut bytes = BUFFER_BYTES;
+    while bytes > BUFFER_BYTES_MIN && u64::from(bytes) * fewest > ALL_WORKERS_MEMORY {
+        bytes /= 2;
+    }
+    bytes
+}
+
+/// Buffers of one worker when none are configured: its share of the budget, in whole buffers. Never below what a device
+/// needs, so a configured buffer size can exceed the budget.
 #[must_use]
 pub fn buffers_per_worker(workers: u32, buffer_bytes: u32) -> u32 {
     let workers = u64::from(workers.max(1));
@@ -98,7 +151,26 @@ mod tests {
         assert_eq!(buffers_per_worker(1, 1 << 20), 32);
         assert_eq!(buffers_per_worker(2, 1 << 20), 32);
         assert_eq!(buffers_per_worker(4, 1 << 20), 16);
-        assert_eq!(buffers_per_worker(64, 1 << 20), 8);
+        assert_eq!(buffers_per_worker(64, 1 << 20), 8, "a configured size wins over the budget");
         assert_eq!(buffers_per_worker(1, 64 << 10), 256);
+    }
+
+    #[test]
+    fn the_defaults_stay_within_the_budget_on_every_machine() {
+        for cpus in 1..=2048 {
+            let workers = u32::try_from(workers(cpus)).expect("few");
+            let (bytes, buffers) =
+                (buffer_bytes(workers), buffers_per_worker(workers, buffer_bytes(workers)));
+            let all = u64::from(workers) * u64::from(bytes) * u64::from(buffers);
+            assert!(all <= ALL_WORKERS_MEMORY, "{cpus} CPUs: {all} bytes");
+            assert!(
+                buffers >= BUFFERS_PER_WORKER_DEFAULT_MIN && bytes >= BUFFER_BYTES_DEFAULT_MIN,
+                "{cpus} CPUs"
+            );
+        }
+        assert_eq!(
+            [1, 8, 9, 16, 17, 32, 64, 128, 1024].map(buffer_bytes),
+            [1 << 20, 1 << 20, 512 << 10, 512 << 10, 256 << 10, 256 << 10, 128 << 10, 64 << 10, 64 << 10,]
+        );
     }
 }

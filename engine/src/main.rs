@@ -7,6 +7,7 @@ use clap::Parser;
 use engine::config::Overrides;
 use engine::daemon::{self, Ended, Options};
 use engine::error::ErrorKind;
+use engine::sys::process;
 
 /// Encrypts and decrypts volumes for cryptctl.
 ///
@@ -42,6 +43,7 @@ Exit codes:
   2  wrong usage or configuration";
 
 fn main() -> ExitCode {
+    process::close_inherited();
     let args = Args::parse();
     let options = Options {
         config: args.config,

@@ -25,7 +25,8 @@ pub mod socket;
 pub const PROTOCOL_VERSION: u32 = 1;
 /// Longest request line, bytes, newline included.
 pub const MAX_LINE: usize = 64 * 1024;
-/// Longest response line, bytes, newline included: a `list` of every remembered job must fit.
+/// Longest response line, bytes, newline included: a `list` of every remembered job and of all that one user may have waiting
+/// fits, because its texts are shortened.
 pub const MAX_RESPONSE: usize = 8 * 1024 * 1024;
 /// Longest `name` of a source or sink, bytes.
 pub const MAX_NAME: usize = 4096;
@@ -58,7 +59,8 @@ pub enum Call {
     Hello {},
     /// Start a job. Answered with [`Reply::Submitted`].
     Submit(Box<Submit>),
-    /// The caller's jobs (root: all), oldest first, finished ones while remembered.
+    /// The caller's jobs (root: all), oldest first, finished ones while remembered. Long names and messages are shortened in the
+    /// middle, and hints and bench rows left out: `show` has them.
     List {},
     /// One job.
     Show {

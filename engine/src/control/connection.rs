@@ -59,8 +59,8 @@ pub struct Connection {
     pub watches: Vec<Watch>,
     /// Jobs to cancel when it ends.
     pub attached: BTreeSet<JobId>,
-    /// A submission of it is being checked; its next line waits.
-    pub submitting: bool,
+    /// A helper works on its request; its next line waits.
+    pub busy: bool,
     /// To be closed once its replies are sent.
     pub closing: bool,
     /// What epoll watches for.
@@ -82,7 +82,7 @@ impl Connection {
             peer,
             watches: Vec::new(),
             attached: BTreeSet::new(),
-            submitting: false,
+            busy: false,
             closing: false,
             interest: EventFlags::IN,
             input: Vec::new(),
@@ -97,13 +97,29 @@ impl Connection {
     /// May its next line be read?
     #[must_use]
     pub fn listens(&self) -> bool {
-        !self.closing && !self.submitting && self.unsent() <= limits::UNSENT_HIGH
+        !self.closing && !self.busy && self.unsent() <= limits::UNSENT_HIGH
     }
 
     /// Bytes of replies the client has not taken yet.
     #[must_use]
     pub fn unsent(&self) -> usize {
         self.output.len() - self.sent
+    }
+
+    /// Bytes of memory held for them beyond what every connection may hold.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        if self.unsent() == 0 { 0 } else { self.output.capacity() }
+    }
+
+    /// Descriptors of a line that will not be finished. They are not ours to drop: see `closer`.
+    pub fn unwanted(&mut self) -> Vec<OwnedFd> {
+        if self.closing { std::mem::take(&mut self.descriptors) } else { Vec::new() }
+    }
+
+    /// All its descriptors, its socket among them.
+    pub fn surrender(self) -> impl Iterator<Item = OwnedFd> {
+        self.descriptors.into_iter().chain([self.stream])
     }
 
     /// Read on, at most to the end of one line. `scratch` holds at least `proto::MAX_LINE` bytes.
@@ -177,7 +193,7 @@ impl Connection {
         line::encode(id, body, &mut self.output);
     }
 
-    /// Say why, and nothing more after it. Frees what was half received.
+    /// Say why, and nothing more after it. What was half received is freed, its descriptors are [`Connection::unwanted`].
     pub fn refuse(&mut self, failure: Failure) {
         self.say(0, Body::Error(failure));
         self.hang_up();
@@ -187,7 +203,6 @@ impl Connection {
     pub fn hang_up(&mut self) {
         self.closing = true;
         self.input = Vec::new();
-        self.descriptors = Vec::new();
         self.line_since = None;
     }
 
@@ -206,6 +221,9 @@ impl Connection {
                     // What is sent is not kept: the buffer stays as small as what is owed.
                     self.output.drain(..self.sent);
                     self.sent = 0;
+                    if self.output.capacity() / 4 > self.output.len().max(limits::UNSENT_HIGH) {
+                        self.output.shrink_to_fit();
+                    }
                     return true;
                 }
                 Err(_) => return false,

@@ -1,10 +1,10 @@
 //! One request in, one action out: rights are checked here, and everything a request can say about itself.
 //!
-//! Every verb but three is answered on the spot, because the registry's methods are quick. The three change the connection or
-//! the daemon, so they are handed back to the loop: `submit` (it may probe devices, so it runs on a thread of its own),
-//! `watch` and `shutdown`.
+//! Every verb but four is answered on the spot, because the registry's methods are quick. Two take time, so they are handed
+//! back to the loop for a helper: `submit` (it may probe devices) and `stats` (it waits for workers). Two change the
+//! connection or the daemon: `watch` and `shutdown`. Descriptors are never seen here, only counted; whether a submission names
+//! them rightly is the registry's to check.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,14 @@ pub enum Action {
     /// Send this.
     Reply(Reply),
     /// Check and start a job elsewhere, then reply.
-    Submit(Box<Submit>, Vec<OwnedFd>),
+    Submit(Box<Submit>),
+    /// Gather statistics of these jobs elsewhere, then reply. `asked`: of one alone.
+    Stats {
+        /// The one.
+        asked: Option<JobId>,
+        /// All.
+        jobs: Vec<JobId>,
+    },
     /// Reply with the job, then send its events.
     Watch(Box<JobInfo>, Duration),
     /// Reply, then leave when no job is active; `true`: cancel them.
@@ -61,18 +68,18 @@ impl Service {
     ///
     /// # Errors
     /// `Denied`, `NotFound`, `Invalid`, or what the registry says.
-    pub fn act(&self, peer: &Peer, call: Call, descriptors: Vec<OwnedFd>) -> Result<Action> {
+    pub fn act(&self, peer: &Peer, call: Call, descriptors: usize) -> Result<Action> {
         peer.check(Verb::of(&call))?;
-        if !matches!(call, Call::Submit(_)) && !descriptors.is_empty() {
+        if !matches!(call, Call::Submit(_)) && descriptors > 0 {
             return Err(Error::new(
                 ErrorKind::Invalid,
-                format!("{} descriptors with a request that names none", descriptors.len()),
+                format!("{descriptors} descriptors with a request that names none"),
             ));
         }
         let reply = match call {
             Call::Hello {} => Reply::Hello(self.about.hello.clone()),
             Call::Status {} => Reply::Status(Box::new(self.status())),
-            Call::List {} => Reply::Jobs(self.jobs_of(peer)),
+            Call::List {} => Reply::Jobs(self.jobs_of(peer).into_iter().map(shorten).collect()),
             Call::Show { job } => Reply::Job(Box::new(self.job(peer, job)?)),
             Call::Pause { job } => Reply::Job(Box::new(self.own(peer, job, |jobs| jobs.pause(job))?)),
             Call::Resume { job } => Reply::Job(Box::new(self.own(peer, job, |jobs| jobs.resume(job))?)),
@@ -82,15 +89,16 @@ impl Service {
                 Reply::Job(Box::new(job))
             }
             Call::Stats { job: Some(job) } => {
-                Reply::Stats(Box::new(self.own(peer, job, |jobs| jobs.stats(&[job]))?))
+                self.job(peer, job)?;
+                return Ok(Action::Stats { asked: Some(job), jobs: vec![job] });
             }
             Call::Stats { job: None } => {
-                let own: Vec<JobId> = self.jobs_of(peer).iter().map(|job| job.job).collect();
-                Reply::Stats(Box::new(self.registry.stats(&own)?))
+                let jobs = self.jobs_of(peer).iter().map(|job| job.job).collect();
+                return Ok(Action::Stats { asked: None, jobs });
             }
             Call::Submit(submit) => {
-                check_submit(&submit, descriptors.len())?;
-                return Ok(Action::Submit(submit, descriptors));
+                check_names(&submit)?;
+                return Ok(Action::Submit(submit));
             }
             Call::Watch { job, interval_ms } => {
                 let (least, usual, most) = limits::WATCH_INTERVAL_MS;
@@ -151,63 +159,104 @@ impl Service {
     }
 }
 
-/// Bytes of `RLIMIT_MEMLOCK` it would take to lock every buffer, if one is not locked. A mebibyte is added for keys.
+/// Statistics of one job (`asked`), or of all of `jobs` that are still remembered. Waits for workers.
+///
+/// # Errors
+/// `NotFound`: the one asked for.
+pub fn stats(registry: &Registry, asked: Option<JobId>, mut jobs: Vec<JobId>) -> Result<Reply> {
+    loop {
+        match registry.stats(&jobs) {
+            Ok(mut stats) => {
+                stats.job = asked;
+                return Ok(Reply::Stats(Box::new(stats)));
+            }
+            // Some were forgotten meanwhile; every round there are fewer, so this ends.
+            Err(error) if error.kind() == ErrorKind::NotFound && asked.is_none() => {
+                jobs.retain(|job| registry.show(*job).is_some());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Which warnings about the daemon's memory were given: each once, to the first who submits.
+#[derive(Debug, Default)]
+pub struct Told {
+    buffers: bool,
+    keys: bool,
+}
+
+impl Told {
+    /// What is to be told now.
+    pub fn news(&mut self, workers: &[WorkerStatus]) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let (false, Some(needed)) = (self.buffers, memlock_needed(workers)) {
+            self.buffers = true;
+            let limit = process::memlock_limit().map_or("unlimited".to_owned(), |bytes| bytes.to_string());
+            warnings.push(format!(
+                "not all buffers are locked in memory, so plaintext could reach swap: the daemon needs RLIMIT_MEMLOCK of {needed} bytes and has {limit}"
+            ));
+        }
+        if !self.keys && !crate::crypto::keys_locked() {
+            self.keys = true;
+            warnings.push(
+                "memory of a key could not be locked, so the key could reach swap: raise RLIMIT_MEMLOCK of the daemon"
+                    .to_owned(),
+            );
+        }
+        warnings
+    }
+}
+
+/// Bytes of `RLIMIT_MEMLOCK` it would take to lock every buffer, if one is neither locked nor registered (which pins it). A
+/// mebibyte is added for keys.
 #[must_use]
 pub fn memlock_needed(workers: &[WorkerStatus]) -> Option<u64> {
-    let short = workers.iter().any(|worker| worker.buffers_locked < worker.buffers);
+    // Both begin with the first buffer, so the larger count is the number that stays in memory.
+    let short =
+        workers.iter().any(|worker| worker.buffers_locked.max(worker.buffers_registered) < worker.buffers);
     let bytes = |worker: &WorkerStatus| u64::from(worker.buffers) * u64::from(worker.buffer_bytes);
     short.then(|| workers.iter().map(bytes).sum::<u64>() + (1 << 20))
 }
 
-/// Descriptors and names of a submission against each other. What they are is the registry's to find out.
-fn check_submit(submit: &Submit, passed: usize) -> Result<()> {
-    let invalid = |message: String| Err(Error::new(ErrorKind::Invalid, message));
-    let mut named: Vec<(&str, u32)> = Vec::new();
-    if let Some(source) = &submit.source {
-        named.push(("source", source.fd));
-        check_name("source", &source.name, proto::MAX_NAME)?;
-    }
-    if let Some(sink) = &submit.sink {
-        named.push(("sink", sink.fd));
-        check_name("sink", &sink.name, proto::MAX_NAME)?;
-        if let Some(commit) = &sink.commit {
-            named.push(("commit", commit.dir_fd));
-            check_file_name("partial", &commit.partial)?;
-            check_file_name("name", &commit.name)?;
+/// The wire's bound on names, before they are kept for as long as the job is.
+fn check_names(submit: &Submit) -> Result<()> {
+    let source = submit.source.as_ref().map(|source| ("source", &source.name));
+    let sink = submit.sink.as_ref().map(|sink| ("sink", &sink.name));
+    for (what, name) in [source, sink].into_iter().flatten() {
+        if name.len() > proto::MAX_NAME {
+            let why = format!("name of the {what} is longer than {} bytes", proto::MAX_NAME);
+            return Err(Error::new(ErrorKind::Invalid, why));
         }
-    }
-    if let Some(volume) = &submit.volume {
-        named.push(("key", volume.key_fd));
-    }
-    for (at, (what, index)) in named.iter().enumerate() {
-        if usize::try_from(*index).map_or(true, |index| index >= passed) {
-            return invalid(format!("{what} names descriptor {index}, {passed} were passed"));
-        }
-        if let Some((other, _)) = named[..at].iter().find(|(_, earlier)| earlier == index) {
-            return invalid(format!("{other} and {what} name the same descriptor {index}"));
-        }
-    }
-    if named.len() < passed {
-        return invalid(format!("{passed} descriptors were passed, {} are named", named.len()));
     }
     Ok(())
 }
 
-fn check_name(what: &str, name: &str, most: usize) -> Result<()> {
-    if name.len() <= most {
-        Ok(())
-    } else {
-        Err(Error::new(ErrorKind::Invalid, format!("name of the {what} is longer than {most} bytes")))
+/// As it stands in a list: at most [`limits::LIST_ENTRY_MAX`] bytes as JSON.
+fn shorten(mut job: JobInfo) -> JobInfo {
+    cut(&mut job.source);
+    cut(&mut job.sink);
+    if let Some(outcome) = &mut job.outcome {
+        outcome.bench = Vec::new();
+        if let Some(failure) = &mut outcome.failure {
+            cut(&mut failure.message);
+            failure.hint = None;
+        }
     }
+    job
 }
 
-/// A file name inside a directory: never a way out of it.
-fn check_file_name(what: &str, name: &str) -> Result<()> {
-    check_name(what, name, 255)?;
-    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
-        return Err(Error::new(ErrorKind::Invalid, format!("{what} is no file name: {name:?}")));
+/// Both ends of a path say more than its middle.
+fn cut(text: &mut String) {
+    const MARK: &str = "\u{2026}";
+    if text.len() <= limits::LIST_TEXT {
+        return;
     }
-    Ok(())
+    let half = (limits::LIST_TEXT - MARK.len()) / 2;
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=half).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - half..text.len()).find(boundary).unwrap_or(text.len());
+    text.replace_range(head..tail, MARK);
 }
 
 #[cfg(test)]
@@ -218,29 +267,67 @@ mod tests {
         serde_json::from_str(text).expect("parses")
     }
 
-    const WHOLE: &str = r#"{"action":"encrypt","source":{"fd":0,"name":"a"},
-        "sink":{"fd":1,"name":"b","commit":{"dir_fd":2,"partial":"b.partial","name":"b"}},
-        "volume":{"format":{"raw":{"key_bytes":64,"data_unit":512,"tweak":"plain64"}},"key_fd":3}}"#;
-
     #[test]
-    fn every_descriptor_is_named_once_and_every_name_is_passed() {
-        let whole = submit(WHOLE);
-        assert!(check_submit(&whole, 4).is_ok());
-        let complaint = |submit: &Submit, passed| check_submit(submit, passed).expect_err("refused").chain();
-        assert_eq!(complaint(&whole, 3), "key names descriptor 3, 3 were passed");
-        assert_eq!(complaint(&whole, 5), "5 descriptors were passed, 4 are named");
-        let twice = submit(&WHOLE.replace(r#""key_fd":3"#, r#""key_fd":1"#));
-        assert_eq!(complaint(&twice, 3), "sink and key name the same descriptor 1");
+    fn a_name_is_as_long_as_the_wire_says_and_no_longer() {
+        let named = |length: usize| {
+            submit(&format!(r#"{{"action":"encrypt","source":{{"fd":0,"name":"{}"}}}}"#, "x".repeat(length)))
+        };
+        assert!(check_names(&named(proto::MAX_NAME)).is_ok());
+        let error = check_names(&named(proto::MAX_NAME + 1)).expect_err("refused");
+        assert_eq!(error.chain(), "name of the source is longer than 4096 bytes");
     }
 
     #[test]
-    fn a_file_name_never_leads_out_of_its_directory() {
-        for name in ["", ".", "..", "../b", "/b", "b/", "b\\u0000"] {
-            let text = WHOLE.replace(r#""name":"b"}"#, &format!(r#""name":"{name}"}}"#));
-            assert!(check_submit(&submit(&text), 4).is_err(), "{name:?}");
+    fn the_longest_entry_of_a_list_is_as_long_as_the_limit_says() {
+        let worst = "\u{1}".repeat(proto::MAX_NAME);
+        let (long, wide) = (-f64::MAX / 3.0, u64::MAX);
+        let job = JobInfo {
+            job: wide,
+            uid: u32::MAX,
+            action: proto::Action::Encrypt,
+            source: worst.clone(),
+            sink: worst.clone(),
+            state: proto::JobState::Cancelled,
+            detached: false,
+            submitted_ms: wide,
+            progress: proto::Progress {
+                done_bytes: wide,
+                total_bytes: Some(wide),
+                hole_bytes: wide,
+                sparse_bytes: wide,
+                elapsed_seconds: long,
+                bytes_per_second: long,
+                eta_seconds: Some(long),
+                bottleneck: Some(proto::Stage::Queue),
+                throttle_bytes_per_second: Some(wide),
+            },
+            outcome: Some(proto::Outcome {
+                seconds: long,
+                failure: Some(proto::Failure {
+                    kind: ErrorKind::ShuttingDown,
+                    message: worst.clone(),
+                    hint: Some(worst),
+                }),
+                first_difference: Some(wide),
+                bench: Vec::new(),
+                padded_bytes: wide,
+                cpu_seconds: (long, long),
+            }),
+        };
+        let length = serde_json::to_vec(&shorten(job)).expect("json").len();
+        assert!(length <= limits::LIST_ENTRY_MAX, "{length}");
+    }
+
+    #[test]
+    fn long_names_are_cut_in_the_middle_between_characters() {
+        let mut short = "/a/b".to_owned();
+        cut(&mut short);
+        assert_eq!(short, "/a/b");
+        for pad in 0..4 {
+            let mut long = format!("{}{}/end", "x".repeat(pad), "\u{1F512}".repeat(100));
+            cut(&mut long);
+            assert!(long.len() <= limits::LIST_TEXT && long.ends_with("/end") && long.contains('\u{2026}'));
         }
-        let long = WHOLE.replace("b.partial", &"b".repeat(256));
-        assert!(check_submit(&submit(&long), 4).is_err());
     }
 
     #[test]
@@ -257,5 +344,11 @@ mod tests {
         };
         assert_eq!(memlock_needed(&[worker(8), worker(8)]), None);
         assert_eq!(memlock_needed(&[worker(8), worker(7)]), Some(17 << 20));
+        let registered = WorkerStatus { buffers_registered: 8, ..worker(0) };
+        assert_eq!(memlock_needed(&[registered]), None, "registered buffers are pinned");
+        let told = Told::default().news(&[worker(8), worker(7)]);
+        assert!(told[0].contains("17825792 bytes"), "{told:?}");
+        let mut once = Told::default();
+        assert_eq!([once.news(&[worker(7)]).len(), once.news(&[worker(7)]).len()], [1, 0]);
     }
 }

@@ -2,38 +2,44 @@
 //!
 //! ```text
 //! listener ─▶ connection ─ line ─▶ line::parse ─▶ dispatch (rights, checks) ─▶ registry
-//!                 ▲                                      │ submit: a thread of its own
+//!                 ▲                                      │ submit, stats: a helper thread
 //!                 └────── replies, events ◀── wake ◀─────┴──── registry's notify(job)
 //! ```
 //!
 //! Invariants:
-//! 1. nothing here blocks: sockets are nonblocking, and what may block (`Registry::submit` looks at devices) runs on one of at
-//!    most [`limits::SUBMITS_AT_ONCE`] short-lived threads; the connection's next line waits meanwhile, so replies
-//!    keep their order and one client holds one submission;
-//! 2. every buffer and count is bounded by [`limits`]; a client that reaches a bound harms only itself;
+//! 1. nothing here blocks: sockets are nonblocking, what may block (`Registry::submit` looks at devices, `Registry::stats`
+//!    waits for workers) runs on [`helpers`], and what clients made is closed by the [`closer`]; a connection's next line
+//!    waits for its helper, so replies keep their order and one client holds one helper;
+//! 2. every buffer and count is bounded by [`limits`]; a client that reaches a bound harms only itself and its own user;
 //! 3. progress events are sent only into an empty buffer, so a slow reader misses some; state changes and the end never;
 //! 4. a job submitted without `detach` is cancelled when its connection ends, however it ends;
 //! 5. the loop leaves only when no job is active: idle (nobody connected for the set time), or told to.
 
+pub mod closer;
 pub mod connection;
+pub mod debts;
 pub mod dispatch;
+pub mod helpers;
 pub mod line;
 pub mod listener;
 pub mod policy;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::{Body, ErrorKind, Event, JobId, Reply, Submit};
+use proto::{Body, ErrorKind, Event, JobId, JobInfo, Reply, Submit};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 
+use self::closer::Closer;
 use self::connection::{Connection, Received, Watch};
-use self::dispatch::{Action, Service};
+use self::debts::Debts;
+use self::dispatch::{Action, Service, Told};
+use self::helpers::{Helpers, Task};
 use self::listener::Listener;
 use self::policy::Peer;
 use crate::error::{Error, Result};
@@ -45,19 +51,40 @@ const LISTENER: u64 = u64::MAX;
 const WAKER: u64 = u64::MAX - 1;
 const SIGNALS: u64 = u64::MAX - 2;
 
-/// What other threads have to say to the loop. Bounded by the number of jobs and of submissions.
+/// Said to a user whose descriptors hang in `close`.
+const BEHIND: &str = "too many descriptors of this user are still being closed";
+
+/// What other threads have to say to the loop. Bounded by the number of jobs and of helpers.
 #[derive(Debug, Default)]
 struct News {
-    jobs: BTreeSet<JobId>,
-    submitted: Vec<Submitted>,
+    jobs: BTreeMap<JobId, Notice>,
+    finished: Vec<Finished>,
+}
+
+/// What became of a job.
+#[derive(Debug)]
+pub enum Notice {
+    /// Its state changed; the registry knows.
+    Changed,
+    /// It ended, like this. The registry may have forgotten it by now.
+    Ended(Box<JobInfo>),
+    /// It ended, and was forgotten before anybody could look.
+    Forgotten,
+}
+
+/// A helper's result.
+#[derive(Debug)]
+struct Finished {
+    uid: u32,
+    connection: u64,
+    id: u64,
+    outcome: Outcome,
 }
 
 #[derive(Debug)]
-struct Submitted {
-    connection: u64,
-    id: u64,
-    detach: bool,
-    result: Result<(JobId, Vec<String>)>,
+enum Outcome {
+    Submitted { detach: bool, result: Result<(JobId, Vec<String>)> },
+    Answer(Result<Reply>),
 }
 
 /// Interrupts the loop from any thread.
@@ -78,10 +105,19 @@ impl Mailbox {
         Ok(Arc::new(Self { wake, news: Mutex::default() }))
     }
 
-    /// A job's state changed. For `Registry::start`.
-    pub fn job_changed(&self, job: JobId) {
-        self.post(|news| {
-            news.jobs.insert(job);
+    /// A job's state changed, to what `job` shows now. For `Registry::start`, which calls before it forgets the job: the end
+    /// travels with the notice, so watchers learn it however soon that is.
+    pub fn job_changed(&self, id: JobId, job: Option<JobInfo>) {
+        let notice = match job {
+            Some(job) if job.state.is_final() => Notice::Ended(Box::new(job)),
+            Some(_) => Notice::Changed,
+            None => Notice::Forgotten,
+        };
+        self.post(|news| match news.jobs.get(&id) {
+            Some(Notice::Ended(_)) => {}
+            _ => {
+                news.jobs.insert(id, notice);
+            }
         });
     }
 
@@ -111,14 +147,6 @@ pub struct ControlConfig {
     pub connections_max: usize,
 }
 
-struct Pending {
-    connection: u64,
-    id: u64,
-    owner: Owner,
-    submit: Box<Submit>,
-    descriptors: Vec<OwnedFd>,
-}
-
 /// The loop and all it serves.
 pub struct Control {
     config: ControlConfig,
@@ -130,10 +158,16 @@ pub struct Control {
     connections: HashMap<u64, Connection>,
     per_user: HashMap<u32, usize>,
     next: u64,
-    pending: VecDeque<Pending>,
-    submitting: usize,
+    helpers: Helpers,
+    closer: Closer,
+    debts: Debts,
+    told: Told,
     /// Told to leave: no new jobs.
     leaving: bool,
+    /// Told to leave now: jobs that appear are cancelled.
+    cancelling: bool,
+    /// Leaving: no longer than this for helpers that hang.
+    patience: Option<Instant>,
     idle_since: Option<Instant>,
     accept_again: Option<Instant>,
     /// Leaving, with nothing left to do but to be read: until then.
@@ -170,9 +204,13 @@ impl Control {
             connections: HashMap::new(),
             per_user: HashMap::new(),
             next: 0,
-            pending: VecDeque::new(),
-            submitting: 0,
+            helpers: Helpers::default(),
+            closer: Closer::default(),
+            debts: Debts::default(),
+            told: Told::default(),
             leaving: false,
+            cancelling: false,
+            patience: None,
             idle_since: None,
             accept_again: None,
             linger: None,
@@ -203,7 +241,7 @@ impl Control {
                 match event.data.u64() {
                     LISTENER => self.accept(now),
                     WAKER => self.read_news(now),
-                    SIGNALS => self.read_signals(),
+                    SIGNALS => self.read_signals(now),
                     key => self.serve(key, event.flags, now),
                 }
             }
@@ -215,7 +253,8 @@ impl Control {
 
     fn timeout(&self, now: Instant) -> Option<Timespec> {
         let idle = self.idle_since.zip(self.config.idle_exit).map(|(since, time)| since + time);
-        let first = [idle, self.accept_again, self.linger, self.alarm].into_iter().flatten().min()?;
+        let first =
+            [idle, self.accept_again, self.linger, self.alarm, self.patience].into_iter().flatten().min()?;
         // Rounded up: waking a moment early would only go round once more.
         let wait = first.saturating_duration_since(now) + Duration::from_millis(1);
         Timespec::try_from(wait).ok()
@@ -226,6 +265,8 @@ impl Control {
             self.accept_again = None;
             self.watch_listener(EventFlags::IN);
         }
+        // It is up: whether to leave is looked at next.
+        self.patience = self.patience.filter(|at| now < *at);
         if self.alarm.is_none_or(|at| now < at) {
             return;
         }
@@ -245,6 +286,10 @@ impl Control {
             self.tell(key, None, now);
             self.settle(key, now);
         }
+    }
+
+    fn has_patience(&self) -> bool {
+        !self.leaving || self.patience.is_some()
     }
 
     // ---- arrivals and departures
@@ -274,23 +319,30 @@ impl Control {
             Ok(peer) => Owner { uid: peer.uid, gid: peer.gid, groups: peer.groups },
             Err(error) => {
                 tracing::warn!(error = error.chain(), "a connection without credentials: refused");
-                return;
+                return self.closer.close(u32::MAX, [stream]);
             }
         };
         let uid = owner.uid;
         let of_user = self.per_user.get(&uid).copied().unwrap_or(0);
         let mut connection = Connection::new(stream, Peer::new(owner, self.config.uid));
-        if self.connections.len() >= self.config.connections_max
+        let refusal = if self.closer.is_behind(uid) {
+            Some(BEHIND)
+        } else if self.connections.len() >= self.config.connections_max
             || of_user >= limits::CONNECTIONS_PER_USER_MAX.min(self.config.connections_max)
         {
-            connection.refuse(line::failure(ErrorKind::Limit, "too many connections"));
+            Some("too many connections")
+        } else {
+            None
+        };
+        if let Some(why) = refusal {
+            connection.refuse(line::failure(ErrorKind::Limit, why));
             connection.flush(now);
-            return;
+            return self.closer.close(uid, connection.surrender());
         }
         let key = self.next;
         self.next += 1;
         if epoll::add(&self.epoll, &connection.stream, EventData::new_u64(key), EventFlags::IN).is_err() {
-            return;
+            return self.closer.close(uid, connection.surrender());
         }
         *self.per_user.entry(uid).or_default() += 1;
         self.connections.insert(key, connection);
@@ -307,10 +359,14 @@ impl Control {
                 self.per_user.remove(&uid);
             }
         }
-        self.pending.retain(|pending| pending.connection != key || pending.submit.detach);
-        for job in connection.attached {
-            self.cancel(job);
+        self.debts.set(uid, key, 0);
+        for task in self.helpers.withdraw(|task| task.connection == key && task.attached) {
+            self.closer.close(uid, task.descriptors);
         }
+        for job in &connection.attached {
+            self.cancel(*job);
+        }
+        self.closer.close(uid, connection.surrender());
     }
 
     /// Its end was requested; that it has ended already is as good.
@@ -335,6 +391,10 @@ impl Control {
             if !connection.listens() {
                 break;
             }
+            if self.closer.is_behind(connection.peer.owner.uid) {
+                connection.refuse(line::failure(ErrorKind::Limit, BEHIND));
+                break;
+            }
             match connection.receive(&mut self.scratch, now) {
                 Received::Line(line, descriptors) => self.request(key, &line, descriptors, now),
                 Received::Nothing => break,
@@ -347,12 +407,22 @@ impl Control {
 
     fn request(&mut self, key: u64, line: &[u8], descriptors: Vec<OwnedFd>, now: Instant) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
+        let uid = connection.peer.owner.uid;
         let request = match line::parse(line) {
             Ok(request) => request,
-            Err((id, failure)) => return connection.say(id, Body::Error(failure)),
+            Err((id, failure)) => {
+                self.closer.close(uid, descriptors);
+                return connection.say(id, Body::Error(failure));
+            }
         };
         let id = request.id;
-        match self.service.act(&connection.peer, request.call, descriptors) {
+        let action = self.service.act(&connection.peer, request.call, descriptors.len());
+        if let Ok(Action::Submit(submit)) = action {
+            return self.submit(key, id, submit, descriptors);
+        }
+        self.closer.close(uid, descriptors);
+        match action {
+            Ok(Action::Submit(_)) => unreachable!("it has its descriptors"),
             Ok(Action::Reply(reply)) => connection.say(id, Body::Ok(reply)),
             Ok(Action::Watch(job, interval)) => {
                 if connection.watches.len() >= limits::WATCHES_MAX {
@@ -365,16 +435,19 @@ impl Control {
                     connection.say(id, Body::Event(Event::Finished(job)));
                 } else {
                     let due = now + interval;
+                    // What changed since the look is in the mailbox, which only this thread empties.
                     connection.watches.push(Watch { id, job: number, state, interval, due });
-                    // It may have changed between the look and the watch, and that notice went to nobody.
-                    self.mailbox.job_changed(number);
                 }
             }
-            Ok(Action::Submit(submit, descriptors)) => self.submit(key, id, submit, descriptors),
+            Ok(Action::Stats { asked, jobs }) => {
+                let registry = self.service.registry.clone();
+                let work = move |_| Outcome::Answer(dispatch::stats(&registry, asked, jobs));
+                self.help(key, id, true, Vec::new(), work);
+            }
             Ok(Action::Shutdown(cancel)) => {
                 let jobs = self.service.registry.active();
                 connection.say(id, Body::Ok(Reply::ShuttingDown { jobs }));
-                self.shut_down(cancel);
+                self.shut_down(cancel, now);
             }
             Err(error) => connection.say(id, Body::Error(error.to_failure())),
         }
@@ -383,7 +456,9 @@ impl Control {
     /// Send what can be sent, adjust what epoll watches, or close.
     fn settle(&mut self, key: u64, now: Instant) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
+        let uid = connection.peer.owner.uid;
         let alive = connection.flush(now);
+        self.closer.close(uid, connection.unwanted());
         if !alive || (connection.closing && connection.unsent() == 0) {
             return self.close(key);
         }
@@ -395,6 +470,11 @@ impl Control {
         }
         let deadline = connection.deadline(self.config.client_stall);
         self.alarm = [self.alarm, deadline].into_iter().flatten().min();
+        self.debts.set(uid, key, connection.held());
+        while let Some(debtor) = self.debts.too_much(uid) {
+            tracing::info!(uid, "too many replies left unread: the connection with most is disconnected");
+            self.close(debtor);
+        }
     }
 
     // ---- jobs
@@ -414,63 +494,97 @@ impl Control {
             None
         };
         if let Some(failure) = refusal {
-            return connection.say(id, Body::Error(failure));
+            connection.say(id, Body::Error(failure));
+            let uid = connection.peer.owner.uid;
+            return self.closer.close(uid, descriptors);
         }
-        connection.submitting = true;
-        let owner = connection.peer.owner.clone();
-        self.pending.push_back(Pending { connection: key, id, owner, submit, descriptors });
-        self.start_submits();
+        let (owner, registry) = (connection.peer.owner.clone(), registry.clone());
+        let detach = submit.detach;
+        let work = move |descriptors| {
+            let result = registry.submit(&owner, *submit, descriptors);
+            Outcome::Submitted { detach, result }
+        };
+        self.help(key, id, !detach, descriptors, work);
     }
 
-    fn start_submits(&mut self) {
-        while self.submitting < limits::SUBMITS_AT_ONCE {
-            let Some(Pending { connection, id, owner, submit, descriptors }) = self.pending.pop_front()
-            else {
-                return;
-            };
-            let (registry, mailbox) = (self.service.registry.clone(), self.mailbox.clone());
-            let detach = submit.detach;
-            let work = move || {
-                let result = registry.submit(&owner, *submit, descriptors);
-                mailbox.post(|news| news.submitted.push(Submitted { connection, id, detach, result }));
-            };
-            self.submitting += 1;
-            if let Err(error) = std::thread::Builder::new().name("submit".into()).spawn(work) {
-                let result = Err(Error::io("cannot start a thread", error));
-                self.mailbox.post(|news| news.submitted.push(Submitted { connection, id, detach, result }));
-            }
+    /// Have `work` done by a helper; the connection's next line waits for its outcome.
+    fn help(
+        &mut self,
+        key: u64,
+        id: u64,
+        attached: bool,
+        descriptors: Vec<OwnedFd>,
+        work: impl FnOnce(Vec<OwnedFd>) -> Outcome + Send + 'static,
+    ) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        connection.busy = true;
+        let uid = connection.peer.owner.uid;
+        let mailbox = self.mailbox.clone();
+        let work = Box::new(move |descriptors| {
+            let outcome = work(descriptors);
+            mailbox.post(|news| news.finished.push(Finished { uid, connection: key, id, outcome }));
+        });
+        self.helpers.add(Task { uid, connection: key, id, attached, descriptors, work });
+        self.start_helpers();
+    }
+
+    fn start_helpers(&mut self) {
+        for (task, error) in self.helpers.start() {
+            self.give_up(task, Error::io("cannot start a thread", error));
+        }
+    }
+
+    fn give_up(&mut self, task: Task, error: Error) {
+        self.closer.close(task.uid, task.descriptors);
+        if let Some(connection) = self.connections.get_mut(&task.connection) {
+            connection.busy = false;
+            connection.say(task.id, Body::Error(error.to_failure()));
+            // Sent when time is kept next: at once.
+            self.alarm = Some(Instant::now());
         }
     }
 
     fn read_news(&mut self, now: Instant) {
         let news = self.mailbox.take();
-        for Submitted { connection: key, id, detach, result } in news.submitted {
-            self.submitting -= 1;
+        for Finished { uid, connection: key, id, outcome } in news.finished {
+            self.helpers.finished(uid);
+            let job = match &outcome {
+                Outcome::Submitted { detach, result: Ok((job, _)) } => Some((*job, *detach)),
+                _ => None,
+            };
             let Some(connection) = self.connections.get_mut(&key) else {
-                if let (Ok((job, _)), false) = (result, detach) {
+                if let Some((job, false)) = job {
                     self.cancel(job);
                 }
                 continue;
             };
-            connection.submitting = false;
-            match result {
-                Ok((job, warnings)) => {
-                    if !detach {
-                        connection.attached.insert(job);
-                    }
-                    connection.say(id, Body::Ok(Reply::Submitted { job, warnings }));
+            connection.busy = false;
+            if let Some((job, false)) = job {
+                connection.attached.insert(job);
+            }
+            let body = match outcome {
+                Outcome::Submitted { result: Ok((job, mut warnings)), .. } => {
+                    warnings.extend(self.told.news(&self.service.about.workers));
+                    Body::Ok(Reply::Submitted { job, warnings })
                 }
-                Err(error) => connection.say(id, Body::Error(error.to_failure())),
+                Outcome::Answer(Ok(reply)) => Body::Ok(reply),
+                Outcome::Submitted { result: Err(error), .. } | Outcome::Answer(Err(error)) => {
+                    Body::Error(error.to_failure())
+                }
+            };
+            connection.say(id, body);
+            if let (Some((job, _)), true) = (job, self.cancelling) {
+                self.cancel(job);
             }
             self.settle(key, now);
         }
-        self.start_submits();
+        self.start_helpers();
         if !news.jobs.is_empty() {
             self.tell_all(Some(&news.jobs), now);
         }
     }
 
-    fn tell_all(&mut self, jobs: Option<&BTreeSet<JobId>>, now: Instant) {
+    fn tell_all(&mut self, jobs: Option<&BTreeMap<JobId, Notice>>, now: Instant) {
         let watching: Vec<u64> = self
             .connections
             .iter()
@@ -484,18 +598,28 @@ impl Control {
     }
 
     /// Events for one connection: of `jobs`, whose state changed; or with `None` of every watch that is due.
-    fn tell(&mut self, key: u64, jobs: Option<&BTreeSet<JobId>>, now: Instant) {
+    fn tell(&mut self, key: u64, jobs: Option<&BTreeMap<JobId, Notice>>, now: Instant) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         let mut watches = std::mem::take(&mut connection.watches);
         watches.retain_mut(|watch| {
             let due = now >= watch.due;
-            if jobs.map_or(!due, |jobs| !jobs.contains(&watch.job)) {
+            if jobs.map_or(!due, |jobs| !jobs.contains_key(&watch.job)) {
                 return true;
             }
-            let Some(job) = self.service.registry.show(watch.job) else {
-                let why = format!("job {} is no longer remembered", watch.job);
-                connection.say(watch.id, Body::Error(line::failure(ErrorKind::NotFound, why)));
-                return false;
+            let notice = jobs.and_then(|jobs| jobs.get(&watch.job));
+            let job = match notice {
+                Some(Notice::Ended(job)) => Some((**job).clone()),
+                _ => self.service.registry.show(watch.job),
+            };
+            let Some(job) = job else {
+                if matches!(notice, Some(Notice::Forgotten)) {
+                    let why = format!("job {} is no longer remembered", watch.job);
+                    connection.say(watch.id, Body::Error(line::failure(ErrorKind::NotFound, why)));
+                    return false;
+                }
+                // It has just ended, and the notice of that is in the mailbox.
+                watch.due = now + watch.interval;
+                return true;
             };
             if job.state != watch.state {
                 watch.state = job.state;
@@ -521,12 +645,12 @@ impl Control {
 
     // ---- the end
 
-    fn read_signals(&mut self) {
+    fn read_signals(&mut self, now: Instant) {
         let mut bytes = [0; 16];
         while let Ok(count) = rustix::io::read(&self.signals, &mut bytes) {
             for _ in 0..count {
                 // The first asks to leave when the work is done, the second to leave.
-                self.shut_down(self.leaving);
+                self.shut_down(self.leaving, now);
             }
             if count == 0 {
                 return;
@@ -534,13 +658,18 @@ impl Control {
         }
     }
 
-    fn shut_down(&mut self, cancel: bool) {
+    fn shut_down(&mut self, cancel: bool, now: Instant) {
         let jobs = self.service.registry.active();
         if !self.leaving {
             tracing::info!(jobs, "leaving: no new jobs, waiting for the active ones");
             self.leaving = true;
+            self.patience = Some(now + limits::HELPER_PATIENCE);
+            for task in self.helpers.withdraw(|_| true) {
+                self.give_up(task, Error::new(ErrorKind::ShuttingDown, "the daemon is leaving"));
+            }
         }
         if cancel {
+            self.cancelling = true;
             tracing::info!(jobs, "cancelling active jobs");
             for job in self.service.registry.list() {
                 if !job.state.is_final() {
@@ -551,7 +680,8 @@ impl Control {
     }
 
     fn may_leave(&mut self, now: Instant) -> bool {
-        let working = self.service.registry.active() > 0 || self.submitting > 0 || !self.pending.is_empty();
+        let helped = self.helpers.any_waiting() || (self.helpers.running() > 0 && self.has_patience());
+        let working = self.service.registry.active() > 0 || helped;
         if working {
             self.idle_since = None;
             self.linger = None;
@@ -570,10 +700,8 @@ impl Control {
 
     /// `false`: a client came at the last moment and stays, or has not yet read how its job ended.
     fn leave(&mut self, now: Instant) -> bool {
-        // The end of a job may be visible before its notice has come.
-        let watched = self.connections.values().flat_map(|connection| &connection.watches);
-        let watched: BTreeSet<JobId> = watched.map(|watch| watch.job).collect();
-        self.tell_all(Some(&watched), now);
+        // The end of a job may be visible before its notice has been read.
+        self.read_news(now);
         // Nor may it be lost because its reader is slow.
         let linger = *self.linger.get_or_insert(now + limits::LINGER);
         if now < linger && self.connections.values().any(|connection| connection.unsent() > 0) {
@@ -585,8 +713,38 @@ impl Control {
                 self.linger = None;
                 return false;
             }
+            self.closer.close(u32::MAX, [stream]);
+        }
+        let abandoned = self.helpers.running();
+        if abandoned > 0 {
+            tracing::warn!(abandoned, "requests hang, and are left behind");
+        }
+        // What their sockets hold may block when it is closed.
+        let keys: Vec<u64> = self.connections.keys().copied().collect();
+        for key in keys {
+            self.close(key);
         }
         tracing::info!(reason = if self.leaving { "told to" } else { "idle" }, "left");
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_job_is_not_overwritten_by_an_older_notice() {
+        let text = r#"{"job":3,"uid":0,"action":"encrypt","source":"a","sink":"b","state":"done","detached":false,
+            "submitted_ms":0,"progress":{"done_bytes":0,"hole_bytes":0,"sparse_bytes":0,"elapsed_seconds":0.0,
+            "bytes_per_second":0.0}}"#;
+        let ended: JobInfo = serde_json::from_str(text).expect("parses");
+        let running = JobInfo { state: proto::JobState::Running, ..ended.clone() };
+        let mailbox = Mailbox::new().expect("an eventfd");
+        for job in [Some(running.clone()), Some(ended), Some(running), None] {
+            mailbox.job_changed(3, job);
+        }
+        let news = mailbox.take();
+        assert!(matches!(&news.jobs[&3], Notice::Ended(job) if job.job == 3), "{news:?}");
     }
 }

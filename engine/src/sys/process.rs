@@ -1,8 +1,9 @@
-#![allow(unsafe_code)] // getrusage and SO_PEERGROUPS have no safe wrapper in the crates we use.
+#![allow(unsafe_code)] // getrusage, close_range and SO_PEERGROUPS have no safe wrapper in the crates we use.
 //! This process as the kernel sees it: its limits, its use of the machine, its protection, and who is at the other end of a
 //! socket.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::mm::MlockAllFlags;
@@ -92,6 +93,39 @@ pub fn harden() -> Result<Hardened> {
     let memory_locked = memlock_limit().is_none() && rustix::mm::mlockall(everything).is_ok();
     Ok(Hardened { memory_locked })
 }
+
+/// Close every descriptor this process was started with, except the three standard ones and those that systemd's protocol
+/// (`LISTEN_PID`, `LISTEN_FDS`) says are for us. A daemon started by a client must not keep the client's lock files locked, its
+/// pipes open, or its key files readable for as long as it lives.
+///
+/// To be called first in `main`: nothing here may own a descriptor yet. A second call does nothing.
+pub fn close_inherited() {
+    static CALLED: AtomicBool = AtomicBool::new(false);
+    if CALLED.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    let ours = number("LISTEN_PID") == Some(std::process::id());
+    let passed = if ours { number("LISTEN_FDS").unwrap_or(0) } else { 0 };
+    let first = FIRST_INHERITED.saturating_add(passed);
+    // SAFETY: takes three integers. At the start of `main` no descriptor from `first` up has an owner in this program.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) } == 0 {
+        return;
+    }
+    // Before Linux 5.9, or filtered: one by one.
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<i32> = open
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|fd| i64::from(*fd) >= i64::from(first))
+        .collect();
+    for fd in open {
+        // SAFETY: as above; the one descriptor of ours in the list, the directory's, is closed already.
+        unsafe { libc::close(fd) };
+    }
+}
+
+/// After standard input, output and error; also the first one systemd passes.
+const FIRST_INHERITED: u32 = 3;
 
 /// Who connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
