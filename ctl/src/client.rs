@@ -216,7 +216,7 @@ fn is_end(error: &io::Error) -> bool {
 }
 
 fn lost_for(error: &io::Error) -> Error {
-    let why = if is_end(error) { String::new() } else { format!(": {}", crate::report::reason(error)) };
+    let why = if is_end(error) { String::new() } else { format!(": {}", proto::errno::describe(error)) };
     Error::unreachable(format!("the daemon went away{why}"))
         .hint("a daemon started by cryptctl logs to its socket's path with .log at the end")
 }

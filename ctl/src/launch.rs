@@ -15,7 +15,8 @@ use rustix::fs::OFlags;
 
 use crate::args::Global;
 use crate::client::Client;
-use crate::report::{Error, Result, reason};
+use crate::report::{Error, Result};
+use proto::errno::describe;
 
 /// A daemon we started leaves after this many seconds without a job or a connection.
 pub const IDLE_EXIT_SECONDS: u64 = 300;
@@ -107,12 +108,12 @@ fn prepare_directory(socket: &Path, default: bool) -> Result<()> {
         };
         match DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(unusable(reason(&error)));
+                return Err(unusable(describe(&error)));
             }
             _ => {}
         }
         // Somebody else may have made /tmp/cryptd-UID before us.
-        let found = std::fs::symlink_metadata(directory).map_err(|error| unusable(reason(&error)))?;
+        let found = std::fs::symlink_metadata(directory).map_err(|error| unusable(describe(&error)))?;
         if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o077 != 0
         {
             return Err(unusable("it is not a directory that only you can enter".to_owned()));
@@ -136,7 +137,7 @@ impl Log {
         let path = PathBuf::from(path);
         let unusable =
             |why: String| Error::unreachable(format!("cannot start cryptd: {}: {why}", path.display()));
-        let failed = |error: io::Error| unusable(reason(&error));
+        let failed = |error: io::Error| unusable(describe(&error));
         // Not followed, and no wait for a reader: in a directory others can write to, anything may be in its place.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = File::options()
@@ -175,7 +176,7 @@ impl Log {
 fn spawn(socket: &Path, log: &Log, idle_exit_seconds: u64) -> Result<Child> {
     let program = beside_us().unwrap_or_else(|| PathBuf::from("cryptd"));
     let failed = |what: &str, error: &io::Error| {
-        Error::unreachable(format!("cannot start cryptd: {what}: {}", reason(error)))
+        Error::unreachable(format!("cannot start cryptd: {what}: {}", describe(error)))
     };
     let log_file = log.file.try_clone().map_err(|error| failed("log", &error))?;
     // A process group of its own keeps the terminal's Ctrl-C and hang-up away from it; its own directory is `/`, so

@@ -5,8 +5,8 @@
 use std::fmt;
 use std::io;
 
+use proto::errno::describe;
 use proto::{ErrorKind, Failure};
-use rustix::io::Errno;
 
 /// The exit statuses: a contract with scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl Error {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
             _ => ErrorKind::Io,
         };
-        Self::new(kind, format!("{what}: {at}: {}", reason(&source)))
+        Self::new(kind, format!("{what}: {at}: {}", describe(&source)))
     }
 
     /// The next step.

@@ -231,7 +231,7 @@ fn keyring_error(name: &str, error: KeyError) -> Error {
             .hint("a key must be possessed or readable by you: `keyctl show` and `keyctl rdescribe` tell"),
         KeyError::Unknown(code) => {
             let error = io::Error::from_raw_os_error(code.saturating_abs());
-            cannot(ErrorKind::Io, &crate::report::reason(&error))
+            cannot(ErrorKind::Io, &proto::errno::describe(&error))
         }
         other => cannot(ErrorKind::Io, &other.to_string()),
     }

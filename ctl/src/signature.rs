@@ -32,7 +32,7 @@ pub fn probe(device: &File, name: &str) -> Result<Option<String>> {
         .stdin(Stdio::from(device))
         .stderr(Stdio::null())
         .output()
-        .map_err(|error| unknown(format!("{program}: {}", crate::report::reason(&error))))?;
+        .map_err(|error| unknown(format!("{program}: {}", proto::errno::describe(&error))))?;
     match output.status.code() {
         Some(0) => Ok(describe(&String::from_utf8_lossy(&output.stdout))),
         // blkid(8): nothing was found.

@@ -77,7 +77,10 @@ struct Arguments {
 
 fn sector_size(text: &str) -> Result<u16, String> {
     let known = [512, 1024, 2048, 4096];
-    text.parse().ok().filter(|bytes| known.contains(bytes)).ok_or_else(|| "512, 1024, 2048 or 4096".to_owned())
+    text.parse()
+        .ok()
+        .filter(|bytes| known.contains(bytes))
+        .ok_or_else(|| "512, 1024, 2048 or 4096".to_owned())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
