@@ -250,7 +250,7 @@ impl Registry {
         }
     }
 
-    fn carry(&self, job: &Job, load: Load) -> Result<run::Ending> {
+    fn carry(self: &Arc<Self>, job: &Job, load: Load) -> Result<run::Ending> {
         if let Err(cancelled) = job.check_cancelled() {
             if let Load::Transfer(prepared) = &load {
                 run::discard(prepared);
@@ -258,6 +258,10 @@ impl Registry {
             return Err(cancelled);
         }
         job.begin();
+        if job.state() == JobState::Paused {
+            // Paused while it waited: the place it was given is free again.
+            self.start_waiting();
+        }
         match load {
             Load::Transfer(prepared) => run::run(job, &self.pipeline, &prepared),
             Load::Bench(bench) => {
