@@ -4,6 +4,7 @@
 //! except for the atomics of its plan and gate, and for the slow-path report behind a lock that is taken once per worker,
 //! at the end, or on a failure.
 
+use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,8 +50,8 @@ pub struct SinkRules {
     pub capacity: Option<u64>,
 }
 
-/// One job's data path.
-pub struct Transfer {
+/// What a job says about its transfer when it builds one.
+pub struct TransferSpec {
     /// What to do with each chunk.
     pub work: Work,
     /// Where chunks come from.
@@ -69,6 +70,11 @@ pub struct Transfer {
     pub depth: u32,
     /// The extents.
     pub plan: Plan,
+}
+
+/// One job's data path: its [`TransferSpec`], and what changes while it is carried.
+pub struct Transfer {
+    spec: TransferSpec,
     /// What may change while it runs.
     pub gate: Gate,
     /// Live counters, one per worker of the pipeline.
@@ -104,26 +110,12 @@ struct Report {
     syscalls: u64,
 }
 
-/// Everything a job says about its transfer when it builds one.
-pub struct TransferSpec {
-    /// See [`Transfer::work`].
-    pub work: Work,
-    /// See [`Transfer::source`].
-    pub source: End,
-    /// See [`Transfer::sink`].
-    pub sink: End,
-    /// See [`Transfer::rules`].
-    pub rules: SinkRules,
-    /// See [`Transfer::unit_bytes`].
-    pub unit_bytes: u32,
-    /// See [`Transfer::pad`].
-    pub pad: bool,
-    /// See [`Transfer::keep_holes`].
-    pub keep_holes: bool,
-    /// See [`Transfer::depth`].
-    pub depth: u32,
-    /// See [`Transfer::plan`].
-    pub plan: Plan,
+impl Deref for Transfer {
+    type Target = TransferSpec;
+
+    fn deref(&self) -> &TransferSpec {
+        &self.spec
+    }
 }
 
 impl Transfer {
@@ -135,17 +127,8 @@ impl Transfer {
         assert!(spec.plan.chunk_bytes().is_multiple_of(spec.source.align.into()));
         assert!(spec.plan.chunk_bytes().is_multiple_of(spec.sink.align.into()));
         let (finished, ended) = bounded(1);
-        let TransferSpec { work, source, sink, rules, unit_bytes, pad, keep_holes, depth, plan } = spec;
         Arc::new(Self {
-            work,
-            source,
-            sink,
-            rules,
-            unit_bytes,
-            pad,
-            keep_holes,
-            depth,
-            plan,
+            spec,
             gate: Gate::default(),
             counters: (0..workers).map(|_| Counters::default()).collect(),
             report: Mutex::default(),
