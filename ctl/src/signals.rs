@@ -23,6 +23,8 @@ static DEFAULTS: Once = Once::new();
 pub struct Signals {
     reader: UnixStream,
     handlers: Vec<SigId>,
+    /// Keeps the other end open also when every signal is ignored and nobody else does.
+    _writer: Option<UnixStream>,
 }
 
 impl Signals {
@@ -46,12 +48,13 @@ impl Signals {
             let handler = low_level::pipe::register(signal, writer.try_clone().map_err(failed)?);
             signals.handlers.push(handler.map_err(failed)?);
         }
+        signals._writer = Some(writer);
         Ok(signals)
     }
 
     fn from_reader(reader: UnixStream) -> std::io::Result<Self> {
         reader.set_nonblocking(true)?;
-        Ok(Self { reader, handlers: Vec::new() })
+        Ok(Self { reader, handlers: Vec::new(), _writer: None })
     }
 
     /// Signals that come as bytes from `reader`, for tests: a real one would reach every test of the process.

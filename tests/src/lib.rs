@@ -215,7 +215,12 @@ impl Start {
     pub fn command(&self, dir: &Path) -> Command {
         let cryptd = self.program.clone().unwrap_or_else(|| program("cryptd"));
         let mut command = match self.under.split_first() {
-            None => Command::new(cryptd),
+            None => {
+                // As in `place`: signals that we ignore are not ours to hand down.
+                let mut command = Command::new("env");
+                command.arg("--default-signal").arg(cryptd);
+                command
+            }
             Some((first, rest)) => {
                 let mut command = Command::new(first);
                 command.args(rest).arg(cryptd);

@@ -181,8 +181,11 @@ impl Place {
     /// A program run as the user, in a bare environment.
     #[must_use]
     pub fn program(&self, path: &Path) -> Command {
-        let mut command = Command::new(path);
+        // Whoever runs the tests may have told us to ignore signals (nohup, a job in the background); a user's shell does not.
+        let mut command = Command::new("env");
         command
+            .arg("--default-signal")
+            .arg(path)
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .current_dir("/")

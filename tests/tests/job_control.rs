@@ -417,9 +417,11 @@ fn paused_jobs_give_their_places_up() {
     }
     let sink = scratch.join("sink");
     assert_done(&Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).run(&registry));
+    for job in &paused {
+        registry.resume(*job).expect("resumable");
+    }
     drop(feeds);
     for job in paused {
-        registry.resume(job).expect("resumable");
         assert_done(&wait(&registry, job));
     }
 }

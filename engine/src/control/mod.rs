@@ -553,7 +553,10 @@ impl Control {
                 _ => None,
             };
             let Some(connection) = self.connections.get_mut(&key) else {
-                if let Some((job, false)) = job {
+                // Nobody is there to hear of it: a detached one goes on, unless everything is being ended.
+                if let Some((job, detached)) = job
+                    && (!detached || self.cancelling)
+                {
                     self.cancel(job);
                 }
                 continue;
@@ -680,7 +683,7 @@ impl Control {
     }
 
     fn may_leave(&mut self, now: Instant) -> bool {
-        let helped = self.helpers.any_waiting() || (self.helpers.running() > 0 && self.has_patience());
+        let helped = (self.helpers.any_waiting() || self.helpers.running() > 0) && self.has_patience();
         let working = self.service.registry.active() > 0 || helped;
         if working {
             self.idle_since = None;
@@ -702,6 +705,10 @@ impl Control {
     fn leave(&mut self, now: Instant) -> bool {
         // The end of a job may be visible before its notice has been read.
         self.read_news(now);
+        if self.service.registry.active() > 0 {
+            // A submission came through at the last moment.
+            return false;
+        }
         // Nor may it be lost because its reader is slow.
         let linger = *self.linger.get_or_insert(now + limits::LINGER);
         if now < linger && self.connections.values().any(|connection| connection.unsent() > 0) {

@@ -105,12 +105,13 @@ impl Table {
     /// three quarters of the places, so nobody can keep everybody else waiting; and one bench at a time, or they measure
     /// each other.
     fn next(&mut self, running_max: u32) -> Option<(Arc<Job>, Load)> {
-        let mut of_user: HashMap<u32, u32> = HashMap::new();
-        for job in self.placed() {
-            *of_user.entry(job.owner.uid).or_default() += 1;
-        }
-        if of_user.values().sum::<u32>() >= running_max {
+        if self.placed().count() >= running_max as usize {
             return None;
+        }
+        // Paused ones count here: they hold no place, but descriptors, threads and buffers.
+        let mut of_user: HashMap<u32, u32> = HashMap::new();
+        for job in self.running.values() {
+            *of_user.entry(job.owner.uid).or_default() += 1;
         }
         let user_max = running_max - running_max / 4;
         let benching = self.running.values().any(|job| job.action == Action::Bench);
@@ -402,7 +403,8 @@ impl Registry {
     /// Jobs not yet final.
     #[must_use]
     pub fn active(&self) -> u32 {
-        let active = self.table().jobs.values().filter(|job| !job.state().is_final()).count();
-        u32::try_from(active).unwrap_or(u32::MAX)
+        // A job counts until its end has been announced, not only until it has ended.
+        let table = self.table();
+        u32::try_from(table.jobs.len() - table.finished.len()).unwrap_or(u32::MAX)
     }
 }

@@ -281,8 +281,8 @@ fn choose_direct(
     unit: u32,
     tuning: &Tuning,
 ) -> Align {
-    let direct = |device: &Device| match device.direct_alignment() {
-        Some(align) if tuning.direct != Some(false) && device.enable_direct() => align,
+    let direct = |device: &Device, possible: bool| match device.direct_alignment() {
+        Some(align) if possible && tuning.direct != Some(false) && device.enable_direct() => align,
         _ => {
             // A descriptor may come with direct I/O on; buffered transfers have odd offsets and lengths.
             device.disable_direct();
@@ -297,7 +297,7 @@ fn choose_direct(
         None => block > u64::from(unit),
     };
     let must_buffer = action != Action::Verify && sink.nature() == Nature::Block && ends_inside;
-    Align { source: direct(source), sink: if must_buffer { 1 } else { direct(sink) } }
+    Align { source: direct(source, true), sink: direct(sink, !must_buffer) }
 }
 
 fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, means: Means) -> Result<u32> {

@@ -144,10 +144,17 @@ impl<'a> Rehearsal<'a> {
         let workers = self.pipeline.status();
         let start = Instant::now();
         thread::scope(|scope| {
-            let threads: Vec<_> = workers
-                .iter()
-                .map(|worker| scope.spawn(|| self.copy_part(job, worker.cpu, &plan, &stopped)))
-                .collect();
+            let mut threads = Vec::with_capacity(workers.len());
+            for worker in &workers {
+                let part = || self.copy_part(job, worker.cpu, &plan, &stopped);
+                match thread::Builder::new().spawn_scoped(scope, part) {
+                    Ok(thread) => threads.push(thread),
+                    Err(cause) => {
+                        stopped.store(true, Ordering::Relaxed);
+                        return Err(Error::io("cannot start a thread", cause));
+                    }
+                }
+            }
             threads.into_iter().try_for_each(|thread| {
                 let ended = thread.join().expect("a copying thread does not panic");
                 if ended.is_err() {

@@ -21,6 +21,7 @@ pub mod transfer;
 pub mod worker;
 pub mod zeros;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub struct PipelineConfig {
 pub struct Pipeline {
     workers: Vec<Handle>,
     buffer_bytes: u32,
+    /// Where the next transfer begins that is not for all workers.
+    next: AtomicUsize,
 }
 
 struct Handle {
@@ -91,7 +94,7 @@ impl Pipeline {
         if workers.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
         }
-        Ok(Self { workers, buffer_bytes: config.buffer_bytes })
+        Ok(Self { workers, buffer_bytes: config.buffer_bytes, next: AtomicUsize::new(0) })
     }
 
     /// The workers as they are.
@@ -116,7 +119,12 @@ impl Pipeline {
     pub fn run(&self, transfer: &Arc<Transfer>, workers_max: usize) {
         let count = if transfer.is_ordered() { 1 } else { workers_max.clamp(1, self.workers.len()) };
         transfer.begin(u32::try_from(count).expect("workers are few"));
-        let first = if transfer.is_ordered() { self.least_ordered() } else { 0 };
+        let first = if transfer.is_ordered() {
+            self.least_ordered()
+        } else {
+            // A transfer that is not for all workers starts where the last one did not.
+            self.next.fetch_add(count, Ordering::Relaxed)
+        };
         for offset in 0..count {
             let worker = &self.workers[(first + offset) % self.workers.len()];
             if transfer.is_ordered() {

@@ -51,6 +51,8 @@ pub struct Worker {
     queue: Box<dyn Queue>,
     free: Vec<Buf>,
     buffers: usize,
+    /// Buffers that ordered transfers hold.
+    ordered_buffers: usize,
     slots: Slab<Slot>,
     active: Vec<Option<Active>>,
     /// Whose turn it is to claim first.
@@ -101,6 +103,7 @@ impl Worker {
             queue,
             free,
             buffers,
+            ordered_buffers: 0,
             slots: Slab::with_capacity(buffers),
             active: Vec::new(),
             turn: 0,
@@ -203,7 +206,9 @@ impl Worker {
     fn claim_all(&mut self) -> Option<Instant> {
         let mut deadline: Option<Instant> = None;
         let count = self.active.len();
-        let running = self.active.iter().flatten().count().max(1);
+        // Paused ones that hold nothing need no share.
+        let wants = |active: &&Active| active.slots > 0 || active.transfer.gate.admit() != Admission::Paused;
+        let running = self.active.iter().flatten().filter(wants).count().max(1);
         // A quarter of the buffers stays for newcomers, which need not wait for chunks in flight.
         let share = (self.buffers / running).clamp(1, (self.buffers * 3 / 4).max(1));
         let mut idle = 0;
@@ -239,13 +244,12 @@ impl Worker {
         }
         let verify = transfer.is_verify();
         let needed = if verify { 2 } else { 1 };
-        let (reserve, slots_max) = if transfer.is_ordered() {
-            let slots_max = (self.buffers / 8).clamp(1, ORDERED_SLOTS_MAX);
-            (ORDERED_RESERVE.min(self.buffers - needed), slots_max)
-        } else {
-            (0, (share / needed).max(1))
-        };
-        if self.free.len() < needed + reserve
+        let ordered = transfer.is_ordered();
+        let slots_max =
+            if ordered { (self.buffers / 8).clamp(1, ORDERED_SLOTS_MAX) } else { (share / needed).max(1) };
+        let ordered_max = self.buffers - ORDERED_RESERVE.min(self.buffers - needed);
+        if self.free.len() < needed
+            || (ordered && self.ordered_buffers + needed > ordered_max)
             || active.slots >= transfer.depth
             || active.slots as usize >= slots_max
             || (transfer.source.stream && active.reading[Side::Source as usize])
@@ -279,6 +283,9 @@ impl Worker {
             return Attempt::Started;
         }
         active.slots += 1;
+        if ordered {
+            self.ordered_buffers += needed;
+        }
         let key = self.slots.insert(Slot {
             active: at,
             extent,
@@ -516,9 +523,14 @@ impl Worker {
 
     fn release(&mut self, key: usize) {
         let mut slot = self.slots.remove(key);
+        let buffers = usize::from(slot.buf.is_some()) + usize::from(slot.other.is_some());
         self.free.extend(slot.buf.take());
         self.free.extend(slot.other.take());
-        self.active[slot.active].as_mut().expect("a slot's transfer is active").slots -= 1;
+        let active = self.active[slot.active].as_mut().expect("a slot's transfer is active");
+        active.slots -= 1;
+        if active.transfer.is_ordered() {
+            self.ordered_buffers -= buffers;
+        }
     }
 
     /// Let go of transfers that have nothing left here.
