@@ -400,12 +400,12 @@ fn a_failure_is_seen_while_paused() {
 }
 
 #[test]
-fn paused_jobs_give_their_places_up() {
+fn paused_jobs_count_against_the_share_of_their_user() {
+    // Four places, of which one user has three at most.
     let registry = registry(QueueChoice::IoUring);
     let scratch = Scratch::new();
-    let source = scratch.file("plain", &noise(MIB, 3));
     let mut feeds = Vec::new();
-    let mut paused = Vec::new();
+    let mut jobs = Vec::new();
     for at in 0..6 {
         let (read, feed) = std::io::pipe().expect("pipe");
         feeds.push(feed);
@@ -413,15 +413,17 @@ fn paused_jobs_give_their_places_up() {
         let job = Request::new(Action::Encrypt, 512).streaming_from(read).creating(&sink).start(&registry);
         let job = job.expect("accepted");
         registry.pause(job).expect("pausable");
-        paused.push(job);
+        jobs.push(job);
     }
-    let sink = scratch.join("sink");
-    assert_done(&Request::new(Action::Encrypt, 512).reading(&source).creating(&sink).run(&registry));
-    for job in &paused {
+    for (at, job) in jobs.iter().enumerate() {
+        let expected = if at < 3 { JobState::Paused } else { JobState::Queued };
+        wait_for(&registry, *job, "its place", |info| info.state == expected);
+    }
+    for job in &jobs {
         registry.resume(*job).expect("resumable");
     }
     drop(feeds);
-    for job in paused {
+    for job in jobs {
         assert_done(&wait(&registry, job));
     }
 }

@@ -277,8 +277,10 @@ impl Registry {
             let mut table = self.table();
             table.running.remove(&job.id);
             table.finished.push_back(job.id);
-            table.forget(self.config.remembered_max);
         }
+        // Its end was announced before it stopped to count as active; whoever waits for that looks again.
+        (self.notify)(job.id);
+        self.table().forget(self.config.remembered_max);
         self.start_waiting();
     }
 
