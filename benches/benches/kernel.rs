@@ -41,7 +41,8 @@ fn plan() -> Plan {
             "--millis" => plan.millis = u64::from(number()),
             "--rounds" => plan.rounds = number(),
             "--json" => plan.json = true,
-            "--bench" => {}
+            // What `cargo bench` and `cargo test` say to every harness.
+            "--bench" | "--show-output" | "--nocapture" => {}
             other => usage(&format!("unknown argument {other}")),
         }
     }
