@@ -81,7 +81,9 @@ fn ask(global: &Global, call: Call) -> Result<Exit> {
         Reply::Job(job) => render::job(&job),
         Reply::Stats(stats) => render::stats(&stats, colour),
         Reply::Status(status) => render::status(&status, colour),
-        Reply::Hello(_) | Reply::Submitted { .. } | Reply::ShuttingDown { .. } => return Err(out_of_turn()),
+        Reply::Hello(_) | Reply::Submitted { .. } | Reply::ShuttingDown { .. } | Reply::Luks(_) => {
+            return Err(out_of_turn());
+        }
     });
     Ok(Exit::Done)
 }

@@ -194,7 +194,9 @@ fn refuse_shared_stdin(ends: &Ends, volume: &VolumeArgs, sink_is_read: bool) -> 
 }
 
 fn fetch(volume: &VolumeArgs, format: &Format, twice: bool) -> Result<VolumeKey> {
-    let Format::Raw(raw) = format;
+    let Format::Raw(raw) = format else {
+        return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet"));
+    };
     let key_bytes = usize::try_from(raw.key_bytes).expect("32 or 64");
     secret::fetch(&volume.key.parse()?, key_bytes, twice)
 }

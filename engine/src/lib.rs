@@ -14,7 +14,7 @@
 //! | 0 | `units` `error` `limits` `telemetry` `telemetry::record` (and the wire crate `proto`) |
 //! | 1 | `sys` `crypto` |
 //! | 2 | `backend` `format` `key` |
-//! | 3 | `pipeline` |
+//! | 3 | `pipeline` `volume` |
 //! | 4 | `job` `export` |
 //! | 5 | `telemetry::prometheus` `config` |
 //! | 6 | `control` |
@@ -34,3 +34,4 @@ pub mod pipeline;
 pub mod sys;
 pub mod telemetry;
 pub mod units;
+pub mod volume;

@@ -19,6 +19,7 @@
 use serde::{Deserialize, Serialize};
 
 pub mod errno;
+pub mod luks;
 pub mod socket;
 
 /// The version in every line's `v`. A daemon answers a request of another version with [`ErrorKind::Version`].
@@ -59,6 +60,8 @@ pub enum Call {
     Hello {},
     /// Start a job. Answered with [`Reply::Submitted`].
     Submit(Box<Submit>),
+    /// Read or change the header of a LUKS volume. Answered with [`Reply::Luks`] when it is done (and durable).
+    Luks(Box<luks::Request>),
     /// The caller's jobs (root: all), oldest first, finished ones while remembered. Long names and messages are shortened in the
     /// middle, and hints and bench rows left out: `show` has them.
     List {},
@@ -211,7 +214,8 @@ pub struct Volume {
     /// The on-disk format.
     pub format: Format,
     /// Descriptor index of the secret: the read end of a pipe that holds all of it and whose write end is closed,
-    /// or a sealed memfd. For `raw`: exactly `key_bytes` bytes.
+    /// or a sealed memfd. For `raw`: exactly `key_bytes` bytes. For LUKS: the passphrase, every byte of it (a trailing newline
+    /// too), or the volume key itself, see [`luks::Secret`].
     pub key_fd: u32,
 }
 
@@ -221,6 +225,10 @@ pub struct Volume {
 pub enum Format {
     /// dm-crypt plain: AES-XTS over the whole device, no header.
     Raw(Raw),
+    /// An existing LUKS volume of either version (`decrypt`, `verify`): everything else is in its header.
+    Luks(luks::Open),
+    /// A new LUKS volume (`encrypt`).
+    NewLuks(Box<luks::New>),
 }
 
 /// Parameters of the headerless format, in dm-crypt's terms.
@@ -345,6 +353,8 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// To `status`.
     Status(Box<Status>),
+    /// To `luks`.
+    Luks(Box<luks::Reply>),
     /// To `shutdown`: how many jobs it waits for.
     ShuttingDown {
         /// Jobs still running.

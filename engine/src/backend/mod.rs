@@ -16,6 +16,7 @@
 //! 3. `push` makes no system call, `kick` at most one per batch (io_uring);
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
+pub mod blocking;
 pub mod device;
 pub mod space;
 pub mod threads;

@@ -112,6 +112,7 @@ impl Service {
                 let job = self.job(peer, job)?;
                 return Ok(Action::Watch(Box::new(job), Duration::from_millis(u64::from(interval))));
             }
+            Call::Luks(_) => return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet")),
             Call::Shutdown { now } => return Ok(Action::Shutdown(now)),
         };
         Ok(Action::Reply(reply))

@@ -13,7 +13,7 @@ use crate::job::Owner;
 pub enum Verb {
     /// `hello`, `status`: about the daemon.
     Ask,
-    /// `submit`, `list`, `show`, `watch`, `pause`, `resume`, `cancel`, `throttle`, `stats`: about jobs.
+    /// `submit`, `luks`, `list`, `show`, `watch`, `pause`, `resume`, `cancel`, `throttle`, `stats`: about jobs.
     Job,
     /// `shutdown`.
     Shutdown,
@@ -26,6 +26,7 @@ impl Verb {
         match call {
             Call::Hello {} | Call::Status {} => Self::Ask,
             Call::Submit(_)
+            | Call::Luks(_)
             | Call::List {}
             | Call::Show { .. }
             | Call::Watch { .. }

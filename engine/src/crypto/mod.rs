@@ -15,6 +15,8 @@
 //! | `recrypt` | re-encryption for layouts and kernels without a fused loop |
 //! | `limit` | the issue limit: the AES instruction and nothing else |
 //! | `measure` | one kernel beside its limit, for benches and the daemon's bench job |
+//! | `spec` | ciphers by their dm-crypt names |
+//! | `hash`, `kdf` | the hashes and key derivations of LUKS headers |
 //!
 //! What this module refuses to do: I/O, randomness, choosing keys, ciphertext stealing (data units are whole blocks),
 //! authentication (XTS has none).
@@ -23,8 +25,10 @@ use crate::units::DataUnit;
 
 #[cfg(target_arch = "x86_64")]
 mod aesni;
+pub mod hash;
 #[cfg(target_arch = "x86_64")]
 mod isa;
+pub mod kdf;
 pub mod limit;
 pub mod measure;
 mod portable;
@@ -33,6 +37,7 @@ mod recrypt;
 mod schedule;
 mod secret;
 mod select;
+pub mod spec;
 mod tweak;
 #[cfg(target_arch = "x86_64")]
 mod vaes256;

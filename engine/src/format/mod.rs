@@ -1,3 +1,13 @@
-//! On-disk formats, without I/O: bytes and parameters in, structures and layouts out.
+//! On-disk formats, sans I/O: bytes in, structures out, and back. No files, no clock, no randomness here.
+//!
+//! | module | format |
+//! |---|---|
+//! | `raw` | dm-crypt plain, no header |
+//! | `luks1` | LUKS On-Disk Format Specification 1.2.3 |
+//! | `luks2` | LUKS2 On-Disk Format Specification 1.1.4 |
+//! | `af` | the anti-forensic splitter of both |
 
+pub mod af;
+pub mod luks1;
+pub mod luks2;
 pub mod raw;

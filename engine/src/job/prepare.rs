@@ -106,7 +106,9 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let source_wanted = required(source, "source")?;
     let sink_wanted = required(sink, "sink")?;
     let volume = required(volume, "volume")?;
-    let Format::Raw(format) = &volume.format;
+    let Format::Raw(format) = &volume.format else {
+        return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet"));
+    };
     let layout = raw::layout(format)?;
     let unit = layout.unit_bytes;
 

@@ -1,0 +1,1 @@
+//! The 4096-byte binary header and its checksum.
