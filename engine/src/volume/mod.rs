@@ -15,6 +15,7 @@
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
 //! | `manage` | a request of the wire carried out |
+//! | `random` | random bytes |
 
 pub mod area;
 pub mod backup;
@@ -23,6 +24,7 @@ pub mod create;
 pub mod doctor;
 pub mod keyslots;
 pub mod manage;
+pub mod random;
 pub mod repair;
 pub mod store;
 pub mod summary;
