@@ -145,7 +145,9 @@ mod tests {
         drop(sink);
         assert_eq!(source.read_in_order(&mut [0; 6], &|| false).expect("read"), 6);
         let mut rest = String::new();
-        std::fs::File::from(source.file().try_clone().expect("descriptor")).read_to_string(&mut rest).expect("rest");
+        std::fs::File::from(source.file().try_clone().expect("descriptor"))
+            .read_to_string(&mut rest)
+            .expect("rest");
         assert_eq!(rest, "data");
     }
 }

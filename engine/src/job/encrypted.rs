@@ -89,7 +89,13 @@ impl Encrypted {
     ///
     /// # Errors
     /// `WrongKey`, or whatever is wrong with header, devices or memory; `Cancelled`.
-    pub fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, ends: [&Device; 2]) -> Result<()> {
+    pub fn begin(
+        &mut self,
+        job: &Job,
+        transfer: &Transfer,
+        kernel: Kernel,
+        ends: [&Device; 2],
+    ) -> Result<()> {
         match self {
             Self::Raw => Ok(()),
             Self::Open(open) => open.begin(job, transfer, kernel, encrypted_of(transfer, ends)),

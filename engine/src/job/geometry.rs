@@ -88,7 +88,9 @@ impl Geometry {
     /// Do the areas lie one behind the other, so that they can be read in order?
     #[must_use]
     pub fn is_in_order(&self) -> bool {
-        self.areas.windows(2).all(|pair| pair[0].size.is_some_and(|size| pair[0].offset + size == pair[1].offset))
+        self.areas
+            .windows(2)
+            .all(|pair| pair[0].size.is_some_and(|size| pair[0].offset + size == pair[1].offset))
     }
 
     /// Bytes of plaintext if the volume says so itself.
@@ -108,11 +110,13 @@ impl Geometry {
             let size = area.size.unwrap_or(room);
             if area.offset > device_bytes || size > room {
                 let end = area.offset.saturating_add(area.size.unwrap_or(0));
-                let what = format!("the volume is cut off: its data reaches to byte {end}, it has {device_bytes}");
+                let what =
+                    format!("the volume is cut off: its data reaches to byte {end}, it has {device_bytes}");
                 return Err(Error::new(ErrorKind::Invalid, what).at(device.name()));
             }
             total = total.checked_add(size).ok_or_else(|| {
-                Error::new(ErrorKind::Invalid, "the volume's areas are larger than any device").at(device.name())
+                Error::new(ErrorKind::Invalid, "the volume's areas are larger than any device")
+                    .at(device.name())
             })?;
             let unit = area.unit_bytes();
             if !size.is_multiple_of(unit.into()) {

@@ -283,7 +283,9 @@ fn new_luks(
             let device = Device::from_fd(fd, header.name.clone(), purpose)?;
             if is_file(&device) {
                 if device.size() != Some(0) {
-                    return Err(Error::new(ErrorKind::Conflict, "the header file is not empty").at(device.name()));
+                    return Err(
+                        Error::new(ErrorKind::Conflict, "the header file is not empty").at(device.name())
+                    );
                 }
                 device.lock()?;
             }

@@ -367,7 +367,12 @@ impl Worker {
                     }
                 };
                 let bytes = done.result.unwrap_or_else(|cause| {
-                    transfer.fail(Error::io("read failed", cause).at(place(&transfer, side, end, slot.extent)));
+                    transfer.fail(Error::io("read failed", cause).at(place(
+                        &transfer,
+                        side,
+                        end,
+                        slot.extent,
+                    )));
                     slot.doomed = true;
                     0
                 });
