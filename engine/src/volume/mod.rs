@@ -10,6 +10,7 @@
 //! | `keyslots` | add, remove, change, convert, erase |
 //! | `backup` | header backup and restore |
 //! | `repair` | damaged headers |
+//! | `random` | random bytes from the kernel |
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
@@ -21,6 +22,7 @@ pub mod create;
 pub mod doctor;
 pub mod keyslots;
 pub mod manage;
+pub mod random;
 pub mod repair;
 pub mod store;
 pub mod summary;
