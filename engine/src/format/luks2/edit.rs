@@ -102,8 +102,12 @@ impl Segment {
     /// Encrypted data whose counter begins at 0.
     #[must_use]
     pub fn crypt(offset: u64, size: Option<u64>, encryption: &str, sector_size: u32) -> Self {
-        let kind =
-            SegmentKind::Crypt { encryption: encryption.to_owned(), sector_size, iv_tweak: 0, integrity: None };
+        let kind = SegmentKind::Crypt {
+            encryption: encryption.to_owned(),
+            sector_size,
+            iv_tweak: 0,
+            integrity: None,
+        };
         Self { kind, offset, size, flags: Vec::new(), extra: Map::new() }
     }
 }
@@ -211,7 +215,10 @@ impl Metadata {
     /// `Conflict`: the number is in use; `NotFound`: no such digest; `Invalid`: the number is none of a keyslot.
     pub fn add_keyslot(&mut self, id: u32, keyslot: Luks2Keyslot, digest: u32) -> Result<()> {
         if id >= OBJECTS_MAX {
-            return Err(invalid(format!("not a keyslot number 0..={}", OBJECTS_MAX - 1), &format!("keyslot {id}")));
+            return Err(invalid(
+                format!("not a keyslot number 0..={}", OBJECTS_MAX - 1),
+                &format!("keyslot {id}"),
+            ));
         }
         if self.keyslots.contains_key(&id) {
             return Err(Error::new(ErrorKind::Conflict, format!("keyslot {id} is in use")));
@@ -240,6 +247,9 @@ impl Metadata {
     /// Is a re-encryption under way (interrupted or not)?
     #[must_use]
     pub fn is_reencrypting(&self) -> bool {
-        self.config.requirements.iter().any(|name| name == "offline-reencrypt" || is_online_reencryption(name))
+        self.config
+            .requirements
+            .iter()
+            .any(|name| name == "offline-reencrypt" || is_online_reencryption(name))
     }
 }

@@ -13,7 +13,10 @@ pub fn metadata(metadata: &Metadata) -> Value {
     let was = metadata.as_read.object();
     let mut top = Map::new();
     top.insert("keyslots".into(), numbered(&metadata.keyslots, child(was, "keyslots"), keyslot));
-    top.insert("tokens".into(), numbered(&metadata.tokens, child(was, "tokens"), |token, _| self::token(token)));
+    top.insert(
+        "tokens".into(),
+        numbered(&metadata.tokens, child(was, "tokens"), |token, _| self::token(token)),
+    );
     top.insert("segments".into(), numbered(&metadata.segments, child(was, "segments"), segment));
     // A digest of nothing checks nothing: it goes with its last keyslot and segment.
     let digests = metadata.digests.iter().filter(|(_, digest)| !digest.is_unused());
@@ -210,7 +213,13 @@ fn config(config: &Config, was: Option<&Map<String, Value>>) -> Map<String, Valu
     let was_requirements = was.and_then(|was| child(was, "requirements"));
     let mut requirements = Map::new();
     let mandatory = config.requirements.as_slice().into();
-    insert_if_said(&mut requirements, was_requirements, "mandatory", mandatory, config.requirements.is_empty());
+    insert_if_said(
+        &mut requirements,
+        was_requirements,
+        "mandatory",
+        mandatory,
+        config.requirements.is_empty(),
+    );
     let says_nothing = requirements.is_empty();
     insert_if_said(&mut object, was, "requirements", requirements.into(), says_nothing);
     merge(&mut object, &config.extra);

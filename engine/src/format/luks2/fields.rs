@@ -77,8 +77,9 @@ impl<'a> Fields<'a> {
     /// A 64-bit number: a text of decimal digits, as JSON numbers do not hold so many bits everywhere.
     pub fn u64(&self, key: &str) -> Result<u64> {
         let text = self.text(key)?;
-        decimal(text)
-            .ok_or_else(|| self.wrong_field(key, format!("not a 64-bit number in decimal digits: {}", excerpt(text))))
+        decimal(text).ok_or_else(|| {
+            self.wrong_field(key, format!("not a 64-bit number in decimal digits: {}", excerpt(text)))
+        })
     }
 
     /// A 32-bit number: a JSON number.
@@ -111,9 +112,11 @@ impl<'a> Fields<'a> {
     /// Numbers of other objects: texts of decimal digits.
     pub fn references(&self, key: &str) -> Result<Vec<u32>> {
         let number = |value: &Value| match value {
-            Value::String(text) => decimal(text)
-                .and_then(|number| u32::try_from(number).ok())
-                .ok_or_else(|| self.wrong_field(key, format!("not the number of an object: {}", excerpt(text)))),
+            Value::String(text) => {
+                decimal(text).and_then(|number| u32::try_from(number).ok()).ok_or_else(|| {
+                    self.wrong_field(key, format!("not the number of an object: {}", excerpt(text)))
+                })
+            }
             _ => Err(self.wrong_field(key, "an element is not a text")),
         };
         self.array(key)?.iter().map(number).collect()
@@ -134,7 +137,9 @@ impl<'a> Fields<'a> {
             let number = decimal(key)
                 .and_then(|number| u32::try_from(number).ok())
                 .filter(|number| *number < limit)
-                .ok_or_else(|| self.wrong(format!("not a {what} number 0..={}: {}", limit - 1, excerpt(key))))?;
+                .ok_or_else(|| {
+                    self.wrong(format!("not a {what} number 0..={}: {}", limit - 1, excerpt(key)))
+                })?;
             Ok((number, Fields::of(format!("{what} {number}"), value)?))
         };
         self.object.iter().map(one).collect()

@@ -165,7 +165,8 @@ mod tests {
 
     #[test]
     fn what_is_not_one_object_is_refused() {
-        for text in ["", "[]", " {}", "{} ", "{}{}", "{", "{\"a\":1,\"a\":2}", "{\"b\":{\"a\":1,\"a\":2}}", "{'a':1}"]
+        for text in
+            ["", "[]", " {}", "{} ", "{}{}", "{", "{\"a\":1,\"a\":2}", "{\"b\":{\"a\":1,\"a\":2}}", "{'a':1}"]
         {
             let error = read(text.as_bytes()).expect_err(text);
             assert_eq!(error.kind(), ErrorKind::Invalid, "{text}");

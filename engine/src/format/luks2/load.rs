@@ -87,7 +87,8 @@ fn probe(read: Read<'_>) -> Result<Found> {
 
 /// Errors that concern the device as a whole; all others concern this copy.
 fn read_copy(read: Read<'_>, copy: Copy, offset: u64) -> Result<Found> {
-    let mut bad = Bad { error: Error::new(ErrorKind::Invalid, ""), trace: false, copy_bytes: None, salt: [0; 64] };
+    let mut bad =
+        Bad { error: Error::new(ErrorKind::Invalid, ""), trace: false, copy_bytes: None, salt: [0; 64] };
     match try_copy(read, copy, offset, &mut bad) {
         Ok(valid) => Ok(Ok(valid)),
         Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::Io) => {
@@ -190,7 +191,9 @@ fn choose(primary: Found, secondary: Found) -> Result<Loaded> {
                 }
             }
         }
-        (Ok(primary), Err(bad)) => (primary.into_header(Copy::Primary, bad.salt), [Health::Good, bad.health()]),
+        (Ok(primary), Err(bad)) => {
+            (primary.into_header(Copy::Primary, bad.salt), [Health::Good, bad.health()])
+        }
         (Err(bad), Ok(secondary)) => {
             (secondary.into_header(Copy::Secondary, bad.salt), [bad.health(), Health::Good])
         }
@@ -207,4 +210,62 @@ fn choose(primary: Found, secondary: Found) -> Result<Loaded> {
         }
     };
     Ok(Loaded { header, health })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::luks2::metadata::{Digest, Segment};
+
+    /// Sparse enough for a test: both copies and an (empty) keyslots area.
+    fn image(seqid: u64, label: &str) -> (Header, Vec<u8>) {
+        let segment = Segment::crypt(0, None, "aes-xts-plain64", 512);
+        let mut header =
+            Header::new(16 << 10, 4096, segment, "uuid".into(), [[1; 64], [2; 64]]).expect("legal");
+        header.seqid = seqid;
+        header.label = label.into();
+        let digest = Digest::pbkdf2("sha256", 1000, vec![3; 32], vec![4; 32]);
+        header.metadata.add_digest(digest, &[], &[0]).expect("room");
+        let mut bytes = header.to_bytes(Copy::Primary).expect("valid");
+        bytes.extend(header.to_bytes(Copy::Secondary).expect("valid"));
+        bytes.resize(36 << 10, 0);
+        (header, bytes)
+    }
+
+    fn read_from(bytes: &[u8]) -> impl FnMut(u64, &mut [u8]) -> Result<()> {
+        move |offset, into| {
+            let offset = usize::try_from(offset).expect("small");
+            let end = offset + into.len();
+            let from =
+                bytes.get(offset..end).ok_or_else(|| Error::new(ErrorKind::Invalid, "the file ends"))?;
+            into.copy_from_slice(from);
+            Ok(())
+        }
+    }
+
+    fn load_from(bytes: &[u8]) -> Result<Loaded> {
+        load(&mut read_from(bytes))
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let (header, bytes) = image(7, "a label");
+        let loaded = load_from(&bytes).expect("valid");
+        assert_eq!(loaded.header, header);
+        assert_eq!(loaded.health, [Health::Good, Health::Good]);
+    }
+
+    #[test]
+    fn the_newer_copy_is_used() {
+        let (_, old) = image(7, "old");
+        let (_, new) = image(8, "new");
+        let split = 16 << 10;
+        let torn = [&new[..split], &old[split..]].concat();
+        let loaded = load_from(&torn).expect("valid");
+        assert_eq!((loaded.header.label.as_str(), loaded.health), ("new", [Health::Good, Health::Obsolete]));
+        let torn = [&old[..split], &new[split..]].concat();
+        let loaded = load_from(&torn).expect("valid");
+        assert_eq!((loaded.header.label.as_str(), loaded.health), ("new", [Health::Obsolete, Health::Good]));
+        assert_eq!(loaded.header.salts, [[1; 64], [2; 64]]);
+    }
 }

@@ -159,14 +159,18 @@ impl Header {
                 .hint("remove a keyslot")
         };
         let size = bytes.max(1).checked_next_multiple_of(AREA_ALIGN).ok_or_else(no_room)?;
-        let mut taken: Vec<Area> = self.metadata.keyslots.values().filter_map(metadata::Keyslot::area).collect();
+        let mut taken: Vec<Area> =
+            self.metadata.keyslots.values().filter_map(metadata::Keyslot::area).collect();
         taken.sort_by_key(|area| area.offset);
         let mut offset = self.keyslots_offset();
         for area in taken {
             if offset.checked_add(size).is_some_and(|end| end <= area.offset) {
                 break;
             }
-            offset = offset.max(area.end().unwrap_or(u64::MAX)).checked_next_multiple_of(AREA_ALIGN).ok_or_else(no_room)?;
+            offset = offset
+                .max(area.end().unwrap_or(u64::MAX))
+                .checked_next_multiple_of(AREA_ALIGN)
+                .ok_or_else(no_room)?;
         }
         match offset.checked_add(size) {
             Some(end) if end <= self.backup_bytes() => Ok(offset),

@@ -49,11 +49,9 @@ fn keyslot(fields: &Fields<'_>) -> Result<Keyslot> {
             reencrypt_keyslot(fields, key_size, &area_kind)?;
             Ok(Keyslot::Reencrypt { area, object: fields.object().clone() })
         }
-        _ => Ok(Keyslot::Unknown {
-            kind: kind.to_owned(),
-            area: Some(area),
-            object: fields.object().clone(),
-        }),
+        _ => {
+            Ok(Keyslot::Unknown { kind: kind.to_owned(), area: Some(area), object: fields.object().clone() })
+        }
     }
 }
 
@@ -110,9 +108,10 @@ fn kdf(fields: &Fields<'_>) -> Result<KdfText> {
         })
     };
     match fields.text("type")? {
-        "pbkdf2" => {
-            Ok(KdfText::Pbkdf2 { hash: fields.text("hash")?.to_owned(), iterations: fields.u32("iterations")? })
-        }
+        "pbkdf2" => Ok(KdfText::Pbkdf2 {
+            hash: fields.text("hash")?.to_owned(),
+            iterations: fields.u32("iterations")?,
+        }),
         "argon2i" => argon2(Argon2Kind::Argon2i),
         "argon2id" => argon2(Argon2Kind::Argon2id),
         other => Err(fields.wrong_field("type", format!("unknown: {}", super::json::excerpt(other)))),

@@ -57,13 +57,11 @@ fn config(metadata: &Metadata) -> Result<u64> {
 }
 
 fn references(metadata: &Metadata) -> Result<()> {
-    let keyslots_exist = |keyslots: &[u32], at: &str| match keyslots
-        .iter()
-        .find(|id| !metadata.keyslots.contains_key(id))
-    {
-        Some(missing) => Err(invalid(format!("there is no keyslot {missing}"), at)),
-        None => Ok(()),
-    };
+    let keyslots_exist =
+        |keyslots: &[u32], at: &str| match keyslots.iter().find(|id| !metadata.keyslots.contains_key(id)) {
+            Some(missing) => Err(invalid(format!("there is no keyslot {missing}"), at)),
+            None => Ok(()),
+        };
     for (id, token) in &metadata.tokens {
         keyslots_exist(&token.keyslots, &format!("token {id} keyslots"))?;
     }
@@ -94,7 +92,11 @@ fn segments(metadata: &Metadata) -> Result<()> {
     for (id, segment) in &metadata.segments {
         one_segment(metadata, *id, segment, &format!("segment {id}"))?;
     }
-    if metadata.segments.values().skip_while(|segment| !segment.is_backup()).any(|segment| !segment.is_backup())
+    if metadata
+        .segments
+        .values()
+        .skip_while(|segment| !segment.is_backup())
+        .any(|segment| !segment.is_backup())
     {
         return Err(invalid("a data segment after a backup-* segment", "segments"));
     }
@@ -227,8 +229,9 @@ fn reencryption(metadata: &Metadata) -> Result<()> {
         return Err(invalid("a re-encryption without its keyslot", "keyslots"));
     }
     let flagged = |flag: &str| {
-        let segments: &mut dyn Iterator<Item = &Segment> = &mut metadata.segments.values();
-        segments
+        metadata
+            .segments
+            .values()
             .find(|segment| segment.flags.iter().any(|name| name == flag))
             .ok_or_else(|| invalid(format!("a re-encryption without a {flag} segment"), "segments"))
     };
@@ -236,7 +239,10 @@ fn reencryption(metadata: &Metadata) -> Result<()> {
     for (id, segment) in metadata.data_segments() {
         let now = segment.flags.iter().any(|flag| flag == "in-reencryption");
         if !is_encrypted_alike(segment, target) && (now || !is_encrypted_alike(segment, previous)) {
-            return Err(invalid("cipher of neither before nor after the re-encryption", &format!("segment {id}")));
+            return Err(invalid(
+                "cipher of neither before nor after the re-encryption",
+                &format!("segment {id}"),
+            ));
         }
     }
     Ok(())
@@ -254,6 +260,9 @@ fn is_encrypted_alike(one: &Segment, other: &Segment) -> bool {
 
 /// The JSON text does not fit its area.
 pub fn too_long(bytes: usize, room: u64) -> Error {
-    Error::new(ErrorKind::NoSpace, format!("the metadata of {bytes} bytes does not fit the {room} bytes of its area"))
-        .hint("remove tokens or keyslots, or make a new header with a larger metadata area")
+    Error::new(
+        ErrorKind::NoSpace,
+        format!("the metadata of {bytes} bytes does not fit the {room} bytes of its area"),
+    )
+    .hint("remove tokens or keyslots, or make a new header with a larger metadata area")
 }
