@@ -6,6 +6,7 @@
 //! | `unlock` | from a passphrase to the volume key |
 //! | `area` | keyslot material: wrap and unwrap a volume key |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
+//! | `plan` | a wish for a new volume checked and made complete |
 //! | `store` | write orders of header changes |
 //! | `keyslots` | add, remove, change, convert, erase |
 //! | `backup` | header backup and restore |
@@ -22,6 +23,7 @@ pub mod create;
 pub mod doctor;
 pub mod keyslots;
 pub mod manage;
+pub mod plan;
 pub mod random;
 pub mod repair;
 pub mod store;
