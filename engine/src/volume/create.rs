@@ -194,7 +194,8 @@ impl Made<'_> {
         header.uuid = self.uuid()?;
         header.digest_salt = random_salt()?;
         header.digest_iterations = self.iterations;
-        header.digest.copy_from_slice(&self.digest(&header.digest_salt, header.digest.len())?);
+        let digest = self.digest(&header.digest_salt, header.digest.len())?;
+        header.digest.copy_from_slice(&digest);
         let Kdf::Pbkdf2 { iterations, .. } = self.kdf else {
             return Err(Error::new(ErrorKind::Invalid, "a LUKS1 keyslot knows pbkdf2 only"));
         };

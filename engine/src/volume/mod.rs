@@ -11,6 +11,7 @@
 //! | `keyslots` | add, remove, change, convert, erase |
 //! | `backup` | header backup and restore |
 //! | `repair` | damaged headers |
+//! | `random` | random bytes from the kernel |
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |

@@ -127,6 +127,8 @@ impl Plan {
         let payload_sector = match new.data_offset {
             None if detached => 0,
             None => luks1::Header::default_payload_sector(key_bytes),
+            // 0 stands for "detached" in the header itself.
+            Some(0) if !detached => return Err(invalid("data offset 0 is for detached headers")),
             Some(offset) => sector_of(offset)?,
         };
         let header_end = luks1::Header::layout(key_bytes, payload_sector)?.backup_bytes();
@@ -473,7 +475,7 @@ mod tests {
 
     #[test]
     fn what_luks1_has_no_place_for_is_refused() {
-        let changes: [fn(&mut New); 9] = [
+        let changes: [fn(&mut New); 10] = [
             |new| new.label = Some("x".to_owned()),
             |new| new.subsystem = Some("x".to_owned()),
             |new| new.metadata_bytes = Some(16384),
@@ -481,6 +483,7 @@ mod tests {
             |new| new.data_unit = Some(4096),
             |new| new.keyslot = Some(8),
             |new| new.kdf = KdfWish { kind: Some(KdfKind::Argon2id), ..KdfWish::default() },
+            |new| new.data_offset = Some(0),
             |new| new.data_offset = Some(4096),
             |new| new.data_offset = Some(1 << 42),
         ];
