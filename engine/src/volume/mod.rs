@@ -5,6 +5,7 @@
 //! | `mod` | a header of either version as it was read, and its data areas |
 //! | `unlock` | from a passphrase to the volume key |
 //! | `area` | keyslot material: wrap and unwrap a volume key |
+//! | `capture` | the header of a volume that arrives in order |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
 //! | `plan` | a wish for a new volume checked and made complete |
 //! | `store` | write orders of header changes |
@@ -20,6 +21,7 @@
 
 pub mod area;
 pub mod backup;
+pub mod capture;
 pub mod create;
 pub mod doctor;
 pub mod keyslots;
