@@ -96,14 +96,6 @@ pub fn add(
     // What needs no secret is found out before the seconds an unlock takes.
     let place = free_place(&header, keyslot, device.name())?;
     let opened = open(device, &header, proof, None, give_up)?;
-    if let Some(id) = opened.keyslot
-        && !is_bound(&header, id)
-    {
-        let what = format!("keyslot {id} holds a key that encrypts none of the data");
-        return Err(Error::new(ErrorKind::Conflict, what)
-            .at(device.name())
-            .hint("give a passphrase of a keyslot that opens the volume"));
-    }
     let digest = match &header {
         Header::Luks1(_) => 0,
         Header::Luks2(loaded) => data_digest(&loaded.header.metadata, device.name())?,
@@ -312,7 +304,7 @@ fn open(
     }
 }
 
-/// The keyslot a passphrase opens, and the key in it.
+/// The keyslot a passphrase opens, and the key in it; the one named, whether or not its key is that of the data.
 fn opened_by(
     device: &mut Blocking,
     header: &Header,
@@ -320,7 +312,10 @@ fn opened_by(
     only: Option<u32>,
     give_up: GiveUp<'_>,
 ) -> Result<(u32, Secret)> {
-    let opened = unlock::with_passphrase(device, header, secret, only, give_up)?;
+    let opened = match only {
+        Some(id) => unlock::keyslot(device, header, id, secret)?,
+        None => unlock::with_passphrase(device, header, secret, None, give_up)?,
+    };
     let keyslot = opened.keyslot.ok_or_else(|| Error::new(ErrorKind::Internal, "a passphrase opened no keyslot"))?;
     Ok((keyslot, opened.key))
 }
@@ -334,12 +329,13 @@ fn opens_one_of(
     give_up: GiveUp<'_>,
 ) -> Result<u32> {
     for &id in keyslots {
+        stop(give_up)?;
         match opened_by(device, header, secret, Some(id), give_up) {
             Ok(_) => return Ok(id),
-            Err(error) if matches!(error.kind(), ErrorKind::WrongKey | ErrorKind::Unsupported) => {}
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WrongKey | ErrorKind::Unsupported | ErrorKind::Limit) => {}
             Err(error) => return Err(error),
         }
-        stop(give_up)?;
     }
     Err(Error::new(ErrorKind::WrongKey, WRONG_KEY)
         .at(device.name())
