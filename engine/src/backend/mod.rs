@@ -18,6 +18,7 @@
 
 pub mod blocking;
 pub mod device;
+pub mod ordered;
 pub mod space;
 pub mod threads;
 pub mod uring;

@@ -5,6 +5,7 @@
 //! | `mod` | a header of either version as it was read, and its data areas |
 //! | `unlock` | from a passphrase to the volume key |
 //! | `area` | keyslot material: wrap and unwrap a volume key |
+//! | `capture` | the header of a volume that arrives in order |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
 //! | `store` | write orders of header changes |
 //! | `keyslots` | add, remove, change, convert, erase |
@@ -18,6 +19,7 @@
 
 pub mod area;
 pub mod backup;
+pub mod capture;
 pub mod create;
 pub mod doctor;
 pub mod keyslots;
