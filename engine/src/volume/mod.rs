@@ -7,10 +7,12 @@
 //! | `area` | keyslot material: wrap and unwrap a volume key |
 //! | `capture` | the header of a volume that arrives in order |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
+//! | `plan` | a wish for a new volume checked and made complete |
 //! | `store` | write orders of header changes |
 //! | `keyslots` | add, remove, change, convert, erase |
 //! | `backup` | header backup and restore |
 //! | `repair` | damaged headers |
+//! | `random` | random bytes from the kernel |
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
@@ -24,6 +26,7 @@ pub mod create;
 pub mod doctor;
 pub mod keyslots;
 pub mod manage;
+pub mod plan;
 pub mod random;
 pub mod repair;
 pub mod store;
