@@ -25,7 +25,7 @@ use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
 use crate::error::{ErrorKind, Result};
 use crate::volume::keyslots::{GiveUp, stop};
-use crate::volume::{Header, summary};
+use crate::volume::Header;
 
 /// What is known about the volume beside its header.
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +89,7 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
         }
         Err(error) => return Err(error),
     };
-    let mut summary = summary::summary(&header);
+    let mut summary = header.summary();
     damage::copies(&header, &mut report);
     damage::sizes(&header, &summary, patient, &mut report);
     if let Header::Luks2(loaded) = &header {

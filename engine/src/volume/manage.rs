@@ -20,7 +20,7 @@ use crate::key::read_secret;
 use crate::volume::backup::{self, Backup};
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
-use crate::volume::{Header, create, repair, store, summary, tokens};
+use crate::volume::{Header, create, repair, store, tokens};
 
 /// Whose filesystem rights commits are made with: the peer's.
 pub struct Caller<'a> {
@@ -297,7 +297,7 @@ fn plain(device: &mut Blocking, operation: Operation) -> Result<Reply> {
     let done = match operation {
         Operation::Dump {} => {
             let header = Header::load(device)?;
-            return Ok(Reply::Dump(Box::new(summary::dump(&header))));
+            return Ok(Reply::Dump(Box::new(header.dump())));
         }
         Operation::TokenList {} => return Ok(Reply::Tokens(tokens::list(device)?)),
         Operation::Repair { dry_run } => return Ok(Reply::Repaired(repair::repair(device, dry_run)?)),
