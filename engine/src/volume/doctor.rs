@@ -24,8 +24,8 @@ use proto::luks::{Doctor, Finding, Severity};
 use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
 use crate::error::{ErrorKind, Result};
-use crate::volume::keyslots::{GiveUp, stop};
 use crate::volume::Header;
+use crate::volume::keyslots::{GiveUp, stop};
 
 /// What is known about the volume beside its header.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +47,13 @@ pub struct Patient<'a> {
 struct Report(Vec<Finding>);
 
 impl Report {
-    fn add(&mut self, severity: Severity, about: impl Into<String>, message: impl Into<String>, advice: &str) {
+    fn add(
+        &mut self,
+        severity: Severity,
+        about: impl Into<String>,
+        message: impl Into<String>,
+        advice: &str,
+    ) {
         let advice = (!advice.is_empty()).then(|| advice.to_owned());
         self.0.push(Finding { severity, about: about.into(), message: message.into(), advice });
     }
