@@ -18,6 +18,7 @@
 
 pub mod blocking;
 pub mod device;
+pub mod ordered;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod space;
