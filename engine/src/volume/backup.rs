@@ -76,7 +76,9 @@ pub fn save(device: &mut Blocking, into: &mut Blocking) -> Result<Done> {
     ];
     if let Header::Luks2(loaded) = &header {
         if loaded.health.iter().any(|health| *health != Health::Good) {
-            warnings.push("one copy of the header is not good; it was saved as it is: repair the volume".to_owned());
+            warnings.push(
+                "one copy of the header is not good; it was saved as it is: repair the volume".to_owned(),
+            );
         }
         let unmet = loaded.header.metadata.unmet_requirements();
         if !unmet.is_empty() {

@@ -4,33 +4,26 @@
 //! needs no device. What is written covers everything from byte 0 to the data: both copies or the one header, keyslots, and
 //! zeros over whatever else was there; keyslots areas not in use are random, so that nobody sees how many are.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
-
-use proto::luks::{New, Version};
-use serde_json::Map;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::kdf::{Kdf, digest_iterations};
 use crate::crypto::{Secret, bytes_equal};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::af::STRIPES;
-use crate::format::luks2::metadata::{
-    Area, Config, Digest, Keyslot, Luks2Keyslot, Metadata, Segment, SegmentKind,
-};
+use crate::format::luks2::binary::BINARY_BYTES;
+use crate::format::luks2::metadata::{Digest, Keyslot, Luks2Keyslot, Segment};
 use crate::format::luks2::{Copy, Health, Loaded};
 use crate::format::{luks1, luks2};
 use crate::volume::area::Wrapping;
 use crate::volume::plan::{Plan, area_bytes};
 use crate::volume::{DataArea, Header, random, secondary_offsets, store};
+use proto::luks::{New, Version};
 
 /// What checking a volume key shall take, as in cryptsetup.
 const DIGEST_TIME: Duration = Duration::from_millis(125);
 /// Its iterations where the wish forbids measuring, as in cryptsetup.
 const DIGEST_ITERATIONS_MIN: u32 = 1000;
-/// Bytes of a LUKS2 header copy in front of its JSON.
-const LUKS2_BINARY_BYTES: u64 = 4096;
 /// Bytes made at a time by [`NewHeader::stream`].
 const PIECE: usize = 1 << 20;
 
@@ -209,73 +202,28 @@ impl Made<'_> {
 
     fn luks2(&self, new: &New) -> Result<WithMaterial> {
         let plan = self.plan;
-        let digest_salt: [u8; 32] = random_salt()?;
-        let digest = Digest {
-            kind: "pbkdf2".to_owned(),
-            keyslots: vec![plan.keyslot],
-            segments: vec![0],
-            hash: plan.hash.name().to_owned(),
-            iterations: self.iterations,
-            digest: self.digest(&digest_salt, plan.hash.bytes())?,
-            salt: digest_salt.into(),
-            extra: Map::new(),
-        };
-        let cipher = plan.data.cipher.expect("new volumes are encrypted");
-        let segment = Segment {
-            kind: SegmentKind::Crypt {
-                encryption: plan.spec.name().to_owned(),
-                sector_size: cipher.unit_bytes,
-                iv_tweak: 0,
-                integrity: None,
-            },
-            offset: plan.data.offset,
-            size: None,
-            flags: Vec::new(),
-            extra: Map::new(),
-        };
-        let config = Config {
-            json_size: plan.copy_bytes - LUKS2_BINARY_BYTES,
-            keyslots_size: plan.keyslots_bytes,
-            flags: Vec::new(),
-            requirements: Vec::new(),
-            extra: Map::new(),
-        };
-        let mut header = luks2::Header {
-            copy_bytes: plan.copy_bytes,
-            seqid: 1,
-            label: new.label.clone().unwrap_or_default(),
-            checksum_alg: "sha256".to_owned(),
-            uuid: self.uuid()?,
-            subsystem: new.subsystem.clone().unwrap_or_default(),
-            salts: [random_salt()?, random_salt()?],
-            metadata: Metadata {
-                keyslots: BTreeMap::new(),
-                tokens: BTreeMap::new(),
-                segments: BTreeMap::from([(0, segment)]),
-                digests: BTreeMap::new(),
-                config,
-                extra: Map::new(),
-            },
-        };
-        let salt: [u8; 32] = random_salt()?;
-        let size = area_bytes(plan.key_bytes);
-        let area = Area { offset: header.free_area(size)?, size };
-        let keyslot = Luks2Keyslot {
-            key_size: plan.key_bytes,
-            priority: 1,
-            area,
-            area_encryption: plan.spec.name().to_owned(),
-            area_key_size: plan.key_bytes,
-            af_stripes: STRIPES,
-            af_hash: plan.hash.name().to_owned(),
-            kdf: self.kdf.into(),
-            salt: salt.into(),
-            extra: Map::new(),
-        };
+        let (hash, cipher) = (plan.hash.name(), plan.spec.name());
+        let unit_bytes = plan.data.cipher.expect("new volumes are encrypted").unit_bytes;
+        let segment = Segment::crypt(plan.data.offset, None, cipher, unit_bytes);
+        let salts = [random_salt()?, random_salt()?];
+        let mut header =
+            luks2::Header::new(plan.copy_bytes, plan.keyslots_bytes, segment, self.uuid()?, salts)?;
+        header.label = new.label.clone().unwrap_or_default();
+        header.subsystem = new.subsystem.clone().unwrap_or_default();
+
+        let area = header.free_keyslot_area(plan.key_bytes)?;
+        let salt = random_salt()?;
+        let keyslot = Luks2Keyslot::new(plan.key_bytes, area, (cipher, plan.key_bytes), hash, self.kdf, salt);
         header.metadata.keyslots.insert(plan.keyslot, Keyslot::Luks2(keyslot));
+
+        let digest_salt: [u8; 32] = random_salt()?;
+        let digest = self.digest(&digest_salt, plan.hash.bytes())?;
+        let mut digest = Digest::pbkdf2(hash, self.iterations, digest_salt.into(), digest);
+        digest.keyslots.push(plan.keyslot);
+        digest.segments.push(0);
         header.metadata.digests.insert(0, digest);
         // A header that cannot be written is found out here, not after the device was touched.
-        header.to_bytes(Copy::Primary)?;
+        header.check()?;
         let material = (area.offset, self.wrap(&salt)?);
         Ok((Header::Luks2(Box::new(Loaded { header, health: [Health::Good, Health::Good] })), material))
     }
@@ -297,7 +245,7 @@ impl NewHeader {
     pub fn clear(&self, device: &mut Blocking) -> Result<()> {
         store::zero_fill(device, 0, self.header_bytes)?;
         for offset in secondary_offsets(device)? {
-            store::zero_fill(device, offset, LUKS2_BINARY_BYTES)?;
+            store::zero_fill(device, offset, BINARY_BYTES as u64)?;
         }
         device.flush()
     }

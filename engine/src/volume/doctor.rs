@@ -24,8 +24,8 @@ use proto::luks::{Doctor, Finding, Severity};
 use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
 use crate::error::{ErrorKind, Result};
+use crate::volume::Header;
 use crate::volume::keyslots::{GiveUp, stop};
-use crate::volume::{Header, summary};
 
 /// What is known about the volume beside its header.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +47,13 @@ pub struct Patient<'a> {
 struct Report(Vec<Finding>);
 
 impl Report {
-    fn add(&mut self, severity: Severity, about: impl Into<String>, message: impl Into<String>, advice: &str) {
+    fn add(
+        &mut self,
+        severity: Severity,
+        about: impl Into<String>,
+        message: impl Into<String>,
+        advice: &str,
+    ) {
         let advice = (!advice.is_empty()).then(|| advice.to_owned());
         self.0.push(Finding { severity, about: about.into(), message: message.into(), advice });
     }
@@ -89,7 +95,7 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
         }
         Err(error) => return Err(error),
     };
-    let mut summary = summary::summary(&header);
+    let mut summary = header.summary();
     damage::copies(&header, &mut report);
     damage::sizes(&header, &summary, patient, &mut report);
     if let Header::Luks2(loaded) = &header {

@@ -31,17 +31,16 @@ use crate::crypto::hash::Hash;
 use crate::crypto::kdf::Kdf;
 use crate::crypto::spec::CipherSpec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::metadata::{Area, Keyslot, Luks2Keyslot, Metadata, SegmentKind};
-use crate::format::luks2::{Copy, Loaded};
+use crate::format::luks2::Loaded;
+use crate::format::luks2::metadata::{Keyslot, Luks2Keyslot, Metadata, SegmentKind};
+use crate::format::luks2::validate::OBJECTS_MAX;
 use crate::format::{af, luks1};
 use crate::volume::area::{Wrapping, material_bytes};
 use crate::volume::unlock::{self, Unlocked, WRONG_KEY};
 use crate::volume::{Header, random, store};
 
-/// Keyslot numbers of LUKS2 headers end here (cryptsetup's `LUKS2_KEYSLOTS_MAX`).
-const LUKS2_KEYSLOTS: u32 = 32;
-/// Areas begin and end on multiples of this.
-const AREA_STEP: usize = 4096;
+/// Keyslot numbers of LUKS1 headers end here.
+const LUKS1_KEYSLOTS: u32 = 8;
 /// Cipher of the areas of new LUKS2 keyslots, as cryptsetup's default, and its key.
 const AREA_CIPHER: &str = "aes-xts-plain64";
 const AREA_KEY_BYTES: u32 = 64;
@@ -150,7 +149,8 @@ pub fn remove(
         }
     }
     if !others.is_empty() && (keyslot.is_none() || passphrase.is_none()) {
-        warnings.push(format!("that a passphrase of keyslot {} is still known was not checked", list(&others)));
+        warnings
+            .push(format!("that a passphrase of keyslot {} is still known was not checked", list(&others)));
     } else if others.is_empty() && is_bound(&header, target) {
         warnings.push("no keyslot opens the data any more".to_owned());
     }
@@ -204,7 +204,9 @@ pub fn change(
         Header::Luks2(_) => (replaced, Vec::new()),
         Header::Luks1(_) => (
             place,
-            vec![format!("the passphrase moved from keyslot {replaced} to keyslot {place}: LUKS1 has no other way")],
+            vec![format!(
+                "the passphrase moved from keyslot {replaced} to keyslot {place}: LUKS1 has no other way"
+            )],
         ),
     };
     Ok(Done { keyslot: Some(keyslot), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
@@ -252,9 +254,9 @@ pub fn erase(device: &mut Blocking, confirmed: bool) -> Result<Done> {
             let mut next = (**loaded).clone();
             let ids: Vec<u32> = next.header.metadata.keyslots.keys().copied().collect();
             for id in ids {
-                forget(&mut next.header.metadata, id);
+                next.header.metadata.remove_keyslot(id);
             }
-            next.header.to_bytes(Copy::Primary)?;
+            next.header.check()?;
             // 1. and 2.
             let bytes = next.header.metadata.config.keyslots_size;
             store::destroy_material(device, next.header.keyslots_offset(), bytes)?;
@@ -316,7 +318,8 @@ fn opened_by(
         Some(id) => unlock::keyslot(device, header, id, secret)?,
         None => unlock::with_passphrase(device, header, secret, None, give_up)?,
     };
-    let keyslot = opened.keyslot.ok_or_else(|| Error::new(ErrorKind::Internal, "a passphrase opened no keyslot"))?;
+    let keyslot =
+        opened.keyslot.ok_or_else(|| Error::new(ErrorKind::Internal, "a passphrase opened no keyslot"))?;
     Ok((keyslot, opened.key))
 }
 
@@ -333,7 +336,10 @@ fn opens_one_of(
         match opened_by(device, header, secret, Some(id), give_up) {
             Ok(_) => return Ok(id),
             Err(error)
-                if matches!(error.kind(), ErrorKind::WrongKey | ErrorKind::Unsupported | ErrorKind::Limit) => {}
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WrongKey | ErrorKind::Unsupported | ErrorKind::Limit
+                ) => {}
             Err(error) => return Err(error),
         }
     }
@@ -353,7 +359,9 @@ fn list(ids: &[u32]) -> String {
 /// Keyslots whose key opens data.
 pub(super) fn bound(header: &Header) -> Vec<u32> {
     match header {
-        Header::Luks1(header) => (0..).zip(&header.keyslots).filter(|(_, slot)| slot.active).map(|(id, _)| id).collect(),
+        Header::Luks1(header) => {
+            (0..).zip(&header.keyslots).filter(|(_, slot)| slot.active).map(|(id, _)| id).collect()
+        }
         Header::Luks2(loaded) => {
             let metadata = &loaded.header.metadata;
             let data: Vec<u32> = metadata.data_segments().map(|(id, _)| id).collect();
@@ -362,7 +370,12 @@ pub(super) fn bound(header: &Header) -> Vec<u32> {
                 of_keyslot.flat_map(|digest| &digest.segments).any(|segment| data.contains(segment))
             };
             let wrapped = |slot: &Keyslot| matches!(slot, Keyslot::Luks2(_));
-            metadata.keyslots.iter().filter(|(id, slot)| wrapped(slot) && opens(id)).map(|(id, _)| *id).collect()
+            metadata
+                .keyslots
+                .iter()
+                .filter(|(id, slot)| wrapped(slot) && opens(id))
+                .map(|(id, _)| *id)
+                .collect()
         }
     }
 }
@@ -393,8 +406,8 @@ fn check_known(header: &Header, id: u32, name: &str) -> Result<()> {
 /// A number for a new keyslot, and room for its material.
 fn free_place(header: &Header, wanted: Option<u32>, name: &str) -> Result<u32> {
     let (count, used): (u32, Vec<u32>) = match header {
-        Header::Luks1(header) => (8, bound(&Header::Luks1(header.clone()))),
-        Header::Luks2(loaded) => (LUKS2_KEYSLOTS, loaded.header.metadata.keyslots.keys().copied().collect()),
+        Header::Luks1(_) => (LUKS1_KEYSLOTS, bound(header)),
+        Header::Luks2(loaded) => (OBJECTS_MAX, loaded.header.metadata.keyslots.keys().copied().collect()),
     };
     match wanted {
         Some(id) if id >= count => {
@@ -405,9 +418,9 @@ fn free_place(header: &Header, wanted: Option<u32>, name: &str) -> Result<u32> {
             Err(Error::new(ErrorKind::Conflict, format!("keyslot {id} is in use")).at(name))
         }
         Some(id) => Ok(id),
-        None => (0..count)
-            .find(|id| !used.contains(id))
-            .ok_or_else(|| Error::new(ErrorKind::Conflict, format!("all {count} keyslots are in use")).at(name)),
+        None => (0..count).find(|id| !used.contains(id)).ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, format!("all {count} keyslots are in use")).at(name)
+        }),
     }
 }
 
@@ -415,9 +428,10 @@ fn free_place(header: &Header, wanted: Option<u32>, name: &str) -> Result<u32> {
 fn data_digest(metadata: &Metadata, name: &str) -> Result<u32> {
     let mut crypt =
         metadata.data_segments().filter(|(_, segment)| matches!(segment.kind, SegmentKind::Crypt { .. }));
-    crypt.find_map(|(id, _)| metadata.digest_of_segment(id)).map(|(id, _)| id).ok_or_else(|| {
-        Error::new(ErrorKind::Invalid, "no digest names the key of the data").at(name)
-    })
+    crypt
+        .find_map(|(id, _)| metadata.digest_of_segment(id))
+        .map(|(id, _)| id)
+        .ok_or_else(|| Error::new(ErrorKind::Invalid, "no digest names the key of the data").at(name))
 }
 
 /// A keyslot to be made.
@@ -431,7 +445,13 @@ struct Addition<'a> {
 
 impl Addition<'_> {
     /// Material, flush, header. `header` is what is on disk afterwards.
-    fn carry_out(&self, device: &mut Blocking, header: &mut Header, key: &Secret, new: &Secret) -> Result<()> {
+    fn carry_out(
+        &self,
+        device: &mut Blocking,
+        header: &mut Header,
+        key: &Secret,
+        new: &Secret,
+    ) -> Result<()> {
         stop(self.give_up)?;
         match header {
             Header::Luks1(header) => self.to_luks1(device, header, key, new),
@@ -476,34 +496,22 @@ impl Addition<'_> {
     }
 
     fn to_luks2(&self, device: &mut Blocking, loaded: &mut Loaded, key: &Secret, new: &Secret) -> Result<()> {
-        let size = u64::try_from(material_bytes(key.len()).next_multiple_of(AREA_STEP)).unwrap_or(u64::MAX);
-        let area = Area { offset: loaded.header.free_area(size)?, size };
+        let key_size = u32::try_from(key.len()).unwrap_or(u32::MAX);
+        let area = loaded.header.free_keyslot_area(key_size)?;
         let hash = Hash::from_name(&loaded.header.metadata.digests[&self.digest].hash)?;
         let kdf = Kdf::calibrate(self.wish, KdfKind::Argon2id, hash, AREA_KEY_BYTES as usize)?;
         stop(self.give_up)?;
         let mut salt = [0; SALT_BYTES];
         random::fill(&mut salt)?;
+        let cipher = (AREA_CIPHER, AREA_KEY_BYTES);
         let keyslot = Luks2Keyslot {
-            key_size: u32::try_from(key.len()).unwrap_or(u32::MAX),
             priority: self.priority,
-            area,
-            area_encryption: AREA_CIPHER.to_owned(),
-            area_key_size: AREA_KEY_BYTES,
-            af_stripes: af::STRIPES,
-            af_hash: hash.name().to_owned(),
-            kdf: kdf.into(),
-            salt: salt.to_vec(),
-            extra: serde_json::Map::new(),
+            ..Luks2Keyslot::new(key_size, area, cipher, hash.name(), kdf, salt)
         };
         let mut next = loaded.clone();
-        let metadata = &mut next.header.metadata;
-        metadata.keyslots.insert(self.place, Keyslot::Luks2(keyslot));
-        if let Some(digest) = metadata.digests.get_mut(&self.digest) {
-            digest.keyslots.push(self.place);
-            digest.keyslots.sort_unstable();
-        }
+        next.header.metadata.add_keyslot(self.place, keyslot, self.digest)?;
         // A header that would not fit is refused before anything is written, and before the seconds of the KDF.
-        next.header.to_bytes(Copy::Primary)?;
+        next.header.check()?;
         let wrapping = Wrapping {
             kdf,
             salt: &salt,
@@ -570,9 +578,9 @@ fn destroy(device: &mut Blocking, header: &mut Header, id: u32, successor: Optio
                         digest.keyslots.retain(|bound| *bound != successor);
                     }
                 }
-                None => forget(metadata, id),
+                None => drop(metadata.remove_keyslot(id)),
             }
-            next.header.to_bytes(Copy::Primary)?;
+            next.header.check()?;
             // 1. and 2.
             store::destroy_material(device, area.offset, area.size)?;
             // 3.
@@ -581,16 +589,4 @@ fn destroy(device: &mut Blocking, header: &mut Header, id: u32, successor: Optio
         }
     }
     Ok(())
-}
-
-/// Take a keyslot out, and every reference to it. A digest that checks nothing any more goes with it.
-fn forget(metadata: &mut Metadata, id: u32) {
-    metadata.keyslots.remove(&id);
-    for token in metadata.tokens.values_mut() {
-        token.keyslots.retain(|bound| *bound != id);
-    }
-    for digest in metadata.digests.values_mut() {
-        digest.keyslots.retain(|bound| *bound != id);
-    }
-    metadata.digests.retain(|_, digest| !(digest.keyslots.is_empty() && digest.segments.is_empty()));
 }

@@ -20,7 +20,7 @@ use crate::key::read_secret;
 use crate::volume::backup::{self, Backup};
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
-use crate::volume::{Header, create, repair, store, summary, tokens};
+use crate::volume::{Header, create, repair, store, tokens};
 
 /// Whose filesystem rights commits are made with: the peer's.
 pub struct Caller<'a> {
@@ -166,13 +166,38 @@ impl NewTarget {
 
 /// An operation with its secrets and files in hand.
 enum Prepared {
-    Format { new: Box<New>, target: Option<NewTarget>, key: Secret, volume_key: Option<Secret> },
+    Format {
+        new: Box<New>,
+        target: Option<NewTarget>,
+        key: Secret,
+        volume_key: Option<Secret>,
+    },
     Backup(NewTarget),
-    Restore { file: Device, allow_other: bool },
-    OpenTest { proof: Proof, keyslot: Option<u32> },
-    Add { proof: Proof, new: Secret, keyslot: Option<u32>, kdf: proto::luks::KdfWish },
-    Change { old: Secret, new: Option<Secret>, keyslot: Option<u32>, kdf: proto::luks::KdfWish },
-    Remove { key: Option<Secret>, keyslot: Option<u32>, allow_last: bool },
+    Restore {
+        file: Device,
+        allow_other: bool,
+    },
+    OpenTest {
+        proof: Proof,
+        keyslot: Option<u32>,
+    },
+    Add {
+        proof: Proof,
+        new: Secret,
+        keyslot: Option<u32>,
+        kdf: proto::luks::KdfWish,
+    },
+    Change {
+        old: Secret,
+        new: Option<Secret>,
+        keyslot: Option<u32>,
+        kdf: proto::luks::KdfWish,
+    },
+    Remove {
+        key: Option<Secret>,
+        keyslot: Option<u32>,
+        allow_last: bool,
+    },
     Doctor(Option<Secret>),
     /// One that needs nothing but the header.
     Plain(Operation),
@@ -288,7 +313,9 @@ fn run(place: &Place, operation: Prepared, caller: &Caller<'_>) -> Result<Reply>
             return Ok(Reply::Doctor(Box::new(doctor::examine(device, &patient, give_up)?)));
         }
         Prepared::Plain(operation) => return plain(device, operation),
-        Prepared::Format { .. } => return Err(Error::new(ErrorKind::Internal, "a format has no header to lock")),
+        Prepared::Format { .. } => {
+            return Err(Error::new(ErrorKind::Internal, "a format has no header to lock"));
+        }
     };
     Ok(Reply::Done(done))
 }
@@ -297,7 +324,7 @@ fn plain(device: &mut Blocking, operation: Operation) -> Result<Reply> {
     let done = match operation {
         Operation::Dump {} => {
             let header = Header::load(device)?;
-            return Ok(Reply::Dump(Box::new(summary::dump(&header))));
+            return Ok(Reply::Dump(Box::new(header.dump())));
         }
         Operation::TokenList {} => return Ok(Reply::Tokens(tokens::list(device)?)),
         Operation::Repair { dry_run } => return Ok(Reply::Repaired(repair::repair(device, dry_run)?)),

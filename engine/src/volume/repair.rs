@@ -46,7 +46,11 @@ fn with_way_out(error: Error, first: &[u8]) -> Error {
     }
 }
 
-fn repair_luks1(device: &mut Blocking, first: &[u8; luks1::HEADER_BYTES], dry_run: bool) -> Result<Vec<String>> {
+fn repair_luks1(
+    device: &mut Blocking,
+    first: &[u8; luks1::HEADER_BYTES],
+    dry_run: bool,
+) -> Result<Vec<String>> {
     let (header, actions) = luks1::Header::repaired(first)?;
     if !actions.is_empty() && !dry_run {
         store::replace_luks1(device, &header)?;
@@ -61,7 +65,9 @@ fn repair_luks2(device: &mut Blocking, loaded: &mut Loaded, dry_run: bool) -> Re
         .zip(&loaded.health)
         .filter_map(|(name, health)| match health {
             Health::Good => None,
-            Health::Obsolete => Some(format!("the {name} copy is older than the other: written again from that")),
+            Health::Obsolete => {
+                Some(format!("the {name} copy is older than the other: written again from that"))
+            }
             Health::Damaged(why) => {
                 Some(format!("the {name} copy is damaged ({why}): written again from the other"))
             }

@@ -25,8 +25,9 @@ use serde_json::{Map, Value};
 
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::Loaded;
 use crate::format::luks2::metadata::{Metadata, Token};
-use crate::format::luks2::{Copy, Loaded};
+use crate::format::luks2::validate::OBJECTS_MAX;
 use crate::volume::keyslots::load_to_change;
 use crate::volume::{Header, store};
 
@@ -38,8 +39,6 @@ const KEY_TOKEN_VERSION: u64 = 1;
 const REF_BYTES_MAX: usize = 1024;
 /// Longest JSON text of one token, bytes: a quarter of the smallest JSON area, which holds 12 KiB for everything.
 const TOKEN_BYTES_MAX: usize = 3072;
-/// Token numbers end here (cryptsetup's `LUKS2_TOKENS_MAX`).
-const TOKENS: u32 = 32;
 /// Providers that name nothing another program or another day could use, or that hold the secret itself.
 const REFUSED_PROVIDERS: [&str; 4] = ["fd", "prompt", "pass", "env"];
 
@@ -95,16 +94,17 @@ pub fn add(device: &mut Blocking, token: &Value, id: Option<u32>, replace: bool)
     let token = check(token, metadata)?;
     let taken = |id: &u32| metadata.tokens.contains_key(id);
     let id = match id {
-        Some(id) if id >= TOKENS => {
-            return Err(wrong(format!("there is no token {id}: they are numbered 0 to {}", TOKENS - 1)));
+        Some(id) if id >= OBJECTS_MAX => {
+            return Err(wrong(format!("there is no token {id}: they are numbered 0 to {}", OBJECTS_MAX - 1)));
         }
         Some(id) if taken(&id) && !replace => {
-            let error = Error::new(ErrorKind::Conflict, format!("token {id} exists already")).at(device.name());
+            let error =
+                Error::new(ErrorKind::Conflict, format!("token {id} exists already")).at(device.name());
             return Err(error.hint("say that it may be replaced, or leave the number out"));
         }
         Some(id) => id,
-        None => (0..TOKENS).find(|id| !taken(id)).ok_or_else(|| {
-            Error::new(ErrorKind::Conflict, format!("all {TOKENS} tokens are in use")).at(device.name())
+        None => (0..OBJECTS_MAX).find(|id| !taken(id)).ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, format!("all {OBJECTS_MAX} tokens are in use")).at(device.name())
         })?,
     };
     metadata.tokens.insert(id, token);
@@ -148,7 +148,7 @@ fn load(device: &mut Blocking) -> Result<Loaded> {
 }
 
 fn finish(device: &mut Blocking, mut loaded: Loaded, id: u32) -> Result<Done> {
-    loaded.header.to_bytes(Copy::Primary)?;
+    loaded.header.check()?;
     store::write_luks2(device, &mut loaded)?;
     Ok(Done { token: Some(id), uuid: loaded.header.uuid.clone(), ..Done::default() })
 }
@@ -158,7 +158,9 @@ fn check(token: &Value, metadata: &Metadata) -> Result<Token> {
     let Value::Object(object) = token else { return Err(wrong("a token is a JSON object")) };
     let bytes = serde_json::to_vec(token).map_or(usize::MAX, |text| text.len());
     if bytes > TOKEN_BYTES_MAX {
-        return Err(wrong(format!("the token has {bytes} bytes of JSON, at most {TOKEN_BYTES_MAX} are allowed")));
+        return Err(wrong(format!(
+            "the token has {bytes} bytes of JSON, at most {TOKEN_BYTES_MAX} are allowed"
+        )));
     }
     let kind = object.get("type").and_then(Value::as_str).filter(|kind| !kind.is_empty());
     let kind = kind.ok_or_else(|| wrong("a token needs a `type`, a string"))?;
@@ -209,12 +211,18 @@ fn keyslots_of(object: &Map<String, Value>) -> Result<Vec<u32>> {
 }
 
 fn check_reference(reference: &str) -> Result<()> {
-    let rule = || wrong(format!("the `ref` of a {KEY_TOKEN} token must be PROVIDER:REST, such as barbican:ID"));
+    let rule =
+        || wrong(format!("the `ref` of a {KEY_TOKEN} token must be PROVIDER:REST, such as barbican:ID"));
     let (provider, rest) = reference.split_once(':').ok_or_else(rule)?;
     let letters = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-+".contains(&byte);
     let named = provider.bytes().next().is_some_and(|first| first.is_ascii_lowercase());
     let printable = rest.bytes().all(|byte| byte.is_ascii_graphic());
-    if !named || !provider.bytes().all(letters) || rest.is_empty() || !printable || reference.len() > REF_BYTES_MAX {
+    if !named
+        || !provider.bytes().all(letters)
+        || rest.is_empty()
+        || !printable
+        || reference.len() > REF_BYTES_MAX
+    {
         return Err(rule());
     }
     if REFUSED_PROVIDERS.contains(&provider) {
@@ -258,11 +266,10 @@ mod tests {
     fn a_key_token_says_where_and_until_when() {
         let token = key_token(|_| ()).expect("good");
         assert_eq!(token.reference, "barbican:0f3c");
-        assert_eq!((token.created, token.rotated, token.rotate_by), (
-            1_700_000_000,
-            Some(1_700_000_001),
-            Some(1_800_000_000)
-        ));
+        assert_eq!(
+            (token.created, token.rotated, token.rotate_by),
+            (1_700_000_000, Some(1_700_000_001), Some(1_800_000_000))
+        );
         let least = key_token(|fields| fields.retain(|name, _| !name.starts_with("rotat"))).expect("good");
         assert_eq!((least.rotated, least.rotate_by), (None, None));
     }
@@ -278,12 +285,16 @@ mod tests {
         };
         assert!(set("secret", json!("hunter2")).contains("has no field \"secret\""));
         assert!(set("version", json!(2)).contains("`version`"));
-        for reference in ["", "barbican", ":x", "barbican:", "Barbican:x", "1x:y", "a b:c", "a:b c", "a:\u{e9}"] {
+        for reference in
+            ["", "barbican", ":x", "barbican:", "Barbican:x", "1x:y", "a b:c", "a:b c", "a:\u{e9}"]
+        {
             assert!(set("ref", json!(reference)).contains("PROVIDER:REST"), "{reference}");
         }
         assert!(set("ref", json!(format!("file:{}", "x".repeat(1020)))).contains("PROVIDER:REST"));
         assert!(set("ref", json!("fd:3")).contains("cannot refer to"));
-        for time in [json!(1), json!("01"), json!("-1"), json!(""), json!("1e9"), json!("99999999999999999999")] {
+        for time in
+            [json!(1), json!("01"), json!("-1"), json!(""), json!("1e9"), json!("99999999999999999999")]
+        {
             assert!(set("created", time).contains("seconds since 1970"));
         }
         assert!(set("rotated", json!("1699999999")).contains("before `created`"));

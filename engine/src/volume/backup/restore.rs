@@ -247,7 +247,9 @@ impl Facts {
         let join = |each: Vec<String>| each.join("+");
         let segments = || metadata.data_segments().map(|(_, segment)| segment);
         let crypt = |segment: &SegmentKind| match segment {
-            SegmentKind::Crypt { encryption, sector_size, .. } => (encryption.clone(), sector_size.to_string()),
+            SegmentKind::Crypt { encryption, sector_size, .. } => {
+                (encryption.clone(), sector_size.to_string())
+            }
             SegmentKind::Linear => ("linear".to_owned(), "512".to_owned()),
             SegmentKind::Unknown(kind) => (kind.clone(), "unknown".to_owned()),
         };
@@ -495,7 +497,12 @@ fn write_interim(
 }
 
 /// The new header as it is in the backup.
-fn write_header(device: &mut Blocking, backup: &mut Backup<'_>, new: &Header, health: &[Health; 2]) -> Result<()> {
+fn write_header(
+    device: &mut Blocking,
+    backup: &mut Backup<'_>,
+    new: &Header,
+    health: &[Health; 2],
+) -> Result<()> {
     match new {
         Header::Luks1(header) => store::replace_luks1(device, header),
         Header::Luks2(loaded) => {
@@ -507,7 +514,12 @@ fn write_header(device: &mut Blocking, backup: &mut Backup<'_>, new: &Header, he
 }
 
 /// Copy by copy, the one first that may be lost.
-fn write_copies(device: &mut Blocking, new: &Loaded, copies: [Vec<u8>; 2], health: &[Health; 2]) -> Result<()> {
+fn write_copies(
+    device: &mut Blocking,
+    new: &Loaded,
+    copies: [Vec<u8>; 2],
+    health: &[Health; 2],
+) -> Result<()> {
     let mut order = [Copy::Primary, Copy::Secondary];
     if health[0] == Health::Good && health[1] != Health::Good {
         order.reverse();

@@ -161,7 +161,9 @@ pub(super) fn sizes(header: &Header, summary: &Summary, patient: &Patient<'_>, r
         } else if header_end > bytes {
             report.danger(
                 "device",
-                format!("the header is cut off: {bytes} of {header_end} bytes; no keyslot in use is affected"),
+                format!(
+                    "the header is cut off: {bytes} of {header_end} bytes; no keyslot in use is affected"
+                ),
                 "make a header backup after extending the file to its length",
             );
         }
@@ -172,7 +174,10 @@ pub(super) fn sizes(header: &Header, summary: &Summary, patient: &Patient<'_>, r
         if !patient.is_detached && segment.offset < header_end {
             report.danger(
                 &about,
-                format!("its data begin at byte {}, inside the header: this is a detached header", segment.offset),
+                format!(
+                    "its data begin at byte {}, inside the header: this is a detached header",
+                    segment.offset
+                ),
                 "name the header and the device with the data separately",
             );
             continue;

@@ -17,7 +17,11 @@ pub(super) fn explain(metadata: &Metadata, now: u64, report: &mut Report) {
             continue;
         }
         if token.keyslots.is_empty() {
-            report.weak(&about, "its keyslots are gone: it says where a key lives that opens nothing", "remove it");
+            report.weak(
+                &about,
+                "its keyslots are gone: it says where a key lives that opens nothing",
+                "remove it",
+            );
         }
         match KeyToken::parse(&token.extra) {
             Ok(token) => rotation(&about, &token, now, report),
@@ -35,13 +39,15 @@ fn rotation(about: &str, token: &KeyToken, now: u64, report: &mut Report) {
             format!("the key at {place} was to be replaced {} ago", days(now - due)),
             "change the passphrase and set new dates in the token",
         ),
-        Some(due) if due - now < SOON_DAYS * DAY => report.note(
-            about,
-            format!("the key at {place} is to be replaced within {}", days(due - now)),
-            "",
-        ),
+        Some(due) if due - now < SOON_DAYS * DAY => {
+            report.note(about, format!("the key at {place} is to be replaced within {}", days(due - now)), "")
+        }
         Some(due) => {
-            report.note(about, format!("the key lives at {place}; to be replaced in {}", days(due - now)), "");
+            report.note(
+                about,
+                format!("the key lives at {place}; to be replaced in {}", days(due - now)),
+                "",
+            );
         }
     }
 }

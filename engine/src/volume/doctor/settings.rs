@@ -115,10 +115,18 @@ fn keyslot(header: &Header, id: u32, report: &mut Report) {
                     "convert-kdf makes it costlier; LUKS2 also has argon2id",
                 );
             } else {
-                report.note(&about, "pbkdf2 needs no memory: graphics cards guess it well", "argon2id is harder on them");
+                report.note(
+                    &about,
+                    "pbkdf2 needs no memory: graphics cards guess it well",
+                    "argon2id is harder on them",
+                );
             }
             if hash == Hash::Sha1 {
-                report.note(about, "SHA-1: broken for signatures, not for this use, and other hashes are as fast", "");
+                report.note(
+                    about,
+                    "SHA-1: broken for signatures, not for this use, and other hashes are as fast",
+                    "",
+                );
             }
         }
         Ok(Kdf::Argon2 { time, memory_kib, .. }) => {
@@ -136,7 +144,11 @@ fn keyslot(header: &Header, id: u32, report: &mut Report) {
         && slot.area_encryption.contains("null")
     {
         let about = format!("keyslot {id}");
-        report.danger(about, "its area is under the null cipher: the volume key lies there in the open", "remove it");
+        report.danger(
+            about,
+            "its area is under the null cipher: the volume key lies there in the open",
+            "remove it",
+        );
     }
 }
 

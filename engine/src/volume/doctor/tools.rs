@@ -158,7 +158,10 @@ impl Case<'_> {
             return Err("it opens volumes with one plain data area and no requirements".to_owned());
         }
         if self.name != "aes-xts-plain64" || !matches!(self.key_bits, 0 | 256 | 512) {
-            return Err(format!("it knows aes-xts-plain64 only, not {} of {} bits", self.name, self.key_bits));
+            return Err(format!(
+                "it knows aes-xts-plain64 only, not {} of {} bits",
+                self.name, self.key_bits
+            ));
         }
         let unit = if self.version == Version::Luks1 { 512 } else { 4096 };
         if self.unit != unit {
@@ -182,7 +185,10 @@ impl Case<'_> {
             return Err("its luks filter reads LUKS1 only".to_owned());
         }
         let (cipher, mode, iv) = self.cipher;
-        if cipher != "aes" || !matches!(mode, "xts" | "cbc" | "ecb") || !matches!(iv, "" | "plain" | "plain64") {
+        if cipher != "aes"
+            || !matches!(mode, "xts" | "cbc" | "ecb")
+            || !matches!(iv, "" | "plain" | "plain64")
+        {
             return Err(format!("its luks filter knows AES with plain counters only, not {}", self.name));
         }
         if self.is_detached {
@@ -210,7 +216,8 @@ mod tests {
     #[test]
     fn versions_compare_as_they_are_written() {
         // `max` of texts: right as long as every part has one digit.
-        let all = ["offline-reencrypt", "online-reencrypt", "online-reencrypt-v2", "online-reencrypt-v3", "opal"];
+        let all =
+            ["offline-reencrypt", "online-reencrypt", "online-reencrypt-v2", "online-reencrypt-v3", "opal"];
         let versions: Vec<_> = all.iter().map(|name| since(name).expect("known")).collect();
         assert!(versions.is_sorted());
         assert_eq!(since("frobnicate"), None);
