@@ -90,8 +90,10 @@ impl std::error::Error for Violation {}
 pub struct Summary {
     /// Writes and flushes of the run that was not cut.
     pub events: u64,
-    /// Endings judged.
+    /// Endings looked at.
     pub cases: u64,
+    /// Endings judged: of those of one cut that left the same bytes only the first is.
+    pub judged: u64,
     /// Of these, endings whose promise had been made.
     pub completed: u64,
 }
@@ -220,12 +222,19 @@ impl Explore {
             Some((_, tear)) => tear..tear + 1,
             None => 0..self.tears,
         };
+        let mut judged = Vec::new();
         for tear in tears {
             let case = Case { tear, ..case };
-            let found = world.restart(case.restart_seed()).expect("memory for a simulated disk");
-            let guard = Guard(&self.name, case);
             summary.cases += 1;
             summary.completed += u64::from(case.completed);
+            let survivors = world.survivors(case.restart_seed());
+            if judged.contains(&survivors) {
+                continue;
+            }
+            judged.push(survivors.clone());
+            summary.judged += 1;
+            let found = world.power_on(case.restart_seed(), survivors).expect("memory for a simulated disk");
+            let guard = Guard(&self.name, case);
             let verdict = judge(&found, &case);
             drop(guard);
             verdict.map_err(|message| Violation { name: self.name.clone(), case, message })?;

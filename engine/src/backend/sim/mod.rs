@@ -324,12 +324,22 @@ impl World {
     /// # Errors
     /// No memory or descriptors.
     pub fn restart(&self, tear: u64) -> Result<Self> {
+        self.power_on(tear, self.survivors(tear))
+    }
+
+    /// What every disk of [`World::restart`] would hold, and how it behaves.
+    fn survivors(&self, tear: u64) -> Vec<(Image, DiskOptions)> {
+        let inner = self.lock();
+        let disks = (0u64..).zip(&inner.disks);
+        // The same manner for each disk, other dice.
+        disks.map(|(index, disk)| (disk.survivors(tear.wrapping_add(index << 32)), disk.options)).collect()
+    }
+
+    fn power_on(&self, tear: u64, disks: Vec<(Image, DiskOptions)>) -> Result<Self> {
         let inner = self.lock();
         let world = Self::with(random::mix(tear ^ inner.events), inner.options);
-        for (index, disk) in (0u64..).zip(&inner.disks) {
-            // The same manner for each disk, other dice.
-            let image = disk.survivors(tear.wrapping_add(index << 32));
-            world.add(image, disk.options)?;
+        for (image, options) in disks {
+            world.add(image, options)?;
         }
         Ok(world)
     }
