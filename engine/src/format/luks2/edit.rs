@@ -40,7 +40,7 @@ impl Header {
         if !is_copy_bytes(copy_bytes) {
             return Err(invalid("size of a copy is not a power of two, 16 KiB to 4 MiB", "header"));
         }
-        if keyslots_size % AREA_ALIGN != 0 || keyslots_size > KEYSLOTS_BYTES_MAX {
+        if !keyslots_size.is_multiple_of(AREA_ALIGN) || keyslots_size > KEYSLOTS_BYTES_MAX {
             return Err(invalid("size is not a multiple of 4096 up to 128 MiB", "keyslots area"));
         }
         if segment.offset != 0 && segment.offset < 2 * copy_bytes + keyslots_size {
