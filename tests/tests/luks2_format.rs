@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use engine::error::ErrorKind;
 use engine::format::luks2::metadata::{Digest, Segment};
-use engine::format::luks2::{Copy, Header, Health, edit};
+use engine::format::luks2::{Header, Health, edit};
 use tests::luks2::{
     QUICK, copies, cryptsetup, cryptsetup_accepts, cryptsetup_does, cryptsetup_dump, dumped, has_cryptsetup,
     head, image, load_bytes, load_file, replace_text, reseal,
