@@ -4,6 +4,7 @@
 //! as cheap as they may be, for these tests ask about headers.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -46,7 +47,6 @@ fn does(words: &[&str]) {
 struct Volume {
     scratch: Scratch,
     path: PathBuf,
-    version: Version,
 }
 
 const BOTH: [Version; 2] = [Version::Luks1, Version::Luks2];
@@ -63,7 +63,7 @@ impl Volume {
         let scratch = Scratch::new();
         let path = scratch.join("volume");
         File::create(&path).expect("create").set_len(24 << 20).expect("extend");
-        let volume = Self { scratch, path, version };
+        let volume = Self { scratch, path };
         let kind = if version == Version::Luks1 { "luks1" } else { "luks2" };
         let key = volume.key_file("one");
         let mut all = vec!["luksFormat", "--batch-mode", "--type", kind, "--key-file", &key];
@@ -347,7 +347,10 @@ fn a_wrong_passphrase_changes_nothing_and_says_one_thing() {
         volume.they_add("one", "two");
         let before = volume.bytes();
         let wrong = |error: Error| {
-            assert_eq!((error.kind(), error.chain().as_str()), (ErrorKind::WrongKey, "wrong key or damaged data"));
+            assert_eq!(
+                (error.kind(), error.chain().as_str()),
+                (ErrorKind::WrongKey, "wrong key or damaged data")
+            );
         };
         wrong(volume.we_open("nine").expect_err("wrong"));
         wrong(volume.add("nine", "three", None).expect_err("wrong"));
@@ -383,7 +386,8 @@ fn the_volume_key_adds_a_passphrase_when_no_keyslot_is_left() {
     let key = fs::read(&dump).expect("the key");
     let ask = Ask::new(&volume).secret(&key).secret(b"two");
     let secret = Secret::VolumeKey;
-    ask.run(Operation::AddKey { key_fd: 1, secret, new_key_fd: 2, keyslot: None, kdf: cheap() }).expect("added");
+    ask.run(Operation::AddKey { key_fd: 1, secret, new_key_fd: 2, keyslot: None, kdf: cheap() })
+        .expect("added");
     volume.is_opened_by(&["two"]);
 }
 
@@ -453,9 +457,13 @@ fn a_backup_is_cryptsetups_byte_for_byte() {
             assert!(done.warnings.iter().any(|warning| warning.contains("wrapped keys")));
             let theirs_name = theirs.to_str().expect("UTF-8");
             does(&["luksHeaderBackup", &volume.name(), "--header-backup-file", theirs_name]);
-            assert!(fs::read(&ours).expect("ours") == fs::read(&theirs).expect("theirs"), "{version:?} {words:?}");
+            assert!(
+                fs::read(&ours).expect("ours") == fs::read(&theirs).expect("theirs"),
+                "{version:?} {words:?}"
+            );
             // Nothing is written over.
-            let again = Ask::new(&volume).file(File::options().read(true).write(true).open(&ours).expect("open"));
+            let again =
+                Ask::new(&volume).file(File::options().read(true).write(true).open(&ours).expect("open"));
             let file = NewFile { fd: 1, name: "backup".to_owned(), commit: None };
             refused(again.run(Operation::HeaderBackup { file }), ErrorKind::Conflict, "not empty");
         }
@@ -538,7 +546,8 @@ fn a_backup_of_another_volume_or_a_damaged_one_is_refused() {
         let whole = fs::read(&backup).expect("read");
         let case = |name: &str, bytes: &[u8]| volume.scratch.file(name, bytes);
         let cut = case("cut", &whole[..whole.len() - 8192]);
-        refused(volume.restore(&cut, true), ErrorKind::Invalid, "cut off");
+        let words = if version == Version::Luks1 { "cut off" } else { "ends before its keyslots area" };
+        refused(volume.restore(&cut, true), ErrorKind::Invalid, words);
         let mut long = whole.clone();
         long.resize(whole.len() + (1 << 20), 0);
         refused(volume.restore(&case("long", &long), true), ErrorKind::Invalid, "not a header backup");
@@ -628,7 +637,8 @@ fn a_luks1_header_is_corrected() {
     // Stripes of keyslot 3, which is not in use.
     volume.damage(208 + 3 * 48 + 44, &[0; 4]);
     volume.we_open("one").expect_err("invalid");
-    let Reply::Repaired(repaired) = Ask::new(&volume).run(Operation::Repair { dry_run: false }).expect("done")
+    let Reply::Repaired(repaired) =
+        Ask::new(&volume).run(Operation::Repair { dry_run: false }).expect("done")
     else {
         panic!("another answer")
     };
@@ -686,7 +696,10 @@ fn tokens_live_in_the_header_and_cryptsetup_leaves_them_alone() {
     volume.is_opened_by(&["three", "four"]);
     let overdue = volume.doctor(None).findings.into_iter().find(|finding| finding.about == "token 0");
     let overdue = overdue.expect("a finding");
-    assert!(overdue.severity == Severity::Weak && overdue.message.contains("was to be replaced"), "{overdue:?}");
+    assert!(
+        overdue.severity == Severity::Weak && overdue.message.contains("was to be replaced"),
+        "{overdue:?}"
+    );
     // cryptsetup's own, made by each of us.
     let keyring = json!({"type": "luks2-keyring", "keyslots": ["0"], "key_description": "at home"});
     assert_eq!(volume.token(keyring.clone(), Some(7), false).expect("added").token, Some(7));
@@ -723,7 +736,7 @@ fn tokens_live_in_the_header_and_cryptsetup_leaves_them_alone() {
     assert!(volume.bytes() == before);
     volume.token(json!({"type": "x", "keyslots": []}), Some(7), true).expect("replaced");
     done(remove(0).expect("removed"));
-    assert_eq!(list().keys().collect::<Vec<_>>(), ["1", "7"]);
+    assert_eq!(list().keys().collect::<BTreeSet<_>>(), BTreeSet::from([&"1".to_owned(), &"7".to_owned()]));
     // A token whose keyslot is destroyed stays, without it.
     volume.remove(Some("four"), None, false).expect("removed");
     assert_eq!(list()["1"]["keyslots"], json!([]));
@@ -751,9 +764,8 @@ fn the_doctor_knows_who_opens_what() {
     }
     // Its data begin at 2 MiB.
     assert!(!opens(&doctor, "librbd"));
-    let said = |doctor: &Doctor, words: &str| {
-        doctor.findings.iter().any(|finding| finding.message.contains(words))
-    };
+    let said =
+        |doctor: &Doctor, words: &str| doctor.findings.iter().any(|finding| finding.message.contains(words));
     assert!(said(&doctor, "1000 iterations is quick to guess"), "{:?}", doctor.findings);
     assert!(said(&doctor, "the only one"));
     let severities: Vec<_> = doctor.findings.iter().map(|finding| finding.severity).collect();
@@ -762,16 +774,21 @@ fn the_doctor_knows_who_opens_what() {
     assert!(!opens(&volume.doctor(Some(b"bin\0ary")), "qemu"));
     let Some(volume) = Volume::with(Version::Luks2, &["--sector-size", "4096"]) else { return };
     let doctor = volume.doctor(None);
-    for (name, wanted) in
-        [("cryptsetup", true), ("kernel", true), ("qemu", false), ("librbd", true), ("nbdkit", false), ("cryptctl", true)]
-    {
+    for (name, wanted) in [
+        ("cryptsetup", true),
+        ("kernel", true),
+        ("qemu", false),
+        ("librbd", true),
+        ("nbdkit", false),
+        ("cryptctl", true),
+    ] {
         assert_eq!(opens(&doctor, name), wanted, "{name}: {:?}", doctor.tools);
     }
     // A device that shrank below its data, and one that lost a keyslot.
     File::options().write(true).open(&volume.path).expect("open").set_len(16 << 20).expect("cut");
     assert!(said(&volume.doctor(None), "the device ends at"));
     File::options().write(true).open(&volume.path).expect("open").set_len(100 << 10).expect("cut");
-    assert!(said(&volume.doctor(None), "header is cut off: keyslots in use"));
+    assert!(said(&volume.doctor(None), "ends before its keyslots area"));
     let cbc = ["--cipher", "aes-cbc-essiv:sha256", "--key-size", "256"];
     let Some(volume) = Volume::with(Version::Luks1, &cbc) else { return };
     assert!(said(&volume.doctor(None), "CBC"));
@@ -787,7 +804,7 @@ fn we_format_what_cryptsetup_opens_and_reads_back() {
         let scratch = Scratch::new();
         let path = scratch.join("volume");
         File::create(&path).expect("create").set_len(24 << 20).expect("extend");
-        let volume = Volume { scratch, path, version };
+        let volume = Volume { scratch, path };
         let new = || {
             Box::new(New {
                 version,
@@ -870,7 +887,11 @@ fn requests_that_make_no_sense_change_nothing() {
     let extra = Ask::new(&volume).secret(b"one").secret(b"two");
     refused(extra.run(open_test()), ErrorKind::Invalid, "more descriptors");
     let read_only = Ask::of(File::open(&volume.path).expect("open"));
-    refused(read_only.run(Operation::Erase { confirmed: true }), ErrorKind::Invalid, "not opened for writing");
+    refused(
+        read_only.run(Operation::Erase { confirmed: true }),
+        ErrorKind::Invalid,
+        "not opened for writing",
+    );
     let directory = Ask::of(File::open(volume.scratch.path()).expect("open"));
     refused(directory.run(Operation::Dump {}), ErrorKind::Invalid, "is a directory");
     let caller = Caller { commit: &|_, _, _| Ok(()), give_up: &|| false };
