@@ -12,11 +12,12 @@ use crate::crypto::kdf::{Kdf, digest_iterations};
 use crate::crypto::{Secret, bytes_equal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::binary::BINARY_BYTES;
+use crate::format::luks2::edit::keyslot_area_bytes;
 use crate::format::luks2::metadata::{Digest, Keyslot, Luks2Keyslot, Segment};
 use crate::format::luks2::{Copy, Health, Loaded};
 use crate::format::{luks1, luks2};
 use crate::volume::area::Wrapping;
-use crate::volume::plan::{Plan, area_bytes};
+use crate::volume::plan::Plan;
 use crate::volume::{DataArea, Header, random, secondary_offsets, store};
 use proto::luks::{New, Version};
 
@@ -314,7 +315,7 @@ impl NewHeader {
     fn behind_the_header(&self, end: u64) -> Vec<(Range<u64>, Content<'_>)> {
         let (start, areas) = match &self.header {
             Header::Luks1(header) => {
-                let each = area_bytes(header.key_bytes);
+                let each = keyslot_area_bytes(header.key_bytes);
                 let areas = header.keyslots.iter().map(|keyslot| {
                     let offset = keyslot.material_offset();
                     offset..offset + each

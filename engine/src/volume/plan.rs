@@ -7,27 +7,20 @@ use proto::luks::{KdfKind, New, Version};
 use crate::crypto::hash::Hash;
 use crate::crypto::spec::CipherSpec;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::edit::{COPY_BYTES_DEFAULT, HEADER_BYTES_DEFAULT, keyslot_area_bytes};
+use crate::format::luks2::validate::{AREA_ALIGN, KEYSLOTS_BYTES_MAX, OBJECTS_MAX, is_copy_bytes};
 use crate::format::{luks1, luks2};
-use crate::volume::area::material_bytes;
 use crate::volume::create::Place;
 use crate::volume::{AreaCipher, DataArea, LUKS1_UNIT_BYTES};
 
-/// Header, keyslots and padding of a LUKS2 volume, bytes, when nothing else is said.
-const LUKS2_BYTES: u64 = 16 << 20;
 /// Where data may begin by default: multiples of this.
 const DATA_ALIGN: u64 = 1 << 20;
-/// Areas of keyslots begin and end at multiples of this; so does the keyslots area.
-pub const AREA_ALIGN: u64 = 4096;
-/// Largest keyslots area, bytes.
-const KEYSLOTS_BYTES_MAX: u64 = 128 << 20;
 /// How much in front of the data is overwritten: no header is larger, and a data offset beyond is somebody's wish for a gap.
 const HEADER_BYTES_MAX: u64 = 2 * *luks2::COPY_BYTES.end() + KEYSLOTS_BYTES_MAX;
 /// Longest label or subsystem, bytes.
 const NAME_BYTES_MAX: usize = 47;
 /// Fewer free keyslots than this are worth a warning.
 const KEYSLOTS_FEW: u64 = 8;
-/// Keyslots and their numbers end below this in LUKS2.
-const LUKS2_KEYSLOTS: u32 = 32;
 /// Bytes after which `plain` repeats its 32-bit counter of sectors.
 const PLAIN_BYTES: u64 = 1 << 41;
 
@@ -159,7 +152,7 @@ impl Plan {
             let _ = Hash::from_name(name)?;
         }
         let keyslot = new.keyslot.unwrap_or(0);
-        if keyslot >= LUKS2_KEYSLOTS {
+        if keyslot >= OBJECTS_MAX {
             return Err(invalid(format!("keyslot {keyslot} does not exist: LUKS2 has keyslots 0 to 31")));
         }
         let unit_bytes = match (new.data_unit, place.data_capacity) {
@@ -220,7 +213,7 @@ impl Plan {
 
     fn warn(&mut self, place: &Place) {
         if self.version == Version::Luks2 {
-            let area = area_bytes(self.key_bytes);
+            let area = keyslot_area_bytes(self.key_bytes);
             let room = self.keyslots_bytes / area;
             if room < KEYSLOTS_FEW {
                 self.warnings.push(format!("the keyslots area has room for {room} keyslots only"));
@@ -237,12 +230,6 @@ impl Plan {
     }
 }
 
-/// Bytes of a LUKS2 keyslot's area.
-#[must_use]
-pub fn area_bytes(key_bytes: u32) -> u64 {
-    (material_bytes(key_bytes as usize) as u64).next_multiple_of(AREA_ALIGN)
-}
-
 /// Sizes of a LUKS2 header.
 struct Sizes {
     copy_bytes: u64,
@@ -255,8 +242,8 @@ impl Sizes {
     /// 16 MiB, or less on a small device for a detached header; else it decides the data offset. A contradiction is refused
     /// (cryptsetup shrinks the area).
     fn new(new: &New, place: &Place, key_bytes: u32) -> Result<Self> {
-        let copy_bytes = new.metadata_bytes.unwrap_or(*luks2::COPY_BYTES.start());
-        if !copy_bytes.is_power_of_two() || !luks2::COPY_BYTES.contains(&copy_bytes) {
+        let copy_bytes = new.metadata_bytes.unwrap_or(COPY_BYTES_DEFAULT);
+        if !is_copy_bytes(copy_bytes) {
             return Err(invalid(format!("metadata size of {copy_bytes} bytes"))
                 .hint("16, 32, 64, 128, 256 or 512 KiB, 1, 2 or 4 MiB"));
         }
@@ -277,13 +264,16 @@ impl Sizes {
             (Some(bytes), _) => bytes,
             (None, Some(offset)) => offset.saturating_sub(copies).min(KEYSLOTS_BYTES_MAX),
             (None, None) => {
-                let room =
-                    place.header_capacity.filter(|_| place.detached).unwrap_or(LUKS2_BYTES).min(LUKS2_BYTES);
+                let room = place
+                    .header_capacity
+                    .filter(|_| place.detached)
+                    .unwrap_or(HEADER_BYTES_DEFAULT)
+                    .min(HEADER_BYTES_DEFAULT);
                 let room = room.saturating_sub(copies);
                 room - room % AREA_ALIGN
             }
         };
-        let least = area_bytes(key_bytes);
+        let least = keyslot_area_bytes(key_bytes);
         if keyslots_bytes < least {
             let needed = copies + least;
             return Err(match (new.keyslots_bytes, asked) {
