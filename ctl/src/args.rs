@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::amount::{parse_bytes, parse_rate};
 use crate::help;
+use crate::luks::args::{Luks, NewArgs, parse_keyslot};
 use crate::secret::KeyText;
 
 /// Encrypt, decrypt and verify volumes at the speed of the device.
@@ -61,6 +62,14 @@ pub enum Verb {
     /// Compare plaintext SRC with the decrypted DST
     #[command(long_about = help::VERIFY, after_long_help = help::VERIFY_AFTER)]
     Verify(Verify),
+    /// Make, show and change LUKS headers: keyslots, tokens, backups
+    #[command(
+        subcommand,
+        long_about = crate::luks::help::LUKS,
+        after_long_help = crate::luks::help::LUKS_AFTER,
+        disable_help_subcommand = true
+    )]
+    Luks(Luks),
     /// List, watch and steer jobs
     #[command(subcommand, long_about = help::JOB, after_long_help = help::JOB_AFTER, disable_help_subcommand = true)]
     Job(Job),
@@ -98,7 +107,7 @@ pub struct Encrypt {
     #[command(flatten)]
     pub ends: Ends,
     #[command(flatten)]
-    pub volume: VolumeArgs,
+    pub volume: NewVolumeArgs,
     #[command(flatten)]
     pub pad: Pad,
     #[command(flatten)]
@@ -151,39 +160,84 @@ pub struct Ends {
     pub sink: PathBuf,
 }
 
+/// The encrypted side of `encrypt`.
+#[derive(Debug, Args)]
+pub struct NewVolumeArgs {
+    /// Format of DST
+    ///
+    /// `raw` is dm-crypt plain: AES-XTS over the whole volume, no header, so every parameter must be remembered by you.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FormatName::Luks2, help_heading = "Volume")]
+    pub format: FormatName,
+    /// Where the key is: file:PATH, fd:N, prompt or keyring:NAME
+    ///
+    /// For LUKS it names the passphrase of the first keyslot: every byte of it, a newline at the end too, as with
+    /// `cryptsetup --key-file`; at most 8 MiB. For `raw` it names the volume key itself: exactly `--key-size` bits, as raw
+    /// bytes or as hexadecimal digits (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N`
+    /// reads an inherited descriptor to its end. `prompt` asks on the terminal, twice for a new key; its line ends
+    /// before the newline. `keyring:NAME` is a `user` key in the session or user keyring. The key travels to the daemon
+    /// through a pipe: it is never in an argument, the environment or JSON.
+    #[arg(long, value_name = "REF", help_heading = "Volume")]
+    pub key: KeyText,
+    #[command(flatten)]
+    pub new: NewArgs,
+    #[command(flatten)]
+    pub raw: RawArgs,
+}
+
+/// The encrypted side of `decrypt` and `verify`.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Volume")]
 pub struct VolumeArgs {
-    /// Format of the encrypted side (must be given: `raw`)
+    /// Format of the encrypted side [default: LUKS, of the version its header tells]
     ///
-    /// `raw` is dm-crypt plain: AES-XTS over the whole volume, no header, so every parameter below must be
-    /// remembered by you. `luks1` and `luks2` are not supported yet by this version; because `luks2` will become the
-    /// default, the format must be named.
+    /// `luks1` and `luks2` mean the same here: LUKS, whichever version is found. `raw` is dm-crypt plain: no header, so
+    /// the parameters of the raw format must be those it was encrypted with.
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub format: Option<FormatName>,
     /// Where the key is: file:PATH, fd:N, prompt or keyring:NAME
     ///
-    /// For `raw` it names the volume key itself: exactly `--key-size` bits, as raw bytes or as hexadecimal digits
-    /// (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N` reads an inherited descriptor to its end. `prompt`
-    /// asks on the terminal, twice to encrypt. `keyring:NAME` is a `user` key in the session or user keyring.
-    /// The key travels to the daemon through a pipe: it is never in an argument, the environment or JSON.
-    #[arg(long, value_name = "REF", required = true)]
-    pub key: KeyText,
-    /// Bits of the volume key, both XTS halves: 512 is AES-256
-    #[arg(long, value_name = "BITS", default_value = "512", value_parser = ["256", "512"])]
-    pub key_size: String,
-    /// Bytes of a data unit
-    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "1024", "2048", "4096"])]
-    pub sector_size: String,
-    /// How the tweak is made of the sector number
-    #[arg(long, value_enum, value_name = "IV", default_value_t = Iv::Plain64)]
-    pub iv: Iv,
+    /// For LUKS it names a passphrase: every byte of it, a newline at the end too, as with `cryptsetup --key-file`; at
+    /// most 8 MiB. For `raw` it names the volume key itself: exactly `--key-size` bits, as raw bytes or as hexadecimal
+    /// digits (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N` reads an inherited
+    /// descriptor to its end. `prompt` asks on the terminal; its line ends before the newline. `keyring:NAME` is a `user`
+    /// key in the session or user keyring. The key travels to the daemon through a pipe: it is never in an argument,
+    /// the environment or JSON.
+    #[arg(long, value_name = "REF", required_unless_present = "volume_key", conflicts_with = "volume_key")]
+    pub key: Option<KeyText>,
+    /// Where the volume key of a LUKS volume is: no passphrase is needed then
+    ///
+    /// Raw bytes or hexadecimal digits. It is checked against the header's digest.
+    #[arg(long, value_name = "REF", conflicts_with = "key_slot")]
+    pub volume_key: Option<KeyText>,
+    /// The LUKS header is in this file or block device, not in front of the data
+    #[arg(long, value_name = "FILE")]
+    pub header: Option<PathBuf>,
+    /// Try this keyslot only
+    #[arg(long, value_name = "N", value_parser = parse_keyslot)]
+    pub key_slot: Option<u32>,
+    /// Bits of the volume key, both XTS halves: 512 is AES-256 (raw) [default: 512]
+    #[arg(long, value_name = "BITS", value_parser = ["256", "512"], help_heading = "Raw format")]
+    pub key_size: Option<String>,
+    /// Bytes of a data unit (raw) [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = ["512", "1024", "2048", "4096"], help_heading = "Raw format")]
+    pub sector_size: Option<String>,
+    #[command(flatten)]
+    pub raw: RawArgs,
+}
+
+/// What a raw volume's user must remember, beside the key.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Raw format")]
+pub struct RawArgs {
+    /// How the tweak is made of the sector number [default: plain64]
+    #[arg(long, value_enum, value_name = "IV")]
+    pub iv: Option<Iv>,
     /// Count tweaks in data units instead of 512-byte sectors
     #[arg(long)]
     pub iv_large_sectors: bool,
-    /// Sector number of the volume's first sector, in 512-byte sectors
-    #[arg(long, value_name = "SECTORS", default_value_t = 0)]
-    pub iv_offset: u64,
+    /// Sector number of the volume's first sector, in 512-byte sectors [default: 0]
+    #[arg(long, value_name = "SECTORS")]
+    pub iv_offset: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -242,12 +296,12 @@ pub struct Moving {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FormatName {
+    /// LUKS version 2
+    Luks2,
+    /// LUKS version 1
+    Luks1,
     /// dm-crypt plain, no header
     Raw,
-    /// not supported yet
-    Luks1,
-    /// not supported yet
-    Luks2,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

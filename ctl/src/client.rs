@@ -191,6 +191,12 @@ impl Client {
         }
     }
 
+    /// Tell the daemon that nobody waits any more, and still hear what it says to that.
+    pub fn give_up(&self) {
+        // Of a connection that has ended already there is nothing left to give up.
+        let _ = self.stream.shutdown(std::net::Shutdown::Write);
+    }
+
     fn lost(&mut self, error: &io::Error) -> Error {
         self.ended = is_end(error);
         lost_for(error)

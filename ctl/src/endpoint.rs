@@ -35,12 +35,41 @@ pub enum Sink {
     New(Place),
 }
 
+/// What is done with a LUKS header, and so how what holds it is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Only read. What is mounted or mapped can be read too.
+    Read,
+    /// Changed in place, which a mapped device allows: the kernel read the header when it was mapped.
+    Change,
+    /// Made anew: a device in use is refused.
+    Replace,
+}
+
 /// What the bytes behind a descriptor really are, to find the same thing under two names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Identity {
     File { dev: u64, ino: u64 },
     Device { rdev: u64 },
     Other,
+}
+
+/// A header is for its owner: who has it can guess at the passphrases.
+const HEADER_MODE: u32 = 0o600;
+
+impl End {
+    /// The device number, of a block device.
+    pub fn device(&self) -> Option<u64> {
+        match self.identity {
+            Identity::Device { rdev } => Some(rdev),
+            Identity::File { .. } | Identity::Other => None,
+        }
+    }
+
+    /// Is it a regular file?
+    pub fn is_file(&self) -> bool {
+        matches!(self.identity, Identity::File { .. })
+    }
 }
 
 /// Open the readable end: SRC, and for `verify` both. `role` names it in messages.
@@ -71,6 +100,47 @@ pub fn open_readable(path: &Path, role: &str) -> Result<End> {
         .map_err(|error| in_use(&name, error))?;
     let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
     Ok(End { fd: file.into(), stream: kind.is_fifo(), name, identity })
+}
+
+/// Open what holds a LUKS header, or the data that belongs to one: an existing file or block device. `role` names it in
+/// messages.
+pub fn open_volume(path: &Path, role: &str, access: Access) -> Result<End> {
+    let name = path.display().to_string();
+    if is_dash(path) {
+        return Err(Error::usage(format!(
+            "{role} cannot be `-`: a header is not read or changed in a stream"
+        )));
+    }
+    refuse_url(path)?;
+    let metadata = std::fs::metadata(path).map_err(|error| Error::io("cannot open", &name, error))?;
+    let kind = metadata.file_type();
+    if !(kind.is_file() || kind.is_block_device()) {
+        return Err(wrong_kind(&name, kind));
+    }
+    let mut flags = OFlags::NOCTTY;
+    if kind.is_block_device() && access == Access::Replace {
+        flags |= OFlags::EXCL;
+    }
+    let file = File::options()
+        .read(true)
+        .write(access != Access::Read)
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)
+        .map_err(|error| in_use(&name, error))?;
+    if kind.is_block_device() && access != Access::Read && is_read_only(metadata.rdev()) {
+        return Err(Error::new(ErrorKind::Denied, format!("{name} is read-only")));
+    }
+    let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
+    Ok(End { fd: file.into(), stream: false, name, identity })
+}
+
+/// As [`inspect_sink`], for what must be a file or a block device: a header. `role` names it in messages.
+pub fn inspect_header(path: &Path, role: &str, source: &End, force: bool) -> Result<Sink> {
+    let stream = is_dash(path) || std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+    if stream {
+        return Err(Error::usage(format!("{role} must be a file or a block device, not a stream")));
+    }
+    inspect_sink(path, source, force, HEADER_MODE)
 }
 
 /// Find out what DST is, and refuse what must not be written. Creates nothing. `mode` is a new file's, before the umask.
@@ -136,6 +206,16 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
     } else {
         Err(wrong_kind(&name, kind))
     }
+}
+
+/// Refuse a header that would be written where the data is.
+pub fn refuse_same_sinks(one: &Sink, other: &Sink) -> Result<()> {
+    let (same, name) = match (one, other) {
+        (Sink::Open(one), Sink::Open(other)) => (same(one.identity, other.identity), other.name.as_str()),
+        (Sink::New(one), Sink::New(other)) => (one.is(other), other.typed()),
+        (Sink::Open(end), Sink::New(_)) | (Sink::New(_), Sink::Open(end)) => (false, end.name.as_str()),
+    };
+    if same { Err(Error::usage(format!("{name} cannot take both the header and the data"))) } else { Ok(()) }
 }
 
 /// Refuse two names for the same bytes: the same inode, the same device, or a loop device and the file behind it.

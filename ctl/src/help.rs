@@ -6,7 +6,8 @@ Encrypts, decrypts and verifies volumes at the speed of the device.
 
 cryptctl opens files, devices and keys with your rights and hands them to cryptd, which moves the data. If no daemon \
 answers, one is started for you; it leaves when it has been idle for a while. No root is needed: who may open a \
-file may encrypt it. The encrypted side is byte for byte what dm-crypt reads.";
+file may encrypt it. The encrypted side is byte for byte what cryptsetup and the kernel read: LUKS2, LUKS1, or dm-crypt \
+plain.";
 
 /// The end of `cryptctl --help`.
 pub const TOP_AFTER: &str = "\
@@ -48,33 +49,51 @@ ENVIRONMENT
 
 EXAMPLES
   head -c 64 /dev/urandom > vol.key && chmod 600 vol.key
-  cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
-  cryptctl verify  disk.img disk.enc --format raw --key file:vol.key
-  cryptctl decrypt disk.enc - --format raw --key file:vol.key | zstd > img.zst";
+  cryptctl encrypt disk.img vol.luks --key file:vol.key
+  cryptctl verify  disk.img vol.luks --key file:vol.key
+  cryptctl luks add-key vol.luks --key file:vol.key --new-key prompt
+  cryptctl decrypt vol.luks - --key prompt | zstd > img.zst";
 
 /// `encrypt --help`.
 pub const ENCRYPT: &str = "\
-Encrypts SRC to DST.
+Encrypts SRC to DST: a new LUKS2 volume, unless --format names another.
+
+A LUKS volume begins with its header, usually of 16 MiB, so DST is larger than SRC by that; with --header it has a file of \
+its own. The volume key is random. Deriving a key from the passphrase takes about two seconds (--iter-time) at first.
 
 The plaintext must be a whole number of data units (--sector-size), or be filled up with --pad. Holes of a source file \
 are read as zeros without touching the disk, and encrypted: the sink has no holes. Runs in the foreground with \
-progress on standard error; Ctrl-C cancels and undoes.";
+progress on standard error; Ctrl-C cancels and undoes.
+
+What stands in a device beyond the end of the plaintext is left as it is.";
 
 /// The end of `encrypt --help`.
 pub const ENCRYPT_AFTER: &str = "\
 EXAMPLES
-  A disk image to a file, and from a pipe to a device:
-    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key
-    pg_basebackup -D - -Ft | \\
-      cryptctl encrypt - /dev/vdb --format raw --key keyring:backup --pad
+  A disk image to a volume that cryptsetup opens, and back:
+    cryptctl encrypt disk.img vol.luks --key prompt --label backup
+    cryptctl decrypt vol.luks disk.img --key prompt
 
-  A volume that dm-crypt opens with sector_size:4096 iv_large_sectors:
-    cryptctl encrypt disk.img disk.enc --format raw --key file:vol.key \\
+  From a pipe to a device, and to a pipe:
+    pg_basebackup -D - -Ft |
+      cryptctl encrypt - /dev/vdb --key keyring:backup --pad
+    tar -c /srv | cryptctl encrypt - - --key fd:3 --pad 3< vol.key | ssh …
+
+  With the header in a file of its own:
+    cryptctl encrypt disk.img /dev/vdb --key file:vdb.key --header vdb.header
+    cryptctl verify  disk.img /dev/vdb --key file:vdb.key --header vdb.header
+
+  For a small machine that has 64 MiB to unlock it with:
+    cryptctl encrypt disk.img vol.luks --key prompt --pbkdf-memory 65536 \\
+      --iter-time 4000
+
+  LUKS1 for QEMU or GRUB, and raw as dm-crypt plain has it:
+    cryptctl encrypt disk.img vol.luks --format luks1 --key file:vol.key
+    cryptctl encrypt disk.img disk.enc --format raw --key file:raw.key \\
       --sector-size 4096 --iv-large-sectors
 
   With a key that never touches the disk, at no more than 200 MiB/s:
-    fetch-key | cryptctl encrypt disk.img disk.enc --format raw --key fd:0 \\
-      --throttle 200M
+    fetch-key | cryptctl encrypt disk.img vol.luks --key fd:0 --throttle 200M
 
 EXIT STATUS
   0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable";
@@ -82,6 +101,9 @@ EXIT STATUS
 /// `decrypt --help`.
 pub const DECRYPT: &str = "\
 Decrypts SRC to DST.
+
+SRC is a LUKS volume of either version, whatever program made it; all that is needed beside the key is in its header. A \
+raw volume has none: --format raw, and the parameters it was encrypted with.
 
 Zero plaintext becomes holes where the sink can have them (see --no-sparse). A hole in the encrypted file is \
 ciphertext like any other zeros and decrypts to noise, unless --keep-holes promises that it was never written. \
@@ -92,8 +114,17 @@ A new DST file is readable by you alone.";
 pub const DECRYPT_AFTER: &str = "\
 EXAMPLES
   To a file, and through a pipe:
-    cryptctl decrypt disk.enc disk.img --format raw --key file:vol.key
-    cryptctl decrypt /dev/vdb - --format raw --key prompt | tar -x
+    cryptctl decrypt vol.luks disk.img --key file:vol.key
+    cryptctl decrypt /dev/vdb - --key prompt | tar -x
+    ssh host cat vol.luks | cryptctl decrypt - disk.img --key file:vol.key
+
+  With a header backup, where the volume's own header is damaged:
+    cryptctl luks header-backup vol.luks vol.header
+    cryptctl decrypt vol.luks disk.img --header vol.header --key prompt
+
+  Raw, with the parameters it was encrypted with:
+    cryptctl decrypt disk.enc disk.img --format raw --key file:raw.key \\
+      --sector-size 4096 --iv-large-sectors
 
 EXIT STATUS
   0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable,
@@ -103,14 +134,15 @@ EXIT STATUS
 pub const VERIFY: &str = "\
 Compares plaintext SRC with the decrypted DST, and writes nothing.
 
-The first differing byte offset of the plaintext is told, and the exit status is 5. Use the parameters that DST was \
-encrypted with, --pad included.";
+The first differing byte offset of the plaintext is told, and the exit status is 5. Use --pad if DST was encrypted with \
+it, and for a raw volume the parameters it was encrypted with.";
 
 /// The end of `verify --help`.
 pub const VERIFY_AFTER: &str = "\
 EXAMPLES
-  cryptctl verify disk.img disk.enc --format raw --key file:vol.key
-  cryptctl verify disk.img /dev/vdb --format raw --key file:vol.key --json
+  cryptctl verify disk.img vol.luks --key file:vol.key
+  cryptctl verify disk.img /dev/vdb --key prompt --json
+  cryptctl verify disk.img disk.enc --format raw --key file:raw.key
 
 EXIT STATUS
   0 equal, 1 failed, 2 usage, 3 daemon unreachable,
@@ -125,7 +157,7 @@ You see your own jobs, root sees all. A job started with --detach outlives the c
 /// The end of `job --help`.
 pub const JOB_AFTER: &str = "\
 EXAMPLES
-  id=$(cryptctl encrypt disk.img disk.enc --format raw --key file:k --detach)
+  id=$(cryptctl encrypt disk.img vol.luks --key file:vol.key --detach)
   cryptctl job throttle \"$id\" 100M
   cryptctl job watch \"$id\"
 

@@ -16,8 +16,10 @@ mod client;
 mod endpoint;
 mod help;
 mod launch;
+mod luks;
 mod manage;
 mod partial;
+mod passing;
 mod progress;
 mod prompt;
 mod render;
@@ -27,6 +29,7 @@ mod run;
 mod secret;
 mod signals;
 mod signature;
+mod volume;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -62,6 +65,7 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Verb::Encrypt(args) => volume_job(request::encrypt(args)?),
         Verb::Decrypt(args) => volume_job(request::decrypt(args)?),
         Verb::Verify(args) => volume_job(request::verify(args)?),
+        Verb::Luks(verb) => luks::run(verb, global),
         Verb::Job(verb) => manage::job(verb, global),
         Verb::Stats { job } => manage::stats(*job, global),
         Verb::Bench(args) => run::bench_job(launch::reach_or_start(global)?, request::bench(args), global),

@@ -59,6 +59,12 @@ impl Place {
         Ok(Self { path: path.to_owned(), typed: typed.to_owned(), dir_fd, name, old, force, mode })
     }
 
+    /// Do both mean the same directory entry?
+    pub fn is(&self, other: &Self) -> bool {
+        let entry = |place: &Self| fstat(&place.dir_fd).map(|dir| (dir.st_dev, dir.st_ino));
+        self.name == other.name && entry(self).is_ok_and(|one| entry(other) == Ok(one))
+    }
+
     /// Its name as typed, for messages.
     pub fn typed(&self) -> &str {
         &self.typed

@@ -4,7 +4,7 @@
 //! time into a buffer that never grows, and the terminal is put back however this ends.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::os::fd::AsFd;
 
 use proto::ErrorKind;
@@ -38,6 +38,16 @@ pub fn ask(question: &str, answer: &mut Zeroizing<Vec<u8>>) -> Result<()> {
     let _ = tty.write_all(b"\n");
     drop(restore);
     result
+}
+
+/// Ask something whose answer is no secret. `None`: there is no terminal to ask on.
+pub fn question(text: &str) -> Result<Option<String>> {
+    let Ok(mut tty) = File::options().read(true).write(true).open("/dev/tty") else { return Ok(None) };
+    let wrap = |error: std::io::Error| Error::io("cannot ask", "/dev/tty", error);
+    tty.write_all(text.as_bytes()).map_err(wrap)?;
+    let mut answer = String::new();
+    std::io::BufReader::new(tty.take(4096)).read_line(&mut answer).map_err(wrap)?;
+    Ok(Some(answer.trim().to_owned()))
 }
 
 struct Restore {

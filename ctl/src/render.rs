@@ -55,14 +55,17 @@ impl Output {
     }
 }
 
+/// Where a column's cells stand.
 #[derive(Clone, Copy)]
-enum Align {
+pub enum Align {
+    /// Text.
     Left,
+    /// Numbers.
     Right,
 }
 
 /// Columns as wide as their widest cell, two spaces apart, no trailing spaces.
-fn table(heads: &[(&str, Align)], rows: &[Vec<String>], colour: bool) -> String {
+pub fn table(heads: &[(&str, Align)], rows: &[Vec<String>], colour: bool) -> String {
     let width = |text: &str| text.chars().count();
     let widths: Vec<usize> = (0..heads.len())
         .map(|at| rows.iter().map(|row| width(&row[at])).chain([width(heads[at].0)]).max().unwrap_or(0))
@@ -89,7 +92,7 @@ fn table(heads: &[(&str, Align)], rows: &[Vec<String>], colour: bool) -> String 
 }
 
 /// Lines of `name: value`, values in one column.
-fn pairs(rows: &[(&str, String)]) -> String {
+pub fn pairs(rows: &[(&str, String)]) -> String {
     let widest = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter().map(|(name, value)| format!("{name:widest$}  {value}\n")).collect()
 }

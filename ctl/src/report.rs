@@ -98,6 +98,19 @@ impl Error {
     }
 }
 
+impl Error {
+    /// What may explain a key that does not fit, unless there is a better hint.
+    #[must_use]
+    pub fn doubted(self, doubt: Option<String>) -> Self {
+        match doubt {
+            Some(doubt) if self.failure.kind == ErrorKind::WrongKey && self.failure.hint.is_none() => {
+                self.hint(doubt)
+            }
+            _ => self,
+        }
+    }
+}
+
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         Self { exit: Exit::of(failure.kind), failure: Box::new(failure) }

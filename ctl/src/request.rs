@@ -3,27 +3,31 @@
 //! In two steps, because a prompt or a slow pipe may come between: `open` finds out all that can be wrong and
 //! changes nothing; `create` makes the `.partial` and takes the key's pipe, and must be followed by the request.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use proto::{Action, Commit, ErrorKind, Format, Raw, Submit, Tuning, TweakKind, Volume};
+use proto::{Action, Format, Submit, Tuning, Volume};
 
-use crate::args::{Bench, Decrypt, Encrypt, Ends, FormatName, Iv, Moving, Verify, VolumeArgs};
-use crate::endpoint::{self, End, Sink};
-use crate::partial::Partial;
+use crate::args::{Bench, Decrypt, Encrypt, Ends, Moving, Verify};
+use crate::endpoint::{self, Access, End, Sink};
+use crate::passing::{PartialFile, Passed, Passing};
 use crate::report::{Error, Result};
-use crate::secret::{self, VolumeKey};
+use crate::volume::{self, Keys, Wanted};
 
 /// A checked job: ends open, key at hand, nothing changed yet.
 pub struct Opened {
     submit: Submit,
     source: Option<End>,
     sink: Option<Sink>,
-    key: Option<VolumeKey>,
+    /// A detached header: an existing one is [`Sink::Open`].
+    header: Option<Sink>,
+    keys: Option<Keys>,
     keep_partial: bool,
     /// Standard output carries a volume, so nothing else may go there.
     pub stdout_is_data: bool,
     /// Sentences for the user.
     pub warnings: Vec<String>,
+    /// What may explain a wrong key.
+    pub doubt: Option<String>,
 }
 
 /// A job ready to be sent.
@@ -32,14 +36,8 @@ pub struct Prepared {
     pub submit: Submit,
     /// In the order of the indices in `submit`.
     pub descriptors: Vec<OwnedFd>,
-    /// The new file, to be removed if the daemon cannot.
-    pub partial: Option<PartialFile>,
-}
-
-/// The new file, for as long as this command answers for it.
-pub struct PartialFile {
-    file: Partial,
-    keep: bool,
+    /// The new files, to be removed if the daemon cannot.
+    pub partials: Vec<PartialFile>,
 }
 
 /// Files that hold plaintext are for their owner; ciphertext is for everybody the umask allows.
@@ -48,53 +46,39 @@ const CIPHERTEXT_MODE: u32 = 0o666;
 
 /// `cryptctl encrypt`
 pub fn encrypt(args: &Encrypt) -> Result<Opened> {
-    let format = format(&args.volume)?;
+    let wanted = volume::to_make(&args.volume)?;
     let tuning = Tuning { pad: args.pad.pad, ..tuning(&args.moving) };
     let submit = submit(Action::Encrypt, &args.moving, tuning);
-    write_volume(
-        submit,
-        &args.ends,
-        &args.volume,
-        format,
-        (args.sink.force, args.sink.keep_partial),
-        CIPHERTEXT_MODE,
-    )
+    write_volume(submit, &args.ends, wanted, (args.sink.force, args.sink.keep_partial), CIPHERTEXT_MODE)
 }
 
 /// `cryptctl decrypt`
 pub fn decrypt(args: &Decrypt) -> Result<Opened> {
-    let format = format(&args.volume)?;
+    let wanted = volume::to_open(&args.volume)?;
     let tuning = Tuning {
         sparse: args.no_sparse.then_some(false),
         keep_holes: args.holes.keep_holes,
         ..tuning(&args.moving)
     };
     let submit = submit(Action::Decrypt, &args.moving, tuning);
-    write_volume(
-        submit,
-        &args.ends,
-        &args.volume,
-        format,
-        (args.sink.force, args.sink.keep_partial),
-        PLAINTEXT_MODE,
-    )
+    write_volume(submit, &args.ends, wanted, (args.sink.force, args.sink.keep_partial), PLAINTEXT_MODE)
 }
 
 /// `cryptctl verify`
 pub fn verify(args: &Verify) -> Result<Opened> {
-    let format = format(&args.volume)?;
+    let mut wanted = volume::to_open(&args.volume)?;
     let tuning = Tuning { pad: args.pad.pad, keep_holes: args.holes.keep_holes, ..tuning(&args.moving) };
     if endpoint::is_dash(&args.ends.source) && endpoint::is_dash(&args.ends.sink) {
         return Err(Error::usage("SRC and DST cannot both be standard input"));
     }
-    refuse_shared_stdin(&args.ends, &args.volume, true)?;
+    refuse_shared_stdin(&args.ends, &wanted, true)?;
     let source = endpoint::open_readable(&args.ends.source, "SRC")?;
     let sink = endpoint::open_readable(&args.ends.sink, "DST")?;
     endpoint::refuse_same_ends(&source, &sink)?;
-    let key = fetch(&args.volume, &format, false)?;
-    let mut submit = submit(Action::Verify, &args.moving, tuning);
-    submit.volume = Some(Volume { format, key_fd: 0 });
-    Ok(Opened::new(submit, source, Sink::Open(sink), key))
+    let header = existing_header(&wanted)?;
+    let keys = wanted.fetch(&sink.name, false)?;
+    let submit = submit(Action::Verify, &args.moving, tuning);
+    Ok(Opened::new(submit, (source, Sink::Open(sink), header), (wanted.format, keys)))
 }
 
 /// `cryptctl bench`
@@ -117,47 +101,35 @@ pub fn bench(args: &Bench) -> Submit {
 }
 
 fn write_volume(
-    mut submit: Submit,
+    submit: Submit,
     ends: &Ends,
-    volume: &VolumeArgs,
-    format: Format,
+    mut wanted: Wanted,
     (force, keep_partial): (bool, bool),
     mode: u32,
 ) -> Result<Opened> {
-    refuse_shared_stdin(ends, volume, false)?;
+    refuse_shared_stdin(ends, &wanted, false)?;
+    let making = submit.action == Action::Encrypt;
     let source = endpoint::open_readable(&ends.source, "SRC")?;
     let sink = endpoint::inspect_sink(&ends.sink, &source, force, mode)?;
-    let key = fetch(volume, &format, submit.action == Action::Encrypt)?;
-    submit.volume = Some(Volume { format, key_fd: 0 });
-    let mut opened = Opened::new(submit, source, sink, key);
+    let header = match &wanted.header {
+        Some(path) if making => {
+            let header = endpoint::inspect_header(path, "--header", &source, force)?;
+            endpoint::refuse_same_sinks(&header, &sink)?;
+            Some(header)
+        }
+        _ => existing_header(&wanted)?,
+    };
+    let encrypted = if making { &ends.sink } else { &ends.source };
+    let keys = wanted.fetch(&encrypted.display().to_string(), making)?;
+    let mut opened = Opened::new(submit, (source, sink, header), (wanted.format, keys));
     opened.keep_partial = keep_partial;
     opened.stdout_is_data = endpoint::is_dash(&ends.sink);
     Ok(opened)
 }
 
-fn format(volume: &VolumeArgs) -> Result<Format> {
-    match volume.format {
-        Some(FormatName::Raw) => {}
-        Some(FormatName::Luks1 | FormatName::Luks2) => {
-            return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet by this version")
-                .hint("--format raw is dm-crypt plain: no header, the key is the volume key"));
-        }
-        None => {
-            return Err(Error::usage("the format must be named")
-                .hint("pass --format raw (dm-crypt plain: no header, the key is the volume key)"));
-        }
-    }
-    let number = |text: &str| text.parse::<u32>().expect("clap allows only the listed numbers");
-    Ok(Format::Raw(Raw {
-        key_bytes: number(&volume.key_size) / 8,
-        data_unit: number(&volume.sector_size),
-        tweak: match volume.iv {
-            Iv::Plain64 => TweakKind::Plain64,
-            Iv::Plain => TweakKind::Plain,
-        },
-        large_tweak: volume.iv_large_sectors,
-        tweak_offset: volume.iv_offset,
-    }))
+fn existing_header(wanted: &Wanted) -> Result<Option<Sink>> {
+    let open = |path| endpoint::open_volume(path, "--header", Access::Read).map(Sink::Open);
+    wanted.header.as_deref().map(open).transpose()
 }
 
 fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
@@ -183,32 +155,31 @@ fn tuning(moving: &Moving) -> Tuning {
     }
 }
 
-fn refuse_shared_stdin(ends: &Ends, volume: &VolumeArgs, sink_is_read: bool) -> Result<()> {
-    let key = volume.key.parse()?;
+fn refuse_shared_stdin(ends: &Ends, wanted: &Wanted, sink_is_read: bool) -> Result<()> {
     let volume_on_stdin = endpoint::is_dash(&ends.source) || sink_is_read && endpoint::is_dash(&ends.sink);
-    if volume_on_stdin && key.reads_stdin() {
+    if volume_on_stdin && wanted.reads_stdin() {
         return Err(Error::usage("standard input cannot carry both the volume and the key")
             .hint("pass the key through another descriptor: --key fd:3 3< KEYFILE"));
     }
-    Ok(())
-}
-
-fn fetch(volume: &VolumeArgs, format: &Format, twice: bool) -> Result<VolumeKey> {
-    let Format::Raw(raw) = format else {
-        return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet"));
-    };
-    let key_bytes = usize::try_from(raw.key_bytes).expect("32 or 64");
-    secret::fetch(&volume.key.parse()?, key_bytes, twice)
+    wanted.refuse_shared_descriptor()
 }
 
 impl Opened {
-    fn new(submit: Submit, source: End, sink: Sink, mut key: VolumeKey) -> Self {
-        let warnings = std::mem::take(&mut key.warnings);
+    fn new(
+        mut submit: Submit,
+        (source, sink, header): (End, Sink, Option<Sink>),
+        (format, mut keys): (Format, Keys),
+    ) -> Self {
+        submit.volume = Some(Volume { format, key_fd: 0 });
+        let mut warnings = std::mem::take(&mut keys.key.warnings);
+        warnings.extend(keys.volume_key.iter_mut().flat_map(|key| std::mem::take(&mut key.warnings)));
         Self {
             submit,
             source: Some(source),
             sink: Some(sink),
-            key: Some(key),
+            header,
+            doubt: keys.key.doubt.take(),
+            keys: Some(keys),
             keep_partial: false,
             stdout_is_data: false,
             warnings,
@@ -217,76 +188,30 @@ impl Opened {
 
     /// Create what must exist before the daemon can begin.
     pub fn create(self) -> Result<Prepared> {
-        let Self { mut submit, source, sink, key, keep_partial, .. } = self;
-        let mut descriptors = Vec::new();
-        let mut pass = |fd: OwnedFd| {
-            descriptors.push(fd);
-            u32::try_from(descriptors.len() - 1).expect("at most four")
-        };
-        if let (Some(key), Some(volume)) = (key, submit.volume.as_mut()) {
-            volume.key_fd = pass(key.into_pipe()?);
+        let Self { mut submit, source, sink, header, keys, keep_partial, .. } = self;
+        let mut passing = Passing::default();
+        if let (Some(keys), Some(volume)) = (keys, submit.volume.as_mut()) {
+            volume.key_fd = passing.secret(keys.key)?;
+            let volume_key = keys.volume_key.map(|key| passing.secret(key)).transpose()?;
+            match (&mut volume.format, header) {
+                (Format::NewLuks(new), header) => {
+                    new.volume_key_fd = volume_key;
+                    new.header = header.map(|sink| passing.new_file(sink, keep_partial)).transpose()?;
+                }
+                (Format::Luks(open), Some(Sink::Open(end))) => open.header = Some(passing.file(end)),
+                (Format::Luks(_), Some(Sink::New(_))) => unreachable!("an existing header is open"),
+                (Format::Luks(_) | Format::Raw(_), _) => {}
+            }
         }
         if let Some(End { fd, stream, name, .. }) = source {
-            submit.source = Some(proto::Source { fd: pass(fd), name, stream });
+            submit.source = Some(proto::Source { fd: passing.fd(fd), name, stream });
         }
-        let mut partial = None;
-        match sink {
-            Some(Sink::Open(End { fd, stream, name, .. })) => {
-                submit.sink = Some(proto::Sink { fd: pass(fd), name, stream, commit: None });
-            }
-            Some(Sink::New(place)) => {
-                let typed = place.typed().to_owned();
-                let file = place.create()?;
-                let share = |fd: BorrowedFd<'_>| {
-                    fd.try_clone_to_owned().map_err(|error| {
-                        file.remove();
-                        Error::io("cannot pass the descriptor", file.shown().display(), error)
-                    })
-                };
-                let (fd, dir_fd) = (share(file.fd.as_fd())?, share(file.dir_fd.as_fd())?);
-                submit.sink = Some(proto::Sink {
-                    fd: pass(fd),
-                    name: typed,
-                    stream: false,
-                    commit: Some(Commit {
-                        dir_fd: pass(dir_fd),
-                        partial: file.partial.clone(),
-                        name: file.name.clone(),
-                        replace: file.replace,
-                        keep_partial,
-                    }),
-                });
-                partial = Some(PartialFile { file, keep: keep_partial });
-            }
-            None => {}
+        if let Some(sink) = sink {
+            let Passed { fd, name, stream, commit } = passing.sink(sink, keep_partial)?;
+            submit.sink = Some(proto::Sink { fd, name, stream, commit });
         }
-        Ok(Prepared { submit, descriptors, partial })
-    }
-}
-
-impl PartialFile {
-    /// The job was refused: what we created is empty and goes.
-    pub fn refused(&self) {
-        self.file.remove();
-    }
-
-    /// Where the file is if nobody has removed or renamed it.
-    pub fn shown(&self) -> String {
-        self.file.shown().display().to_string()
-    }
-
-    /// The job ended without success, or its daemon went away: nothing half may look whole. Says what became of the file.
-    pub fn abandon(&self) -> Option<String> {
-        if self.file.is_in_place() {
-            Some(format!(
-                "{} was whole and in place already, but that may not outlast a power cut",
-                self.file.name
-            ))
-        } else if self.keep {
-            Some(format!("{} was kept", self.file.shown().display()))
-        } else {
-            self.file.remove().then(|| format!("{} was removed", self.file.shown().display()))
-        }
+        let (descriptors, partials) = passing.finish();
+        Ok(Prepared { submit, descriptors, partials })
     }
 }
 
@@ -295,6 +220,7 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Verb};
     use clap::Parser;
+    use proto::{Raw, TweakKind, luks};
     use std::path::Path;
 
     fn typed(dir: &Path, args: &str) -> Result<Opened> {
@@ -321,7 +247,7 @@ mod tests {
              --keep-partial",
         )
         .unwrap_or_else(|error| panic!("{error}"));
-        let Prepared { submit, descriptors, partial } =
+        let Prepared { submit, descriptors, partials } =
             opened.create().unwrap_or_else(|error| panic!("{error}"));
         let Some(Volume { format: Format::Raw(raw), key_fd }) = submit.volume else { panic!("no volume") };
         assert_eq!(
@@ -355,7 +281,7 @@ mod tests {
         assert_eq!(used, [0, 1, 2, 3]);
         assert_eq!(descriptors.len(), 4);
         assert!(dir.path().join("out.partial").exists());
-        partial.expect("a new file").refused();
+        partials[0].refused();
         assert!(!dir.path().join("out.partial").exists());
     }
 
@@ -379,16 +305,155 @@ mod tests {
         }
     }
 
+    fn sent(dir: &Path, args: &str) -> (Submit, usize, Vec<PartialFile>) {
+        let prepared = typed(dir, args).and_then(Opened::create);
+        let Prepared { submit, descriptors, partials } = prepared.unwrap_or_else(|error| panic!("{error}"));
+        (submit, descriptors.len(), partials)
+    }
+
+    fn refused(dir: &Path, args: &str) -> Error {
+        let error = typed(dir, args).err().unwrap_or_else(|| panic!("{args}: accepted"));
+        assert_eq!(error.exit as u8, 2, "{args}: {error}");
+        error
+    }
+
     #[test]
-    fn formats_to_come_are_refused_with_the_way_out() {
+    fn luks2_is_made_unless_another_format_is_named() {
+        let dir = tempfile::tempdir().expect("dir");
+        for (flag, version) in [
+            ("", luks::Version::Luks2),
+            (" --format luks2", luks::Version::Luks2),
+            (" --format luks1", luks::Version::Luks1),
+        ] {
+            let (submit, ..) =
+                sent(dir.path(), &format!("encrypt @/in @/out --key file:@/key{flag} --force"));
+            let Some(Volume { format: Format::NewLuks(new), .. }) = submit.volume else { panic!("not LUKS") };
+            assert_eq!(new.version, version);
+            assert!(new.header.is_none() && new.volume_key_fd.is_none());
+        }
+    }
+
+    #[test]
+    fn a_new_volume_may_have_its_header_elsewhere_and_its_own_volume_key() {
+        let dir = tempfile::tempdir().expect("dir");
+        std::fs::write(dir.path().join("vk"), [7; 64]).expect("write");
+        let (submit, count, partials) = sent(
+            dir.path(),
+            "encrypt @/in @/out --key file:@/key --header @/head --volume-key file:@/vk --label x",
+        );
+        let Some(Volume { format: Format::NewLuks(new), key_fd }) = submit.volume else { panic!("not LUKS") };
+        let header = new.header.expect("a header of its own");
+        let (header_commit, sink) = (header.commit.expect("a new file"), submit.sink.expect("a sink"));
+        let mut used = vec![key_fd, new.volume_key_fd.expect("its own"), header.fd, header_commit.dir_fd];
+        used.extend([submit.source.expect("source").fd, sink.fd, sink.commit.expect("a new file").dir_fd]);
+        used.sort_unstable();
+        assert_eq!(used, [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(count, 7);
+        assert_eq!((header_commit.name.as_str(), header_commit.partial.as_str()), ("head", "head.partial"));
+        use std::os::unix::fs::MetadataExt;
+        let mode = std::fs::metadata(dir.path().join("head.partial")).expect("created").mode();
+        assert_eq!(mode & 0o077, 0, "{mode:o}: whoever has a header can guess at passphrases");
+        assert_eq!(partials.len(), 2);
+        partials.iter().for_each(PartialFile::refused);
+        assert!(!dir.path().join("head.partial").exists() && !dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn an_existing_volume_is_luks_unless_called_raw() {
         let dir = tempfile::tempdir().expect("dir");
         for flag in ["", " --format luks1", " --format luks2"] {
-            let error = typed(dir.path(), &format!("encrypt @/in @/out --key file:@/key{flag}"))
-                .err()
-                .expect("refused");
-            assert_eq!(error.exit as u8, 2);
-            assert!(error.failure.hint.as_ref().is_some_and(|hint| hint.contains("--format raw")), "{error}");
+            let (submit, ..) =
+                sent(dir.path(), &format!("decrypt @/in @/out --key file:@/key --key-slot 3 --force{flag}"));
+            let Some(Volume { format: Format::Luks(open), .. }) = submit.volume else { panic!("not LUKS") };
+            assert_eq!(open, luks::Open { header: None, keyslot: Some(3), secret: luks::Secret::Passphrase });
         }
+        std::fs::write(dir.path().join("head"), "h").expect("write");
+        for verb in ["decrypt @/in @/new", "verify @/in @/key"] {
+            let (submit, count, _) =
+                sent(dir.path(), &format!("{verb} --volume-key file:@/key --header @/head"));
+            let Some(Volume { format: Format::Luks(open), key_fd }) = submit.volume else {
+                panic!("not LUKS")
+            };
+            assert_eq!(open.secret, luks::Secret::VolumeKey);
+            let header = open.header.expect("its own header");
+            assert!(header.name.ends_with("/head") && header.fd != key_fd, "{header:?}");
+            assert_eq!(count, if verb.starts_with("decrypt") { 5 } else { 4 });
+        }
+    }
+
+    #[test]
+    fn options_of_one_format_are_refused_with_another() {
+        let dir = tempfile::tempdir().expect("dir");
+        for option in ["--iv plain", "--iv plain64", "--iv-large-sectors", "--iv-offset 0"] {
+            for verb in ["encrypt @/in @/out", "decrypt @/in @/out", "verify @/in @/key"] {
+                let error = refused(dir.path(), &format!("{verb} --key file:@/key {option}"));
+                assert!(error.to_string().contains("is an option of --format raw"), "{error}");
+            }
+        }
+        for option in ["--key-size 512", "--sector-size 512"] {
+            let error = refused(dir.path(), &format!("decrypt @/in @/out --key file:@/key {option}"));
+            assert!(error.to_string().contains("is an option of --format raw"), "{error}");
+        }
+        for option in [
+            "--header x",
+            "--volume-key prompt",
+            "--cipher aes-xts-plain64",
+            "--hash sha256",
+            "--data-offset 0",
+            "--label x",
+            "--subsystem x",
+            "--uuid 0f8fad5b-d9cb-469f-a165-70867728950e",
+            "--key-slot 0",
+            "--luks2-metadata-size 16k",
+            "--luks2-keyslots-size 1M",
+            "--pbkdf pbkdf2",
+            "--iter-time 1",
+            "--pbkdf-force-iterations 1000",
+            "--pbkdf-memory 64",
+            "--pbkdf-parallel 1",
+        ] {
+            let error =
+                refused(dir.path(), &format!("encrypt @/in @/out --format raw --key file:@/key {option}"));
+            assert!(error.to_string().contains("is an option of LUKS"), "{error}");
+        }
+        for option in ["--header x", "--key-slot 0"] {
+            let error =
+                refused(dir.path(), &format!("verify @/in @/key --format raw --key file:@/key {option}"));
+            assert!(error.to_string().contains("is an option of LUKS"), "{error}");
+        }
+        let error = refused(dir.path(), "decrypt @/in @/out --format raw --volume-key file:@/key");
+        assert!(error.to_string().contains("is an option of LUKS"), "{error}");
+    }
+
+    #[test]
+    fn header_and_data_need_places_of_their_own() {
+        let dir = tempfile::tempdir().expect("dir");
+        for header in ["@/in", "@/out", "@/../{}/out", "-"] {
+            let own = dir.path().file_name().and_then(|name| name.to_str()).expect("UTF-8");
+            let header = header.replace("{}", own);
+            refused(dir.path(), &format!("encrypt @/in @/out --key file:@/key --header {header}"));
+        }
+        std::fs::write(dir.path().join("old"), "header").expect("write");
+        let error = typed(dir.path(), "encrypt @/in @/out --key file:@/key --header @/old").err();
+        assert!(error.expect("refused").to_string().contains("exists and is not empty"));
+        assert!(typed(dir.path(), "encrypt @/in @/out --key file:@/key --header @/old --force").is_ok());
+    }
+
+    #[test]
+    fn a_newline_at_the_end_of_a_passphrase_is_told_of() {
+        let dir = tempfile::tempdir().expect("dir");
+        std::fs::write(dir.path().join("line"), "secret\n").expect("write");
+        let words = "the newline is part of the key, as with cryptsetup --key-file";
+        let new = typed(dir.path(), "encrypt @/in @/out --key file:@/line").unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(new.warnings.iter().filter(|warning| warning.contains(words)).count(), 1);
+        let old = typed(dir.path(), "decrypt @/in @/out --key file:@/line").unwrap_or_else(|e| panic!("{e}"));
+        assert!(
+            !old.warnings.iter().any(|warning| warning.contains(words)),
+            "a key that fits needs no remark"
+        );
+        assert!(old.doubt.expect("one that does not").contains(words));
+        let raw = typed(dir.path(), "decrypt @/in @/out --format raw --key file:@/key");
+        assert!(raw.unwrap_or_else(|e| panic!("{e}")).doubt.is_none());
     }
 
     #[test]
@@ -408,6 +473,8 @@ mod tests {
             "encrypt - @/out --format raw --key fd:0",
             "verify - - --format raw --key file:@/key",
             "verify @/in - --format raw --key fd:0",
+            "encrypt - @/out --key file:@/key --volume-key fd:0",
+            "decrypt - @/out --volume-key fd:0",
         ] {
             assert!(
                 typed(dir.path(), args).err().expect("refused").to_string().contains("standard input"),

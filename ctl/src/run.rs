@@ -6,10 +6,11 @@ use proto::{Body, Call, ErrorKind, Event, Failure, JobId, JobInfo, JobState, Rep
 
 use crate::args::Global;
 use crate::client::{Client, out_of_turn};
+use crate::passing::PartialFile;
 use crate::progress::{Display, note};
 use crate::render::{self, Output};
 use crate::report::{Error, Exit, Result};
-use crate::request::{Opened, PartialFile, Prepared};
+use crate::request::{Opened, Prepared};
 use crate::signals::Signals;
 
 /// Run a checked job to its end, or with `--detach` to its number.
@@ -23,14 +24,15 @@ fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
         note(&format!("warning: {warning}"));
     }
     let mut output = Output::new(opened.stdout_is_data);
-    let Prepared { submit, descriptors, partial } = opened.create()?;
+    let doubt = opened.doubt.clone();
+    let Prepared { submit, descriptors, partials } = opened.create()?;
     let detach = submit.detach;
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let result = run.submit(submit, &borrowed, &mut output);
     drop(borrowed);
     // The daemon has its own copies. Ours would keep pipes open for their other ends.
     drop(descriptors);
-    match result {
+    let ended = match result {
         Ok(job) if detach && run.signalled == 0 => {
             if !global.json {
                 output.line(&job.to_string());
@@ -40,20 +42,19 @@ fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
         Ok(job) => match run.watch(job, &mut output) {
             // Nobody is left to be told, as at the end of any pipeline.
             Ok(info) if output.is_unread() && info.state == JobState::Cancelled => Ok(Exit::Failed),
-            Ok(info) => finish(&info, partial.as_ref(), global),
+            Ok(info) => finish(&info, &partials, global),
             // With the connection a job in the foreground ends too; a detached one may go on.
-            Err(error) if detach => Err(unheard(error, partial.as_ref())),
-            Err(error) => Err(abandoned(error, partial.as_ref())),
+            Err(error) if detach => Err(unheard(error, &partials)),
+            Err(error) => Err(abandoned(error, &partials)),
         },
         Err(error) if run.answered => {
-            if let Some(partial) = &partial {
-                partial.refused();
-            }
+            partials.iter().for_each(PartialFile::refused);
             Err(error)
         }
-        Err(error) if detach => Err(unheard(error, partial.as_ref())),
-        Err(error) => Err(abandoned(error, partial.as_ref())),
-    }
+        Err(error) if detach => Err(unheard(error, &partials)),
+        Err(error) => Err(abandoned(error, &partials)),
+    };
+    ended.map_err(|error| error.doubted(doubt))
 }
 
 /// Run a measurement.
@@ -82,7 +83,7 @@ pub fn watch_job(client: Client, job: JobId, global: &Global) -> Result<Exit> {
     match run.watch(job, &mut output) {
         // Nobody is left to be told.
         Err(_) if output.is_unread() => Ok(Exit::Done),
-        result => finish(&result?, None, global),
+        result => finish(&result?, &[], global),
     }
 }
 
@@ -229,15 +230,13 @@ impl Run {
 }
 
 /// Say how it ended, and turn that into our own end.
-fn finish(info: &JobInfo, partial: Option<&PartialFile>, global: &Global) -> Result<Exit> {
+fn finish(info: &JobInfo, partials: &[PartialFile], global: &Global) -> Result<Exit> {
     if info.state == JobState::Done && !global.quiet && !global.json {
         note(&render::summary(info));
     }
     end_of(info).inspect_err(|_| {
         // The daemon undid the sink; what it could not, we can.
-        if let Some(what) = partial.and_then(PartialFile::abandon) {
-            note(&what);
-        }
+        partials.iter().filter_map(PartialFile::abandon).for_each(|what| note(&what));
     })
 }
 
@@ -265,22 +264,24 @@ fn difference(info: &JobInfo, mut failure: Failure) -> Failure {
     failure
 }
 
-fn interrupted(message: impl Into<String>) -> Error {
+/// Left before the end was known.
+pub fn interrupted(message: impl Into<String>) -> Error {
     Error { exit: Exit::Interrupted, ..Error::new(ErrorKind::Cancelled, message) }
 }
 
 /// A detached job that may run without our knowing: its file is left alone.
-fn unheard(error: Error, partial: Option<&PartialFile>) -> Error {
-    let left =
-        partial.map(|partial| format!(", and {} may be left over or still be written", partial.shown()));
-    note(&format!("the job may run all the same{}", left.unwrap_or_default()));
+fn unheard(error: Error, partials: &[PartialFile]) -> Error {
+    let left: Vec<_> = partials.iter().map(PartialFile::shown).collect();
+    let left = match left.as_slice() {
+        [] => String::new(),
+        left => format!(", and {} may be left over or still be written", left.join(" and ")),
+    };
+    note(&format!("the job may run all the same{left}"));
     if error.failure.hint.is_some() { error } else { error.hint("`cryptctl job list` tells") }
 }
 
-fn abandoned(error: Error, partial: Option<&PartialFile>) -> Error {
-    if let Some(what) = partial.and_then(PartialFile::abandon) {
-        note(&what);
-    }
+fn abandoned(error: Error, partials: &[PartialFile]) -> Error {
+    partials.iter().filter_map(PartialFile::abandon).for_each(|what| note(&what));
     error
 }
 

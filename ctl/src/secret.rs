@@ -2,7 +2,11 @@
 //!
 //! Bytes are held in zeroized buffers that never grow (a growing buffer leaves copies behind). They leave this
 //! process only through a pipe that is full and closed before the request is sent: pipe memory never reaches swap, and no
-//! argument, environment or JSON holds a key. No message tells a secret or its length; the length expected may be told.
+//! argument, environment or JSON holds a key. What no pipe can hold goes through a sealed memfd. No message tells a secret
+//! or its length; the length expected may be told.
+//!
+//! A volume key has a known length, and may be written in hexadecimal. A passphrase is every byte of what is referred
+//! to, a newline at its end too, as with `cryptsetup --key-file`; only at a prompt the newline ends it.
 
 use std::fmt;
 use std::fs::File;
@@ -12,17 +16,22 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use linux_keyutils::{Key, KeyError, KeyRing, KeyRingIdentifier};
-use proto::ErrorKind;
-use rustix::fs::{Mode, OFlags, open};
+use proto::{ErrorKind, MAX_SECRET};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create, open};
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd};
 use zeroize::Zeroizing;
 
 use crate::prompt;
 use crate::report::{Error, Result};
 
-/// What was typed after `--key`. Not parsed by clap, which repeats what it cannot parse: that may be the key itself.
+/// Longest passphrase at a prompt, bytes: cryptsetup's bound too.
+const MAX_TYPED: usize = 512;
+/// Longest payload of a `user` key is 32767 bytes (keyrings(7)).
+const MAX_PAYLOAD: usize = 32_767;
+
+/// What was typed after `--key` or its kin. Not parsed by clap, which repeats what it cannot parse: that may be the key itself.
 #[derive(Clone)]
 pub struct KeyText(String);
 
@@ -39,9 +48,14 @@ impl fmt::Debug for KeyText {
 }
 
 impl KeyText {
-    /// What it refers to.
-    pub fn parse(&self) -> Result<KeyRef> {
-        KeyRef::parse(&self.0).map_err(|why| Error::usage(format!("--key: {why}")))
+    /// What it refers to. `option` is the one it was typed after, for messages.
+    pub fn parse(&self, option: &'static str) -> Result<KeyRef> {
+        KeyRef::parse(&self.0).map_err(|why| Error::usage(format!("{option}: {why}")))
+    }
+
+    /// As typed, where it is a name to be stored and not a secret to be fetched. It may be a secret all the same, by mistake.
+    pub fn as_typed(&self) -> &str {
+        &self.0
     }
 }
 
@@ -95,67 +109,192 @@ impl fmt::Display for KeyRef {
     }
 }
 
-/// A volume key, with what the user should know about where it lay.
-pub struct VolumeKey {
+/// Two secrets cannot come from one descriptor: the first takes all there is.
+pub fn refuse_shared(keys: &[&KeyRef]) -> Result<()> {
+    let shared =
+        keys.iter().enumerate().find(|(at, key)| matches!(key, KeyRef::Fd(_)) && keys[..*at].contains(key));
+    match shared {
+        Some((_, key)) => Err(Error::usage(format!("{key} cannot hold two secrets"))
+            .hint("pass each through a descriptor of its own: fd:3 3< ONE … fd:4 4< OTHER")),
+        None => Ok(()),
+    }
+}
+
+/// A secret at hand, with what the user should know about where it lay.
+pub struct Secret {
     bytes: Zeroizing<Vec<u8>>,
     /// Sentences without a full stop.
     pub warnings: Vec<String>,
+    /// What may explain it if the secret does not fit.
+    pub doubt: Option<String>,
 }
 
-/// Fetch a volume key of exactly `key_bytes` bytes, given as raw bytes or as hexadecimal digits. `twice`: a prompt asks again.
-pub fn fetch(at: &KeyRef, key_bytes: usize, twice: bool) -> Result<VolumeKey> {
+/// What a passphrase is wanted for, and the name of the volume, for prompts.
+#[derive(Debug, Clone, Copy)]
+pub enum Purpose<'a> {
+    /// Opening a volume.
+    Open(&'a str),
+    /// A new keyslot: a prompt asks twice.
+    New(&'a str),
+}
+
+/// Volume keys this program knows, bytes: AES-128-XTS and AES-256-XTS.
+pub const VOLUME_KEY_BYTES: [usize; 2] = [32, 64];
+
+/// Fetch a volume key of exactly one of `sizes`, in bytes, given as raw bytes or as hexadecimal digits. `twice`: a prompt
+/// asks again.
+pub fn volume_key(at: &KeyRef, option: &'static str, sizes: &[usize], twice: bool) -> Result<Secret> {
     // One byte more than the longest right answer (digits, CR, LF) tells a longer one apart without holding it.
-    let mut text = Zeroizing::new(Vec::with_capacity(2 * key_bytes + 3));
+    let longest = sizes.iter().max().expect("a volume key has a size");
+    let mut text = Zeroizing::new(Vec::with_capacity(2 * longest + 3));
     let mut warnings = Vec::new();
-    match at {
+    match locate(at, option, &mut warnings)? {
+        Located::Stream(file) => read(file, &mut text).map_err(|error| cannot_read(at, error))?,
+        Located::Keyring(name) => read_keyring(name, &mut text)?,
+        Located::Prompt => {
+            type_in("volume key (hexadecimal digits): ", twice, &mut text)?;
+        }
+    }
+    Ok(Secret { bytes: decode(at, &text, sizes)?, warnings, doubt: None })
+}
+
+/// Fetch a passphrase: every byte of it.
+pub fn passphrase(at: &KeyRef, option: &'static str, purpose: Purpose<'_>) -> Result<Secret> {
+    let mut warnings = Vec::new();
+    let (text, most) = match locate(at, option, &mut warnings)? {
+        Located::Stream(file) => {
+            // One byte more than may be, to tell what is longer.
+            let known = file.metadata().ok().filter(|found| found.is_file() && found.len() > 0);
+            let most = known.map_or(MAX_SECRET, |found| {
+                usize::try_from(found.len()).map_or(MAX_SECRET, |length| length.min(MAX_SECRET))
+            });
+            let mut text = room(most + 1);
+            read(file, &mut text).map_err(|error| cannot_read(at, error))?;
+            (text, most)
+        }
+        Located::Keyring(name) => {
+            let mut text = room(MAX_PAYLOAD + 1);
+            read_keyring(name, &mut text)?;
+            (text, MAX_PAYLOAD)
+        }
+        Located::Prompt => {
+            let mut text = room(MAX_TYPED + 1);
+            match purpose {
+                Purpose::Open(volume) => type_in(&question("passphrase of", volume), false, &mut text)?,
+                Purpose::New(volume) => type_in(&question("new passphrase of", volume), true, &mut text)?,
+            }
+            (text, MAX_TYPED)
+        }
+    };
+    if text.is_empty() {
+        return Err(Error::usage(format!("{at}: a passphrase must not be empty")));
+    }
+    if text.len() > most {
+        let why = if most == MAX_SECRET || *at == KeyRef::Prompt {
+            format!("longer than the {most} bytes a passphrase may have here")
+        } else {
+            "it grew while it was read".to_owned()
+        };
+        return Err(Error::usage(format!("{at}: {why}")));
+    }
+    let mut doubt = None;
+    if text.ends_with(b"\n") {
+        let sentence = "the newline is part of the key, as with cryptsetup --key-file";
+        match purpose {
+            Purpose::New(_) => warnings.push(format!("{at} ends in a newline: {sentence}")),
+            Purpose::Open(_) => doubt = Some(format!("{at} ends in a newline, and {sentence}")),
+        }
+    }
+    Ok(Secret { bytes: text, warnings, doubt })
+}
+
+/// A buffer that will not grow, kept from swap as far as the limit allows.
+fn room(bytes: usize) -> Zeroizing<Vec<u8>> {
+    let room = Zeroizing::new(Vec::with_capacity(bytes));
+    lock_memory();
+    room
+}
+
+fn question(what: &str, volume: &str) -> String {
+    let volume = if volume == "-" { "the volume".into() } else { crate::report::printable(volume) };
+    format!("{what} {volume}: ")
+}
+
+fn type_in(question: &str, twice: bool, text: &mut Zeroizing<Vec<u8>>) -> Result<()> {
+    prompt::ask(question, text)?;
+    if twice {
+        let mut again = Zeroizing::new(Vec::with_capacity(text.capacity()));
+        prompt::ask("once more: ", &mut again)?;
+        if **text != *again {
+            return Err(Error::usage("the two entries differ"));
+        }
+    }
+    Ok(())
+}
+
+/// Where the bytes come from, open.
+enum Located<'a> {
+    Stream(File),
+    Keyring(&'a str),
+    Prompt,
+}
+
+fn locate<'a>(at: &'a KeyRef, option: &str, warnings: &mut Vec<String>) -> Result<Located<'a>> {
+    Ok(match at {
         KeyRef::File(path) => {
             let file = File::options()
                 .read(true)
                 .custom_flags(OFlags::NOCTTY.bits().cast_signed())
                 .open(path)
                 .map_err(|error| Error::io("cannot open the key", path.display(), error))?;
-            let mode = file
-                .metadata()
-                .map_err(|error| Error::io("cannot read the key", path.display(), error))?
-                .mode();
-            if mode & 0o077 != 0 {
-                warnings
-                    .push(format!("{at} can be read by others (mode {:04o}): `chmod 600` it", mode & 0o7777));
+            let found = file.metadata().map_err(|error| cannot_read(at, error))?;
+            if found.is_file() && found.mode() & 0o077 != 0 {
+                warnings.push(format!(
+                    "{at} can be read by others (mode {:04o}): `chmod 600` it",
+                    found.mode() & 0o7777
+                ));
             }
-            read(file, &mut text).map_err(|error| Error::io("cannot read the key", path.display(), error))?;
+            Located::Stream(file)
         }
-        KeyRef::Fd(number) => {
-            let file = duplicate(*number).map_err(|errno| match errno {
-                Errno::BADF => Error::usage(format!("--key: descriptor {number} is not open"))
-                    .hint("in a shell: cryptctl … --key fd:3 3< <(fetch-key)"),
-                _ => Error::io("cannot read the key", format_args!("fd:{number}"), errno),
-            })?;
-            read(file, &mut text)
-                .map_err(|error| Error::io("cannot read the key", format_args!("fd:{number}"), error))?;
-        }
-        KeyRef::Prompt => {
-            prompt::ask("volume key (hexadecimal digits): ", &mut text)?;
-            if twice {
-                let mut again = Zeroizing::new(Vec::with_capacity(text.capacity()));
-                prompt::ask("once more: ", &mut again)?;
-                if *text != *again {
-                    return Err(Error::usage("the two entries differ"));
-                }
+        KeyRef::Fd(number) => Located::Stream(duplicate(*number).map_err(|errno| {
+            match errno {
+                Errno::BADF => Error::usage(format!("{option}: descriptor {number} is not open"))
+                    .hint(format!("in a shell: cryptctl … {option} fd:3 3< <(fetch-key)")),
+                _ => cannot_read(at, errno),
             }
-        }
-        KeyRef::Keyring(name) => read_keyring(name, &mut text)?,
-    }
-    Ok(VolumeKey { bytes: decode(at, &text, key_bytes)?, warnings })
+        })?),
+        KeyRef::Keyring(name) => Located::Keyring(name),
+        KeyRef::Prompt => Located::Prompt,
+    })
 }
 
-impl VolumeKey {
-    /// The read end of a pipe that holds the whole key and whose write end is closed.
-    pub fn into_pipe(self) -> Result<OwnedFd> {
-        // At most 64 bytes into an empty pipe of at least one page: the write cannot block.
-        let wrap = |error: io::Error| Error::io("cannot pass the key", "pipe", error);
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| wrap(errno.into()))?;
-        File::from(writer).write_all(&self.bytes).map_err(wrap)?;
-        Ok(reader)
+fn cannot_read(at: &KeyRef, error: impl Into<io::Error>) -> Error {
+    match at {
+        KeyRef::File(path) => Error::io("cannot read the key", path.display(), error),
+        KeyRef::Fd(number) => Error::io("cannot read the key", format_args!("fd:{number}"), error),
+        KeyRef::Prompt | KeyRef::Keyring(_) => Error::io("cannot read the key", at, error),
+    }
+}
+
+impl Secret {
+    /// What the daemon takes: the read end of a pipe that holds it all and whose write end is closed; or a sealed memfd, when
+    /// no pipe of this user may be that large.
+    pub fn into_fd(self) -> Result<OwnedFd> {
+        let wrap = |what: &'static str| move |error: io::Error| Error::io("cannot pass the key", what, error);
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(|errno| wrap("pipe")(errno.into()))?;
+        let fits = |size: Result<usize, Errno>| size.is_ok_and(|size| size >= self.bytes.len());
+        if fits(fcntl_getpipe_size(&writer)) || fits(fcntl_setpipe_size(&writer, self.bytes.len())) {
+            // Into an empty pipe that is large enough: the write cannot block.
+            File::from(writer).write_all(&self.bytes).map_err(wrap("pipe"))?;
+            return Ok(reader);
+        }
+        let memory = memfd_create("key", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(|errno| wrap("memfd")(errno.into()))?;
+        let mut file = File::from(memory);
+        file.write_all(&self.bytes).map_err(wrap("memfd"))?;
+        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&file, seals).map_err(|errno| wrap("memfd")(errno.into()))?;
+        Ok(file.into())
     }
 }
 
@@ -180,12 +319,13 @@ fn duplicate(number: u32) -> Result<File, Errno> {
     }
 }
 
-/// Fill `text` up to its capacity, never beyond.
+/// Fill `text` up to its capacity, never beyond. In steps: of room for a long secret only what is needed is touched.
 fn read(mut from: impl Read, text: &mut Zeroizing<Vec<u8>>) -> io::Result<()> {
+    const STEP: usize = 64 << 10;
     let capacity = text.capacity();
-    text.resize(capacity, 0);
     let mut filled = 0;
     while filled < capacity {
+        text.resize(capacity.min(filled + STEP), 0);
         match from.read(&mut text[filled..]) {
             Ok(0) => break,
             Ok(count) => filled += count,
@@ -237,31 +377,36 @@ fn keyring_error(name: &str, error: KeyError) -> Error {
     }
 }
 
-/// Raw bytes or hexadecimal digits to exactly `key_bytes` bytes.
-fn decode(at: &KeyRef, text: &[u8], key_bytes: usize) -> Result<Zeroizing<Vec<u8>>> {
+/// Raw bytes or hexadecimal digits to exactly one of `sizes`, in bytes.
+fn decode(at: &KeyRef, text: &[u8], sizes: &[usize]) -> Result<Zeroizing<Vec<u8>>> {
     let line = text.strip_suffix(b"\n").unwrap_or(text);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let digits = !line.is_empty() && line.iter().all(u8::is_ascii_hexdigit);
-    let mut key = Zeroizing::new(Vec::with_capacity(key_bytes));
-    if digits && line.len() == 2 * key_bytes {
+    let mut key = Zeroizing::new(Vec::with_capacity(text.len()));
+    if digits && sizes.iter().any(|size| line.len() == 2 * size) {
         key.extend(line.chunks_exact(2).map(|pair| nibble(pair[0]) << 4 | nibble(pair[1])));
-        Ok(key)
-    } else if text.len() == key_bytes && !digits && *at != KeyRef::Prompt {
-        key.extend_from_slice(text);
-        Ok(key)
-    } else if digits && matches!(line.len(), 64 | 128) {
-        // 64 digits are also 64 bytes. No random key looks like that; a 256-bit key in hexadecimal does.
-        let other = if key_bytes == 32 { 512 } else { 256 };
-        Err(Error::usage(format!("{at}: hexadecimal digits that are not a {}-bit key", key_bytes * 8))
-            .hint(format!("for a {other}-bit key pass --key-size {other}")))
-    } else {
-        Err(Error::usage(format!(
-            "{at}: does not hold a {}-bit key: expected exactly {}{} hexadecimal digits",
-            key_bytes * 8,
-            if *at == KeyRef::Prompt { String::new() } else { format!("{key_bytes} bytes, or ") },
-            2 * key_bytes
-        )))
+        return Ok(key);
     }
+    if sizes.contains(&text.len()) && !digits && *at != KeyRef::Prompt {
+        key.extend_from_slice(text);
+        return Ok(key);
+    }
+    let among = |scale: usize| {
+        let each: Vec<_> = sizes.iter().map(|size| (scale * size).to_string()).collect();
+        each.join(" or ")
+    };
+    if let (true, &[size], 64 | 128) = (digits, sizes, line.len()) {
+        // 64 digits are also 64 bytes. No random key looks like that; a 256-bit key in hexadecimal does.
+        let other = if size == 32 { 512 } else { 256 };
+        return Err(Error::usage(format!("{at}: hexadecimal digits that are not a {}-bit key", among(8)))
+            .hint(format!("for a {other}-bit key pass --key-size {other}")));
+    }
+    Err(Error::usage(format!(
+        "{at}: does not hold a {}-bit key: expected exactly {}{} hexadecimal digits",
+        among(8),
+        if *at == KeyRef::Prompt { String::new() } else { format!("{} bytes, or ", among(1)) },
+        among(2)
+    )))
 }
 
 fn nibble(digit: u8) -> u8 {
@@ -277,11 +422,16 @@ fn nibble(digit: u8) -> u8 {
 ///
 /// Failing to is no reason to stop: the daemon, which holds keys for hours, warns about its own limits.
 pub fn harden() {
-    use rustix::mm::{MlockAllFlags, mlockall};
     use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     let _ = setrlimit(Resource::Core, none);
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    lock_memory();
+}
+
+/// What is mapped now stays out of swap. What is mapped later is not covered: a limit would then make allocations fail.
+fn lock_memory() {
+    use rustix::mm::{MlockAllFlags, mlockall};
     let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT);
 }
 
@@ -289,13 +439,13 @@ pub fn harden() {
 mod tests {
     use super::*;
 
-    fn from_file(content: &[u8], key_bytes: usize) -> Result<VolumeKey> {
+    fn from_file(content: &[u8], key_bytes: usize) -> Result<Secret> {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("key");
         let mut file =
             File::options().create(true).write(true).truncate(true).mode(0o600).open(&path).expect("create");
         file.write_all(content).expect("write");
-        fetch(&KeyRef::File(path), key_bytes, false)
+        volume_key(&KeyRef::File(path), "--key", &[key_bytes], false)
     }
 
     #[test]
@@ -370,7 +520,7 @@ mod tests {
 
     #[test]
     fn the_pipe_holds_the_key_and_then_ends() {
-        let pipe = from_file(&[9; 64], 64).expect("key").into_pipe().expect("pipe");
+        let pipe = from_file(&[9; 64], 64).expect("key").into_fd().expect("pipe");
         let mut got = Vec::new();
         File::from(pipe).read_to_end(&mut got).expect("ends");
         assert_eq!(got, [9; 64]);
@@ -382,9 +532,12 @@ mod tests {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).expect("pipe");
         File::from(writer).write_all(&[5; 32]).expect("write");
         let number = u32::try_from(reader.as_raw_fd()).expect("a descriptor");
-        assert_eq!(*fetch(&KeyRef::Fd(number), 32, false).expect("key").bytes, [5; 32]);
+        assert_eq!(*volume_key(&KeyRef::Fd(number), "--key", &[32], false).expect("key").bytes, [5; 32]);
         for number in [99_999, u32::MAX] {
-            let error = fetch(&KeyRef::Fd(number), 32, false).err().expect("no such descriptor").to_string();
+            let error = volume_key(&KeyRef::Fd(number), "--key", &[32], false)
+                .err()
+                .expect("no such descriptor")
+                .to_string();
             assert!(
                 error.starts_with(&format!("cryptctl: --key: descriptor {number} is not open")),
                 "{error}"
@@ -400,12 +553,16 @@ mod tests {
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(&[&[1; 32][..], &[2; 32]].concat()).expect("write");
         file.seek(SeekFrom::Start(32)).expect("seek");
-        assert_eq!(*fetch(&number(&file), 32, false).expect("key").bytes, [2; 32], "from its offset on");
+        assert_eq!(
+            *volume_key(&number(&file), "--key", &[32], false).expect("key").bytes,
+            [2; 32],
+            "from its offset on"
+        );
         // A socket has no path to open it anew by.
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
         (&theirs).write_all(&[3; 32]).expect("write");
         drop(theirs);
-        assert_eq!(*fetch(&number(&ours), 32, false).expect("key").bytes, [3; 32]);
+        assert_eq!(*volume_key(&number(&ours), "--key", &[32], false).expect("key").bytes, [3; 32]);
     }
 
     #[test]
@@ -428,7 +585,95 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("file");
         std::fs::write(file.path(), [3; 32]).expect("write");
         std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o640)).expect("chmod");
-        let key = fetch(&KeyRef::File(file.path().into()), 32, false).expect("key");
+        let key = volume_key(&KeyRef::File(file.path().into()), "--key", &[32], false).expect("key");
         assert!(key.warnings[0].contains("mode 0640"));
+    }
+
+    fn phrase(content: &[u8], purpose: Purpose<'_>) -> Result<Secret> {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("key");
+        std::fs::write(&path, content).expect("write");
+        passphrase(&KeyRef::File(path), "--key", purpose)
+    }
+
+    fn through_the_descriptor(secret: Secret) -> (Vec<u8>, bool) {
+        let fd = secret.into_fd().unwrap_or_else(|error| panic!("{error}"));
+        let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&fd).expect("fstat").st_mode);
+        let mut file = File::from(fd);
+        if kind == rustix::fs::FileType::RegularFile {
+            use std::io::{Seek, SeekFrom};
+            let seals = rustix::fs::fcntl_get_seals(&file).expect("a memfd");
+            assert!(seals.contains(SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK));
+            file.seek(SeekFrom::Start(0)).expect("seek");
+        }
+        let mut got = Vec::new();
+        file.read_to_end(&mut got).expect("ends");
+        (got, kind == rustix::fs::FileType::Fifo)
+    }
+
+    #[test]
+    fn a_passphrase_is_every_byte_whatever_its_length() {
+        let long: Vec<u8> = (0..MAX_SECRET).map(|at| (at % 251) as u8).collect();
+        for length in [1, 64, 65_536, 65_537, 1 << 20, (1 << 20) + 1, MAX_SECRET] {
+            let secret =
+                phrase(&long[..length], Purpose::Open("v")).unwrap_or_else(|error| panic!("{error}"));
+            let (got, pipe) = through_the_descriptor(secret);
+            assert!(got == long[..length], "{length} bytes");
+            assert!(pipe || length > 65_536, "{length} bytes fit a pipe");
+        }
+        for content in [&b"a\n"[..], b"\n", b"\0", b"a\r\n", &[b'0'; 64]] {
+            let secret = phrase(content, Purpose::Open("v")).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(through_the_descriptor(secret).0, content);
+        }
+    }
+
+    #[test]
+    fn an_empty_or_an_endless_passphrase_is_refused() {
+        assert!(
+            phrase(b"", Purpose::New("v")).err().expect("empty").to_string().contains("must not be empty")
+        );
+        let error = phrase(&vec![1; MAX_SECRET + 1], Purpose::New("v")).err().expect("long");
+        assert!(error.to_string().contains("longer than the 8388608 bytes"), "{error}");
+        let error = passphrase(&KeyRef::File("/dev/zero".into()), "--key", Purpose::Open("v")).err();
+        assert!(error.expect("endless").to_string().contains("longer than"));
+    }
+
+    #[test]
+    fn a_newline_at_the_end_warns_before_and_explains_afterwards() {
+        let new = phrase(b"x\n", Purpose::New("v")).unwrap_or_else(|error| panic!("{error}"));
+        assert!(new.doubt.is_none());
+        assert!(new.warnings.iter().any(|warning| warning.contains("the newline is part of the key")));
+        let old = phrase(b"x\n", Purpose::Open("v")).unwrap_or_else(|error| panic!("{error}"));
+        assert!(old.doubt.is_some_and(|doubt| doubt.contains("the newline is part of the key")));
+        assert!(!old.warnings.iter().any(|warning| warning.contains("newline")));
+        assert!(phrase(b"x\ny", Purpose::Open("v")).is_ok_and(|secret| secret.doubt.is_none()));
+    }
+
+    #[test]
+    fn a_volume_key_of_unknown_size_is_told_by_its_length() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("key");
+        let key = |content: &[u8]| {
+            std::fs::write(&path, content).expect("write");
+            volume_key(&KeyRef::File(path.clone()), "--volume-key", &VOLUME_KEY_BYTES, false)
+        };
+        for (content, length) in
+            [(vec![7; 32], 32), (vec![7; 64], 64), (vec![b'a'; 64], 32), (vec![b'a'; 128], 64)]
+        {
+            assert_eq!(
+                key(&content).map(|key| key.bytes.len()).unwrap_or_else(|error| panic!("{error}")),
+                length
+            );
+        }
+        for length in [0, 31, 33, 63, 65, 127] {
+            let error = key(&vec![7; length]).err().expect("no key").to_string();
+            assert!(error.contains("exactly 32 or 64 bytes, or 64 or 128 hexadecimal digits"), "{error}");
+        }
+    }
+
+    #[test]
+    fn one_descriptor_is_not_two_secrets() {
+        assert!(refuse_shared(&[&KeyRef::Fd(3), &KeyRef::Prompt, &KeyRef::Fd(3)]).is_err());
+        assert!(refuse_shared(&[&KeyRef::Fd(3), &KeyRef::Fd(4), &KeyRef::Prompt, &KeyRef::Prompt]).is_ok());
     }
 }

@@ -74,8 +74,6 @@ fn diffuse(hash: Hash, buf: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const HASHES: [Hash; 5] = [Hash::Sha1, Hash::Sha224, Hash::Sha256, Hash::Sha384, Hash::Sha512];
-
     /// Not random, but no two bytes in a row alike.
     fn noise(len: usize, seed: u8) -> Vec<u8> {
         let mut state = u32::from(seed) + 1;
@@ -88,7 +86,7 @@ mod tests {
 
     #[test]
     fn a_split_key_merges_to_itself_under_every_hash_and_length() {
-        for hash in HASHES {
+        for hash in Hash::ALL {
             // 1, 33, 48: keys that are no whole number of hash outputs.
             for len in [1, 16, 20, 32, 33, 48, 64] {
                 let key = noise(len, 1);

@@ -6,7 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
@@ -23,6 +23,9 @@ pub struct Captured {
     pub bytes: u64,
 }
 
+/// Two copies and a keyslots area of the largest sizes LUKS2 has; LUKS1 stays below.
+const HEADER_BYTES_MAX: u64 = 2 * *luks2::COPY_BYTES.end() + (128 << 20);
+
 /// Bytes read at a time, and first.
 const PIECE: usize = 64 << 10;
 const FIRST: usize = 4096;
@@ -34,6 +37,8 @@ const FIRST: usize = 4096;
 pub fn capture(name: &str, take: &mut dyn FnMut(&mut [u8]) -> Result<usize>) -> Result<Captured> {
     let file = memfd_create("header", MemfdFlags::CLOEXEC)
         .map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
+    // As long as any header: where the volume ends cannot be known, and unwritten bytes cost nothing.
+    ftruncate(&file, HEADER_BYTES_MAX).map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
     let file: Arc<OwnedFd> = Arc::new(file);
     let mut kept = Kept { device: Blocking::open(file, name, 1)?, bytes: 0 };
     let mut first = vec![0; FIRST];

@@ -1,0 +1,222 @@
+//! `cryptctl luks …`: one question about a header, or one change of it, and its answer.
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `mod` | the conversation: ask, wait, give up on a signal, show |
+//! | `args` | what was typed |
+//! | `new` | a new header's and keyslot's wishes |
+//! | `request` | what was typed means: files, secrets, the request |
+//! | `token` | tokens as they are typed and shown |
+//! | `lock` | cryptsetup's lock of a block device |
+//! | `render` | answers as people read them |
+//! | `help` | the long help |
+
+pub mod args;
+pub mod help;
+mod lock;
+pub mod new;
+mod render;
+mod request;
+mod token;
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use proto::luks::{Dump, Reply, Severity};
+use proto::{Call, ErrorKind};
+
+use crate::args::Global;
+use crate::client::{Client, out_of_turn};
+use crate::launch;
+use crate::passing::PartialFile;
+use crate::progress::note;
+use crate::prompt;
+use crate::render::Output;
+use crate::report::{Error, Exit, Result};
+use crate::run::interrupted;
+use crate::signals::Signals;
+
+use args::{Luks, Token};
+use lock::{Lock, Outcome};
+use request::{Opened, Prepared, Question};
+
+/// `cryptctl luks …`
+pub fn run(verb: &Luks, global: &Global) -> Result<Exit> {
+    let mut opened = request::open(verb)?;
+    for warning in &opened.warnings {
+        note(&format!("warning: {warning}"));
+    }
+    let mut client = launch::reach_or_start(global)?;
+    settle(&mut opened, &mut client)?;
+    let lock = lock(&opened)?;
+    // From here on there may be something to undo, so a signal must not just end us.
+    let signals = Signals::catch()?;
+    let result = carry_out(verb, opened, lock.as_ref(), &mut client, signals, global);
+    if let Some(lock) = lock {
+        lock.release();
+    }
+    result
+}
+
+/// What has to be known of the volume, or asked of the user, before the request can be made.
+fn settle(opened: &mut Opened, client: &mut Client) -> Result<()> {
+    if opened.open_question.is_none() {
+        return Ok(());
+    }
+    let (request, descriptors) = opened.preliminary();
+    let (reply, _) = client.call(Call::Luks(Box::new(request)), &descriptors)?;
+    drop(descriptors);
+    let proto::Reply::Luks(reply) = reply else { return Err(out_of_turn()) };
+    let Reply::Dump(dump) = *reply else { return Err(out_of_turn()) };
+    if let Some(Question::MayErase(name)) = &opened.open_question {
+        confirm_erasing(name, &dump)?;
+    }
+    opened.settle_keyslot(&dump.summary)
+}
+
+fn confirm_erasing(name: &str, dump: &Dump) -> Result<()> {
+    let text = crate::report::printable(&format!(
+        "Every keyslot of {name} (UUID {}) will be destroyed. Without a header backup nobody reads its data again.",
+        dump.summary.uuid
+    ));
+    match prompt::question(&format!("{text}\nType YES to go on: "))? {
+        Some(answer) if answer == "YES" => Ok(()),
+        Some(_) => Err(Error::new(ErrorKind::Cancelled, format!("{name} was left as it is"))),
+        None => Err(Error::usage("erase asks first, and there is no terminal to ask on")
+            .hint("--yes-destroy-all-keys does it without asking")),
+    }
+}
+
+/// cryptsetup's lock, where there is a block device and we may have it.
+fn lock(opened: &Opened) -> Result<Option<Lock>> {
+    let Some((device, name)) = opened.lockable() else { return Ok(None) };
+    let directory = Path::new(lock::DIRECTORY);
+    match lock::take(directory, device, name, opened.writes, lock::PATIENCE, &mut note)? {
+        Outcome::Held(lock) => Ok(Some(lock)),
+        Outcome::NotPermitted(why) => {
+            // A reader sees at worst a header that was being written, which its checksum tells.
+            if opened.writes {
+                note(&format!("warning: cryptsetup is not kept from changing {name} meanwhile: {why}"));
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn carry_out(
+    verb: &Luks,
+    opened: Opened,
+    lock: Option<&Lock>,
+    client: &mut Client,
+    signals: Signals,
+    global: &Global,
+) -> Result<Exit> {
+    let doubt = opened.doubt.clone();
+    let Prepared { request, descriptors, partials } = opened.create(lock.map(Lock::as_fd))?;
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let result = ask(client, signals, Call::Luks(Box::new(request)), &borrowed);
+    drop(borrowed);
+    drop(descriptors);
+    match result {
+        Ok((reply, text)) => show(verb, &reply, &text, global),
+        Err(error) => {
+            // The daemon undid what it had; what it could not, we can.
+            partials.iter().filter_map(PartialFile::abandon).for_each(|what| note(&what));
+            Err(error.doubted(doubt))
+        }
+    }
+}
+
+/// Ask and wait for the answer, however long a key derivation takes. A signal hangs up half-way: the daemon gives up if
+/// nothing is written yet, and says what became of it.
+fn ask(
+    client: &mut Client,
+    mut signals: Signals,
+    call: Call,
+    descriptors: &[std::os::fd::BorrowedFd<'_>],
+) -> Result<(Reply, String)> {
+    let id = client.send(call, descriptors)?;
+    let mut signalled = 0;
+    loop {
+        if let Some(answer) = client.answer(id)? {
+            let (proto::Reply::Luks(reply), text) = answer? else { return Err(out_of_turn()) };
+            return Ok((*reply, text));
+        }
+        let woken = client.wait(Some(signals.as_fd()), None)?;
+        if woken.other {
+            let before = signalled;
+            signalled += signals.take();
+            if signalled > 1 {
+                return Err(interrupted("left at once: what has begun to be written may still be completed"));
+            }
+            if before == 0 && signalled > 0 {
+                client.give_up();
+                note("giving up; interrupt again to leave at once");
+            }
+        }
+        if woken.readable
+            && let Err(error) = client.fill()
+        {
+            // The last line and the end may have come together.
+            return match client.answer(id) {
+                Ok(Some(answer)) => {
+                    let (proto::Reply::Luks(reply), text) = answer? else { return Err(out_of_turn()) };
+                    Ok((*reply, text))
+                }
+                _ if signalled > 0 => Err(Error::new(ErrorKind::Cancelled, "given up")
+                    .hint("`cryptctl luks dump` shows the header as it is")),
+                _ => Err(error),
+            };
+        }
+    }
+}
+
+/// Show the answer. A summary goes to standard error and is left out with `--quiet`; what was asked for is the output.
+fn show(verb: &Luks, reply: &Reply, text: &str, global: &Global) -> Result<Exit> {
+    let fits = match reply {
+        Reply::Done(_) => {
+            !matches!(verb, Luks::Dump(_) | Luks::Token(Token::List(_)) | Luks::Repair(_) | Luks::Doctor(_))
+        }
+        Reply::Dump(_) => matches!(verb, Luks::Dump(_)),
+        Reply::Tokens(_) => matches!(verb, Luks::Token(Token::List(_))),
+        Reply::Repaired(_) => matches!(verb, Luks::Repair(_)),
+        Reply::Doctor(_) => matches!(verb, Luks::Doctor(_)),
+    };
+    if !fits {
+        return Err(out_of_turn());
+    }
+    let mut output = Output::new(false);
+    let colour = output.colour();
+    if global.json {
+        output.line(text);
+    } else {
+        match reply {
+            Reply::Done(done) => {
+                for warning in &done.warnings {
+                    note(&format!("warning: {warning}"));
+                }
+                if !global.quiet {
+                    match verb {
+                        Luks::OpenTest(_) => output.text(&render::opened(done)),
+                        _ => note(&render::done(verb, done)),
+                    }
+                }
+            }
+            Reply::Dump(dump) => output.text(&render::dump(dump, colour)),
+            Reply::Tokens(tokens) => output.text(&render::tokens(tokens, colour)),
+            Reply::Repaired(repaired) => output.text(&render::repaired(repaired)),
+            Reply::Doctor(doctor) => output.text(&render::doctor(doctor, colour)),
+        }
+    }
+    match reply {
+        Reply::Doctor(doctor)
+            if doctor.findings.iter().any(|finding| finding.severity == Severity::Danger) =>
+        {
+            Ok(Exit::Failed)
+        }
+        _ => Ok(Exit::Done),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Descriptors on their way to the daemon, and the new files that must not be left behind if it never gets them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use proto::Commit;
+
+use crate::endpoint::{End, Sink};
+use crate::partial::Partial;
+use crate::report::{Error, Result};
+use crate::secret::Secret;
+
+/// What a request carries, in the order of its indices. Dropped before [`Passing::finish`], it removes what it created.
+#[derive(Default)]
+pub struct Passing {
+    descriptors: Vec<OwnedFd>,
+    partials: Vec<PartialFile>,
+}
+
+/// A sink's place in a request.
+pub struct Passed {
+    /// Descriptor index.
+    pub fd: u32,
+    /// As typed.
+    pub name: String,
+    /// Written in order.
+    pub stream: bool,
+    /// For a new file.
+    pub commit: Option<Commit>,
+}
+
+/// A new file, for as long as this command answers for it.
+pub struct PartialFile {
+    file: Partial,
+    keep: bool,
+}
+
+impl Passing {
+    /// The index of one more descriptor.
+    pub fn fd(&mut self, fd: OwnedFd) -> u32 {
+        self.descriptors.push(fd);
+        u32::try_from(self.descriptors.len() - 1).expect("at most eight")
+    }
+
+    /// The index of a secret's pipe.
+    pub fn secret(&mut self, secret: Secret) -> Result<u32> {
+        Ok(self.fd(secret.into_fd()?))
+    }
+
+    /// An open file.
+    pub fn file(&mut self, end: End) -> proto::luks::File {
+        proto::luks::File { fd: self.fd(end.fd), name: end.name }
+    }
+
+    /// Where something is written; a new file is created now. `keep`: it stays behind when the job fails.
+    pub fn sink(&mut self, sink: Sink, keep: bool) -> Result<Passed> {
+        let place = match sink {
+            Sink::Open(End { fd, stream, name, .. }) => {
+                return Ok(Passed { fd: self.fd(fd), name, stream, commit: None });
+            }
+            Sink::New(place) => place,
+        };
+        let name = place.typed().to_owned();
+        let created = PartialFile { file: place.create()?, keep };
+        let file = &created.file;
+        let share = |fd: BorrowedFd<'_>| {
+            fd.try_clone_to_owned().map_err(|error| {
+                file.remove();
+                Error::io("cannot pass the descriptor", file.shown().display(), error)
+            })
+        };
+        let (fd, dir_fd) = (share(file.fd.as_fd())?, share(file.dir_fd.as_fd())?);
+        let fd = self.fd(fd);
+        let commit = Commit {
+            dir_fd: self.fd(dir_fd),
+            partial: file.partial.clone(),
+            name: file.name.clone(),
+            replace: file.replace,
+            keep_partial: keep,
+        };
+        self.partials.push(created);
+        Ok(Passed { fd, name, stream: false, commit: Some(commit) })
+    }
+
+    /// A new header or backup.
+    pub fn new_file(&mut self, sink: Sink, keep: bool) -> Result<proto::luks::NewFile> {
+        let Passed { fd, name, commit, .. } = self.sink(sink, keep)?;
+        Ok(proto::luks::NewFile { fd, name, commit })
+    }
+
+    /// The descriptors, and the new files: from here on somebody else answers for them.
+    pub fn finish(mut self) -> (Vec<OwnedFd>, Vec<PartialFile>) {
+        (std::mem::take(&mut self.descriptors), std::mem::take(&mut self.partials))
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        for partial in &self.partials {
+            partial.refused();
+        }
+    }
+}
+
+impl PartialFile {
+    /// The request was refused: what we created is empty and goes.
+    pub fn refused(&self) {
+        self.file.remove();
+    }
+
+    /// Where the file is if nobody has removed or renamed it.
+    pub fn shown(&self) -> String {
+        self.file.shown().display().to_string()
+    }
+
+    /// It ended without success, or its daemon went away: nothing half may look whole. Says what became of the file.
+    pub fn abandon(&self) -> Option<String> {
+        if self.file.is_in_place() {
+            Some(format!(
+                "{} was whole and in place already, but that may not outlast a power cut",
+                self.file.name
+            ))
+        } else if self.keep {
+            Some(format!("{} was kept", self.file.shown().display()))
+        } else {
+            self.file.remove().then(|| format!("{} was removed", self.file.shown().display()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partial::Place;
+
+    #[test]
+    fn what_was_created_for_a_request_that_is_never_sent_is_removed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut passing = Passing::default();
+        let place = Place::new(&dir.path().join("a"), "a", None, false, 0o600).expect("place");
+        let passed = passing.sink(Sink::New(place), true).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!((passed.fd, passed.commit.map(|commit| commit.dir_fd)), (0, Some(1)));
+        assert!(dir.path().join("a.partial").exists());
+        std::fs::write(dir.path().join("b.partial"), "somebody's").expect("write");
+        let place = Place::new(&dir.path().join("b"), "b", None, false, 0o600).expect("place");
+        assert!(passing.sink(Sink::New(place), false).is_err());
+        drop(passing);
+        assert!(!dir.path().join("a.partial").exists(), "the first goes with the second's failure");
+        assert!(dir.path().join("b.partial").exists());
+    }
+
+    #[test]
+    fn what_was_handed_over_stays() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut passing = Passing::default();
+        let place = Place::new(&dir.path().join("a"), "a", None, false, 0o600).expect("place");
+        assert!(passing.sink(Sink::New(place), false).is_ok());
+        let (descriptors, partials) = passing.finish();
+        assert_eq!((descriptors.len(), partials.len()), (2, 1));
+        assert!(dir.path().join("a.partial").exists());
+        assert!(partials[0].abandon().is_some_and(|what| what.ends_with("was removed")));
+    }
+}
