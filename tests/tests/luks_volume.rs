@@ -621,7 +621,7 @@ fn volumes_made_here_open_in_cryptsetup() {
         (Version::Luks2, json!({"key_bytes": 32, "data_unit": 512, "hash": "sha512", "keyslot": 31})),
         (Version::Luks2, json!({"label": "a".repeat(47), "subsystem": "sub-ä", "data_unit": 2048})),
         (Version::Luks2, json!({"metadata_bytes": 4 << 20, "data_offset": 18 << 20})),
-        (Version::Luks2, json!({"data_offset": 290_816})),
+        (Version::Luks2, json!({"data_offset": 548_864})),
         (Version::Luks2, json!({"uuid": "4F1C2D3E-5A6B-4C7D-8E9F-0A1B2C3D4E5F"})),
         (Version::Luks2, argon2("argon2id")),
         (Version::Luks2, argon2("argon2i")),
