@@ -35,9 +35,35 @@ impl Programs {
     }
 }
 
+/// What our volumes are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Format {
+    /// No header.
+    #[default]
+    Raw,
+    /// LUKS1: always 512-byte data units.
+    Luks1,
+    /// LUKS2.
+    Luks2,
+}
+
+impl Format {
+    /// Where its data begins, bytes, for a 512-bit key.
+    #[must_use]
+    pub fn data_offset(self) -> u64 {
+        match self {
+            Self::Raw => 0,
+            Self::Luks1 => 2 << 20,
+            Self::Luks2 => 16 << 20,
+        }
+    }
+}
+
 /// Tuning handed on to `cryptctl`; `None` leaves the choice to the daemon, which is what users get.
 #[derive(Debug, Clone, Default)]
 pub struct Tuning {
+    /// `--format`.
+    pub format: Format,
     /// `--sector-size`: the data unit, bytes.
     pub sector_bytes: u16,
     /// `--queue-depth`.
@@ -82,9 +108,25 @@ impl Daemon {
     pub fn command(&self, verb: &str, source: &Path, sink: &Path, tuning: &Tuning) -> Command {
         let mut command = Command::new(&self.programs.cryptctl);
         command.arg(verb).arg(source).arg(sink);
-        command.args(["--format", "raw", "--key-size", "512", "--force", "--quiet"]);
-        command.arg("--sector-size").arg(tuning.sector_bytes.to_string());
-        command.arg("--key").arg(format!("file:{}", self.key.display()));
+        command.args(["--force", "--quiet"]);
+        let key = format!("file:{}", self.key.display());
+        let sector_bytes = tuning.sector_bytes.to_string();
+        // The same volume key everywhere, so that all write the same ciphertext; and a passphrase that costs next to nothing,
+        // because the data path is what is compared.
+        match (tuning.format, verb) {
+            (Format::Raw, _) => {
+                command.args(["--format", "raw", "--key-size", "512", "--sector-size", &sector_bytes]);
+            }
+            (Format::Luks1, "encrypt") => {
+                command.args(["--format", "luks1", "--pbkdf-force-iterations", "1000", "--volume-key", &key]);
+            }
+            (Format::Luks2, "encrypt") => {
+                command.args(["--format", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]);
+                command.args(["--sector-size", &sector_bytes, "--volume-key", &key]);
+            }
+            (Format::Luks1 | Format::Luks2, _) => {}
+        }
+        command.args(["--key", &key]);
         command.arg("--socket").arg(&self.socket);
         let tunings = [
             ("--queue-depth", tuning.queue_depth),

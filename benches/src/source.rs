@@ -5,7 +5,7 @@
 //! of the engine cannot hide in its own reference.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -163,12 +163,15 @@ pub fn write_file(path: &Path, content: Content, size: u64) -> io::Result<String
     Ok(hex(&hash.finalize()))
 }
 
-/// SHA-256 of a file, hexadecimal, read past the page cache so that the next measurement finds it as the last did.
+/// SHA-256 of a file from `offset` (whole MiB) on, hexadecimal, read past the page cache so that the next measurement finds
+/// it as the last did.
 ///
 /// # Errors
 /// As the file system has them.
-pub fn digest_file(path: &Path) -> io::Result<String> {
-    digest_stream(&mut open(path, OpenOptions::new().read(true))?).map(|(_, digest)| digest)
+pub fn digest_file(path: &Path, offset: u64) -> io::Result<String> {
+    let mut file = open(path, OpenOptions::new().read(true))?;
+    file.seek(SeekFrom::Start(offset))?;
+    digest_stream(&mut file).map(|(_, digest)| digest)
 }
 
 /// Read a stream to its end: bytes and SHA-256.
@@ -263,7 +266,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("source-{}", std::process::id()));
         let size = BLOCK as u64 + 8192;
         let written = write_file(&path, Content::Cipher(DATA_UNIT), size).expect("writes");
-        let read = digest_file(&path).expect("reads");
+        let read = digest_file(&path, 0).expect("reads");
         std::fs::remove_file(&path).expect("removes");
         assert_eq!(written, read);
         assert_eq!(written, digest_of(Content::Cipher(DATA_UNIT), size).expect("hashes"));

@@ -121,6 +121,14 @@ impl Request {
         }
     }
 
+    /// A LUKS volume instead, opened (`Format::Luks`) or made (`Format::NewLuks`) with this secret.
+    pub fn luks(action: Action, format: Format, secret: &[u8]) -> Self {
+        let mut request = Self::new(action, 512);
+        request.submit.volume = Some(Volume { format, key_fd: 0 });
+        request.descriptors = vec![key_fd(secret)];
+        request
+    }
+
     /// Add a descriptor; its index.
     pub fn send(&mut self, fd: impl Into<OwnedFd>) -> u32 {
         self.descriptors.push(fd.into());
@@ -209,6 +217,32 @@ impl Request {
     pub fn refused(self, registry: &Arc<Registry>) -> (ErrorKind, String) {
         let error = self.start(registry).expect_err("refused");
         (error.kind(), error.chain())
+    }
+}
+
+/// A new LUKS volume whose passphrase costs next to nothing.
+#[must_use]
+pub fn new_luks(version: proto::luks::Version, data_unit: Option<u32>) -> proto::luks::New {
+    proto::luks::New {
+        version,
+        cipher: None,
+        key_bytes: None,
+        data_unit,
+        hash: None,
+        label: None,
+        subsystem: None,
+        uuid: None,
+        data_offset: None,
+        metadata_bytes: None,
+        keyslots_bytes: None,
+        kdf: proto::luks::KdfWish {
+            kind: Some(proto::luks::KdfKind::Pbkdf2),
+            iterations: Some(1000),
+            ..proto::luks::KdfWish::default()
+        },
+        keyslot: None,
+        volume_key_fd: None,
+        header: None,
     }
 }
 

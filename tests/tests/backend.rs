@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::backend::device::{Device, Purpose};
+use engine::backend::sim::image::Image;
+use engine::backend::sim::{DiskOptions, Options, World};
 use engine::backend::threads::ThreadsQueue;
 use engine::backend::uring::UringQueue;
 use engine::backend::{Done, Op, Port, Position, Queue, Refused, What};
@@ -30,7 +32,33 @@ struct Bench {
     free: Vec<Buf>,
 }
 
-type Make = fn(&Arena, u32) -> Option<Box<dyn Queue>>;
+/// A queue under test, and the files it works on.
+#[derive(Clone, Copy)]
+struct Make {
+    queue: fn(&Arena, u32) -> Option<Box<dyn Queue>>,
+    file: fn() -> (Scratch, File),
+}
+
+const URING: Make = Make { queue: uring, file: Scratch::new };
+const THREADS: Make = Make { queue: threads, file: Scratch::new };
+/// Files with offsets are simulated disks; pipes and the kernel's own devices go through to a real queue.
+const SIM: Make = Make { queue: simulated, file: simulated_disk };
+
+thread_local! {
+    /// One world for each test, as each has a thread of its own.
+    static WORLD: World = World::with(tests::seed(), Options { short_per_mille: 200, ..Options::default() });
+}
+
+fn simulated(arena: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
+    Some(WORLD.with(|world| world.queue(arena, depth)))
+}
+
+fn simulated_disk() -> (Scratch, File) {
+    WORLD.with(|world| {
+        let disk = world.add(Image::zeros(0), DiskOptions::default()).expect("a simulated disk");
+        (Scratch(world.path(disk)), world.descriptor(disk).expect("its descriptor").into())
+    })
+}
 
 fn uring(arena: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
     match UringQueue::new(arena, depth) {
@@ -49,7 +77,7 @@ fn threads(_: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
 
 fn bench(make: Make, buffers: u32, bytes: u32, depth: u32) -> Option<Bench> {
     let mut arena = Arena::new(buffers, bytes).expect("arena");
-    let queue = make(&arena, depth)?;
+    let queue = (make.queue)(&arena, depth)?;
     Some(Bench { queue, free: arena.take_all() })
 }
 
@@ -123,6 +151,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
+        // A simulated disk has no name to remove.
         let _ = std::fs::remove_file(&self.0);
     }
 }
@@ -155,7 +184,7 @@ fn errno(done: &Done) -> Option<i32> {
 
 fn writes_are_read_back_at_odd_offsets_and_lengths(make: Make) {
     let Some(mut bench) = bench(make, 4, 65536, 4) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let port = bench.attach(file);
     for (offset, length) in [(0, 1), (1, 511), (513, 4097), (70_001, 65_536), ((1 << 33) + 7, 12_345)] {
         let bytes = noise(offset, length);
@@ -167,7 +196,7 @@ fn writes_are_read_back_at_odd_offsets_and_lengths(make: Make) {
 
 fn a_read_is_short_only_at_the_end_of_the_file(make: Make) {
     let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let bytes = noise(5, 100_001);
     file.write_all_at(&bytes, 0).expect("write");
     let port = bench.attach(file);
@@ -180,7 +209,7 @@ fn a_read_is_short_only_at_the_end_of_the_file(make: Make) {
 
 fn a_direct_read_finds_the_odd_end_of_a_file(make: Make) {
     let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let bytes = noise(6, 65_536 + 4096 + 100);
     file.write_all_at(&bytes, 0).expect("write");
     let purpose = Purpose { read: true, write: true, stream: false };
@@ -236,7 +265,7 @@ fn an_unknown_port_is_refused(make: Make) {
     let (why, _) = bench.queue.push(Op { token: 0, port, what: What::Flush }).expect_err("detached");
     assert_eq!(why, Refused::UnknownPort);
     // The place is free for another file.
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     file.write_all_at(b"other", 0).expect("write");
     let port = bench.attach(file);
     assert_eq!(bench.read(port, Position::At(0), 0..100), b"other");
@@ -255,7 +284,7 @@ fn a_detached_file_is_closed(make: Make) {
 
 fn every_operation_returns_exactly_once(make: Make) {
     let Some(mut bench) = bench(make, 32, 8192, 32) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let port = bench.attach(file);
     let mut seen = [0u32; 500];
     let mut next = 0u64;
@@ -295,7 +324,7 @@ fn every_operation_returns_exactly_once(make: Make) {
 
 fn dropping_a_queue_drains_it(make: Make) {
     let Some(mut bench) = bench(make, 4, 1 << 20, 8) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let (read, write) = std::io::pipe().expect("pipe");
     let (file, pipe) = (bench.attach(file), bench.attach(read));
     for token in 0..3 {
@@ -315,7 +344,7 @@ fn dropping_a_queue_drains_it(make: Make) {
 fn a_blocked_pipe_read_can_be_cancelled(make: Make) {
     let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
     let (read, mut write) = std::io::pipe().expect("pipe");
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let (pipe, other) = (bench.attach(read), bench.attach(file));
     let buf = bench.buf();
     bench.push(1, pipe, What::Read { position: Position::Stream, buf, span: 0..65_536 });
@@ -418,7 +447,7 @@ fn a_nonblocking_pipe_is_waited_for(make: Make) {
 
 fn a_stream_on_a_file_goes_on_from_its_position(make: Make) {
     let Some(mut bench) = bench(make, 1, 65536, 4) else { return };
-    let (_scratch, mut file) = Scratch::new();
+    let (_scratch, mut file) = (make.file)();
     file.write_all(b"head and body").expect("write");
     rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(5)).expect("seek");
     let port = bench.attach(file.try_clone().expect("clone"));
@@ -453,7 +482,7 @@ fn a_failing_backend_is_an_error(make: Make) {
 
 fn a_read_only_file_cannot_be_written(make: Make) {
     let Some(mut bench) = bench(make, 1, 65536, 4) else { return };
-    let (scratch, _file) = Scratch::new();
+    let (scratch, _file) = (make.file)();
     let port = bench.attach(File::open(&scratch.0).expect("open"));
     let error = bench.write(port, Position::At(0), b"x").expect_err("not opened for writing");
     assert_eq!(error.raw_os_error(), Some(9), "EBADF");
@@ -485,7 +514,7 @@ fn a_wake_ends_a_wait_before_it_and_during_it(make: Make) {
         other.join().expect("waker");
     }
     // A wake between a completion and the next wait is not lost to `reap`.
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let port = bench.attach(file);
     bench.push(1, port, What::Flush);
     assert_eq!(bench.next().len(), 1);
@@ -544,7 +573,7 @@ fn random_operations_match_a_model(make: Make) {
     const PLACES: usize = 64;
     let seed = 0x5eed_0001;
     let Some(mut bench) = bench(make, 16, 16 << 10, 16) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     file.set_len(CHUNK * CHUNKS).expect("extend");
     let port = bench.attach(file.try_clone().expect("clone"));
     let mut random = Random(seed);
@@ -613,7 +642,7 @@ fn random_operations_match_a_model(make: Make) {
 
 fn buffers_of_another_arena_work_too(make: Make) {
     let Some(mut bench) = bench(make, 1, 65536, 4) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     file.write_all_at(b"hello", 0).expect("write");
     let port = bench.attach(file);
     let mut other = Arena::new(1, 4096).expect("arena");
@@ -623,7 +652,7 @@ fn buffers_of_another_arena_work_too(make: Make) {
 
 fn the_same_file_can_be_attached_twice(make: Make) {
     let Some(mut bench) = bench(make, 1, 65536, 4) else { return };
-    let (_scratch, file) = Scratch::new();
+    let (_scratch, file) = (make.file)();
     let file = Arc::new(OwnedFd::from(file));
     let one = bench.queue.attach(Arc::clone(&file)).expect("attach");
     let two = bench.queue.attach(Arc::clone(&file)).expect("attach");
@@ -670,5 +699,6 @@ macro_rules! contract {
     };
 }
 
-contract!(uring, on_io_uring);
-contract!(threads, on_threads);
+contract!(URING, on_io_uring);
+contract!(THREADS, on_threads);
+contract!(SIM, on_simulated_disks);

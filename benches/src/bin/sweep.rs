@@ -9,6 +9,8 @@
 //!
 //! A contender whose tool is absent is skipped aloud; one that fails or writes wrong bytes fails the sweep.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -17,7 +19,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use benches::facts::{self, Facts};
 use benches::fio;
-use benches::ours::{Daemon, Programs, Tuning};
+use benches::ours::{Daemon, Format, Programs, Tuning};
 use benches::rivals;
 use benches::rows::{self, Row, Side};
 use benches::run::{self, Cost};
@@ -47,7 +49,7 @@ struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "disk,disk-decrypt,tmpfs,pipe")]
     cases: Vec<Case>,
     /// Sides to run
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "limit,rival,ours")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "limit,rival,ours,luks")]
     sides: Vec<Wanted>,
     /// Write one JSON row per run to this file
     #[arg(long, value_name = "FILE")]
@@ -114,6 +116,8 @@ enum Wanted {
     Limit,
     Rival,
     Ours,
+    /// ours with LUKS1 and LUKS2 headers, on files
+    Luks,
 }
 
 /// Who runs in a case.
@@ -123,7 +127,7 @@ enum Contender {
     Loop,
     Qemu { wide: bool },
     Openssl,
-    Ours,
+    Ours(Format),
 }
 
 impl Contender {
@@ -134,7 +138,9 @@ impl Contender {
             Self::Qemu { wide: false } => "qemu-img",
             Self::Qemu { wide: true } => "qemu-img -m16 -W",
             Self::Openssl => "openssl enc ctr",
-            Self::Ours => "cryptctl",
+            Self::Ours(Format::Raw) => "cryptctl",
+            Self::Ours(Format::Luks1) => "cryptctl, LUKS1",
+            Self::Ours(Format::Luks2) => "cryptctl, LUKS2",
         }
     }
 
@@ -142,7 +148,7 @@ impl Contender {
         match self {
             Self::Fio(..) | Self::Loop => Side::Limit,
             Self::Qemu { .. } | Self::Openssl => Side::Rival,
-            Self::Ours => Side::Ours,
+            Self::Ours(_) => Side::Ours,
         }
     }
 }
@@ -152,6 +158,7 @@ struct Files {
     source: PathBuf,
     /// The same plaintext as qemu's and openssl's own volumes; for decrypting only.
     luks: PathBuf,
+    ours: [PathBuf; 2],
     ctr: PathBuf,
     sink: PathBuf,
     devices: bool,
@@ -269,7 +276,7 @@ impl Sweep {
         let contenders = self.contenders(case);
         let copies = match case {
             Case::Disk | Case::Tmpfs | Case::Loop => 2,
-            Case::DiskDecrypt => 5,
+            Case::DiskDecrypt => 7,
             Case::Pipe => 0,
         };
         let scratch = Scratch::new(&parent, copies * size + (64 << 20))?;
@@ -283,19 +290,19 @@ impl Sweep {
         let mut files = Files {
             source: at("source"),
             luks: at("luks"),
+            ours: [at("ours-luks1"), at("ours-luks2")],
             ctr: at("ctr"),
             sink: at("sink"),
             devices: false,
         };
-        // What a checked result must be: known from the seed alone, and costly enough to work out only if needed.
-        let content = if case == Case::DiskDecrypt {
-            self.prepare_decrypt(&files, &contenders, &passphrase, size)?;
-            Content::Plain
+        let daemon = self.daemon(&contenders, &scratch)?;
+        if case == Case::DiskDecrypt {
+            self.prepare_decrypt(&files, &contenders, &passphrase, daemon.as_ref(), size)?;
         } else {
             source::write_file(&files.source, Content::Plain, size)?;
-            Content::Cipher(self.data_unit())
-        };
-        let mut expected = None;
+        }
+        // What a checked result must be: known from the seed alone, and costly enough to work out only once, and if needed.
+        let mut expected: HashMap<usize, String> = HashMap::new();
         let mut devices = Vec::new();
         if case == Case::Loop {
             // Written once, so that no run pays for the allocation of the file under the device.
@@ -311,7 +318,6 @@ impl Sweep {
             // the one who pays for it.
             source::write_file(&files.sink, Content::Plain, size)?;
         }
-        let daemon = self.daemon(&contenders, &scratch)?;
         self.rounds(case, &contenders, |sweep, contender| {
             if !files.devices && files.sink.exists() {
                 fs::remove_file(&files.sink)?;
@@ -320,11 +326,22 @@ impl Sweep {
             let mut row = sweep.run(case, contender, &files, &passphrase, daemon.as_ref(), size, cold)?;
             let decrypts = case == Case::DiskDecrypt && contender.side() == Side::Rival;
             if contender.side() == Side::Ours || decrypts {
-                let found = source::digest_file(&files.sink)?;
-                if expected.is_none() {
-                    expected = Some(source::digest_of(content, size)?);
-                }
-                check(contender, expected.as_deref().unwrap_or_default(), &found)?;
+                let (content, offset, unit) = match contender {
+                    _ if case == Case::DiskDecrypt => (Content::Plain, 0, 0),
+                    Contender::Ours(Format::Luks1) => {
+                        (Content::Cipher(512), Format::Luks1.data_offset(), 512)
+                    }
+                    Contender::Ours(format) => {
+                        (Content::Cipher(sweep.data_unit()), format.data_offset(), sweep.data_unit())
+                    }
+                    _ => return Err(io::Error::other("only ours writes ciphertext known from the seed")),
+                };
+                let found = source::digest_file(&files.sink, offset)?;
+                let expected = match expected.entry(unit) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(unknown) => unknown.insert(source::digest_of(content, size)?),
+                };
+                check(contender, expected, &found)?;
                 row.sha256 = Some(found);
             }
             Ok(row)
@@ -349,24 +366,28 @@ impl Sweep {
             Contender::Fio(name, fio::Copy { engine: "psync", depth: 1, threads_each, preallocate: false })
         };
         let qemu = |wide| Contender::Qemu { wide };
+        let [ours, luks1, luks2] = [Format::Raw, Format::Luks1, Format::Luks2].map(Contender::Ours);
         let all = match case {
             Case::Disk | Case::DiskDecrypt => {
-                vec![disk, preallocated, qemu(false), qemu(true), Contender::Openssl, Contender::Ours]
+                vec![disk, preallocated, qemu(false), qemu(true), Contender::Openssl, ours, luks1, luks2]
             }
             Case::Tmpfs => vec![
                 tmpfs("fio copy", (cpus / 2).max(1)),
                 tmpfs("fio copy, wide", cpus),
                 qemu(true),
-                Contender::Ours,
+                ours,
+                luks1,
+                luks2,
             ],
-            Case::Pipe => vec![Contender::Loop, Contender::Openssl, Contender::Ours],
-            Case::Loop => vec![disk, Contender::Ours],
+            Case::Pipe => vec![Contender::Loop, Contender::Openssl, ours],
+            Case::Loop => vec![disk, ours],
         };
         let available = |contender: &Contender| {
-            let wanted = match contender.side() {
-                Side::Limit => Wanted::Limit,
-                Side::Rival => Wanted::Rival,
-                Side::Ours => Wanted::Ours,
+            let wanted = match contender {
+                Contender::Fio(..) | Contender::Loop => Wanted::Limit,
+                Contender::Qemu { .. } | Contender::Openssl => Wanted::Rival,
+                Contender::Ours(Format::Raw) => Wanted::Ours,
+                Contender::Ours(_) => Wanted::Luks,
             };
             if !self.arguments.sides.contains(&wanted) {
                 return false;
@@ -376,7 +397,7 @@ impl Sweep {
                 Contender::Qemu { .. } => ("qemu-img", "--version"),
                 Contender::Openssl => ("openssl", "version"),
                 Contender::Loop => return true,
-                Contender::Ours => return self.programs.is_some(),
+                Contender::Ours(_) => return self.programs.is_some(),
             };
             let answers = run::answers(Path::new(tool), argument);
             if !answers {
@@ -397,9 +418,9 @@ impl Sweep {
         self.arguments.sector_size.into()
     }
 
-    fn tuning(&self) -> Tuning {
+    fn tuning(&self, format: Format) -> Tuning {
         let Arguments { sector_size, queue_depth, chunk_size, workers, .. } = self.arguments;
-        Tuning { sector_bytes: sector_size, queue_depth, chunk_bytes: chunk_size, workers }
+        Tuning { format, sector_bytes: sector_size, queue_depth, chunk_bytes: chunk_size, workers }
     }
 
     /// Make the encrypted sources: ours by the oracle, the rivals' by the rivals.
@@ -408,11 +429,14 @@ impl Sweep {
         files: &Files,
         contenders: &[Contender],
         passphrase: &Path,
+        daemon: Option<&Daemon>,
         size: u64,
     ) -> io::Result<()> {
         let has = |found: fn(&Contender) -> bool| contenders.iter().any(found);
         let plain = &files.sink;
-        if has(|contender| contender.side() == Side::Rival) {
+        let with_header =
+            |contender: &Contender| matches!(contender, Contender::Ours(Format::Luks1 | Format::Luks2));
+        if has(|contender| contender.side() == Side::Rival) || has(with_header) {
             source::write_file(plain, Content::Plain, size)?;
         }
         if has(|contender| matches!(contender, Contender::Qemu { .. })) {
@@ -421,6 +445,11 @@ impl Sweep {
         }
         if has(|contender| matches!(contender, Contender::Openssl)) {
             run::pipeline(&mut rivals::openssl_files(true, passphrase, plain, &files.ctr))?;
+        }
+        if let (Some(daemon), true) = (daemon, has(with_header)) {
+            for (format, path) in [Format::Luks1, Format::Luks2].into_iter().zip(&files.ours) {
+                run::pipeline(&mut [daemon.command("encrypt", plain, path, &self.tuning(format))])?;
+            }
         }
         source::write_file(&files.source, Content::Cipher(self.data_unit()), size).map(drop)
     }
@@ -482,11 +511,16 @@ impl Sweep {
                 let source = if encrypt { &files.source } else { &files.ctr };
                 run::pipeline(&mut rivals::openssl_files(encrypt, passphrase, source, &files.sink)).map(row)
             }
-            Contender::Ours => {
+            Contender::Ours(format) => {
                 let daemon = daemon.expect("a case with ours has a daemon");
-                let verb = if encrypt { "encrypt" } else { "decrypt" };
-                let command = daemon.command(verb, &files.source, &files.sink, &self.tuning());
-                measure_ours(case, daemon, &mut [command], size, cold)
+                let (verb, source) = match (encrypt, format) {
+                    (true, _) => ("encrypt", &files.source),
+                    (false, Format::Raw) => ("decrypt", &files.source),
+                    (false, Format::Luks1) => ("decrypt", &files.ours[0]),
+                    (false, Format::Luks2) => ("decrypt", &files.ours[1]),
+                };
+                let command = daemon.command(verb, source, &files.sink, &self.tuning(format));
+                measure_ours(case, contender, daemon, &mut [command], size, cold)
             }
         }
     }
@@ -500,7 +534,7 @@ impl Sweep {
     ) -> io::Result<()> {
         let passphrase = scratch.0.join("passphrase");
         let daemon = self.daemon(contenders, scratch)?;
-        let tuning = self.tuning();
+        let tuning = self.tuning(Format::Raw);
         let own = std::env::current_exe()?.with_file_name("pipeloop");
         let end = |arguments: &[&str]| {
             let mut command = Command::new(&own);
@@ -509,7 +543,7 @@ impl Sweep {
         };
         let stream = Path::new("-");
         let filter = |contender, verb: &str| match (contender, &daemon) {
-            (Contender::Ours, Some(daemon)) => daemon.command(verb, stream, stream, &tuning),
+            (Contender::Ours(_), Some(daemon)) => daemon.command(verb, stream, stream, &tuning),
             (Contender::Openssl, _) => rivals::openssl(verb == "encrypt", &passphrase),
             _ => end(&["copy"]),
         };
@@ -543,7 +577,9 @@ impl Sweep {
             let mut commands =
                 [end(&["produce", &size.to_string()]), filter(contender, "encrypt"), end(&["consume"])];
             match (contender, &daemon) {
-                (Contender::Ours, Some(daemon)) => measure_ours(case, daemon, &mut commands, size, false),
+                (Contender::Ours(_), Some(daemon)) => {
+                    measure_ours(case, contender, daemon, &mut commands, size, false)
+                }
                 _ => Ok(row_of(case, contender, size, false, run::pipeline(&mut commands)?)),
             }
         })
@@ -553,6 +589,7 @@ impl Sweep {
 /// Run ours and split the cost between daemon and client. The ends of a pipe count as client.
 fn measure_ours(
     case: Case,
+    contender: Contender,
     daemon: &Daemon,
     commands: &mut [Command],
     size: u64,
@@ -561,7 +598,7 @@ fn measure_ours(
     let before = daemon.cpu()?;
     let cost = run::pipeline(commands)?;
     let cpu = daemon.cpu()?.since(before);
-    let row = row_of(case, Contender::Ours, size, cold, Cost { cpu, rss_peak: daemon.rss_peak(), ..cost });
+    let row = row_of(case, contender, size, cold, Cost { cpu, rss_peak: daemon.rss_peak(), ..cost });
     let syscalls = Some(daemon.syscalls_of_last_job()?);
     Ok(Row { client_cpu_seconds: Some(cost.cpu.total()), syscalls, ..row })
 }

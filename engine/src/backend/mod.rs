@@ -1,8 +1,8 @@
 //! Where sectors come from and go: the data-plane seam.
 //!
 //! A [`Queue`] moves bytes between attached files and buffers, asynchronously, for exactly one worker. There is one
-//! implementation over io_uring (`uring`), one over a thread pool for hosts that forbid io_uring (`threads`), and later a
-//! simulated disk; one contract suite holds them all. The control-plane side of a file or device (size,
+//! implementation over io_uring (`uring`), one over a thread pool for hosts that forbid io_uring (`threads`), and a
+//! simulated disk for tests (`sim`); one contract suite holds them all. The control-plane side of a file or device (size,
 //! alignment, holes, durability) is [`device::Device`].
 //!
 //! ```text
@@ -18,6 +18,9 @@
 
 pub mod blocking;
 pub mod device;
+pub mod ordered;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod space;
 pub mod threads;
 pub mod uring;

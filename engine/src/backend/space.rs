@@ -1,14 +1,10 @@
-//! Room on a device, before and after data moves: what is free, what is reserved, whether anything is left to read.
+//! Room on a device, before and after data moves: what is free, what is reserved.
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstat, fstatvfs, ftruncate};
 use rustix::io::Errno;
 
 use crate::backend::device::{Device, Nature, Region};
 use crate::error::{Error, ErrorKind, Result};
-
-/// How often [`Device::has_more`] looks whether to give up, nanoseconds.
-const POLL_NS: i64 = 200_000_000;
 
 impl Device {
     /// Can it have holes that are worth asking for? Not where a file has as many blocks as bytes, nor where the question
@@ -77,29 +73,6 @@ impl Device {
                 }
             }
         }
-    }
-
-    /// Does a stream hold another byte? Waits for one, or for its end, until `give_up` says so. Takes the byte.
-    ///
-    /// # Errors
-    /// Reading failed.
-    pub fn has_more(&self, give_up: impl Fn() -> bool) -> Result<bool> {
-        let failed = |errno: Errno| Error::io("read failed", errno).at(self.name());
-        let wait = Timespec { tv_sec: 0, tv_nsec: POLL_NS };
-        while !give_up() {
-            let mut ready = [PollFd::new(self.file(), PollFlags::IN)];
-            match poll(&mut ready, Some(&wait)) {
-                Ok(0) | Err(Errno::INTR) => continue,
-                Ok(_) => {}
-                Err(errno) => return Err(failed(errno)),
-            }
-            match rustix::io::read(self.file(), &mut [0_u8; 1]) {
-                Ok(bytes) => return Ok(bytes > 0),
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                Err(errno) => return Err(failed(errno)),
-            }
-        }
-        Ok(false)
     }
 }
 

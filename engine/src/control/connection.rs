@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use proto::{Body, ErrorKind, Failure, JobId, JobState};
@@ -61,6 +63,8 @@ pub struct Connection {
     pub attached: BTreeSet<JobId>,
     /// A helper works on its request; its next line waits.
     pub busy: bool,
+    /// Set when it is closed, for helpers that work on its request.
+    pub gone: Arc<AtomicBool>,
     /// To be closed once its replies are sent.
     pub closing: bool,
     /// What epoll watches for.
@@ -83,6 +87,7 @@ impl Connection {
             watches: Vec::new(),
             attached: BTreeSet::new(),
             busy: false,
+            gone: Arc::default(),
             closing: false,
             interest: EventFlags::IN,
             input: Vec::new(),

@@ -1,20 +1,25 @@
 //! One request in, one action out: rights are checked here, and everything a request can say about itself.
 //!
-//! Every verb but four is answered on the spot, because the registry's methods are quick. Two take time, so they are handed
-//! back to the loop for a helper: `submit` (it may probe devices) and `stats` (it waits for workers). Two change the
+//! Every verb but five is answered on the spot, because the registry's methods are quick. Three take time, so they are handed
+//! back to the loop for a helper: `submit` (it may probe devices), `luks` (it hashes passphrases) and `stats` (it waits for
+//! workers). Two change the
 //! connection or the daemon: `watch` and `shutdown`. Descriptors are never seen here, only counted; whether a submission names
 //! them rightly is the registry's to check.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use proto::{Call, ErrorKind, Hello, JobId, JobInfo, Reply, Status, Submit, WorkerStatus};
+use proto::{Call, ErrorKind, Format, Hello, JobId, JobInfo, Reply, Status, Submit, WorkerStatus};
 
 use super::policy::{Peer, Verb};
 use crate::error::{Error, Result};
-use crate::job::Registry;
+use crate::job::commit::Names;
+use crate::job::{Owner, Registry};
 use crate::limits;
 use crate::sys::process;
+use crate::volume::manage::{Caller, carry_out};
 
 /// What every request may need.
 pub struct Service {
@@ -50,6 +55,8 @@ pub enum Action {
     Reply(Reply),
     /// Check and start a job elsewhere, then reply.
     Submit(Box<Submit>),
+    /// Carry out a header operation elsewhere, then reply.
+    Luks(Box<proto::luks::Request>),
     /// Gather statistics of these jobs elsewhere, then reply. `asked`: of one alone.
     Stats {
         /// The one.
@@ -70,7 +77,7 @@ impl Service {
     /// `Denied`, `NotFound`, `Invalid`, or what the registry says.
     pub fn act(&self, peer: &Peer, call: Call, descriptors: usize) -> Result<Action> {
         peer.check(Verb::of(&call))?;
-        if !matches!(call, Call::Submit(_)) && descriptors > 0 {
+        if !matches!(call, Call::Submit(_) | Call::Luks(_)) && descriptors > 0 {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("{descriptors} descriptors with a request that names none"),
@@ -112,7 +119,10 @@ impl Service {
                 let job = self.job(peer, job)?;
                 return Ok(Action::Watch(Box::new(job), Duration::from_millis(u64::from(interval))));
             }
-            Call::Luks(_) => return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet")),
+            Call::Luks(request) => {
+                check_luks_names(&request)?;
+                return Ok(Action::Luks(request));
+            }
             Call::Shutdown { now } => return Ok(Action::Shutdown(now)),
         };
         Ok(Action::Reply(reply))
@@ -180,6 +190,24 @@ pub fn stats(registry: &Registry, asked: Option<JobId>, mut jobs: Vec<JobId>) ->
     }
 }
 
+/// A header operation, with the peer's rights where names change. Blocks for seconds. `gone`: the client went away, which
+/// ends an operation that has written nothing yet.
+///
+/// # Errors
+/// Whatever is wrong with it.
+pub fn luks(
+    owner: &Owner,
+    request: proto::luks::Request,
+    descriptors: Vec<OwnedFd>,
+    gone: &AtomicBool,
+) -> Result<Reply> {
+    let caller = Caller {
+        commit: &|commit, directory, file| Names::new(directory, commit, file, owner)?.commit(file),
+        give_up: &|| gone.load(Ordering::Acquire),
+    };
+    carry_out(request, descriptors, &caller).map(|reply| Reply::Luks(Box::new(reply)))
+}
+
 /// Which warnings about the daemon's memory were given: each once, to the first who submits.
 #[derive(Debug, Default)]
 pub struct Told {
@@ -224,11 +252,32 @@ pub fn memlock_needed(workers: &[WorkerStatus]) -> Option<u64> {
 fn check_names(submit: &Submit) -> Result<()> {
     let source = submit.source.as_ref().map(|source| ("source", &source.name));
     let sink = submit.sink.as_ref().map(|sink| ("sink", &sink.name));
-    for (what, name) in [source, sink].into_iter().flatten() {
-        if name.len() > proto::MAX_NAME {
-            let why = format!("name of the {what} is longer than {} bytes", proto::MAX_NAME);
-            return Err(Error::new(ErrorKind::Invalid, why));
-        }
+    let header = match submit.volume.as_ref().map(|volume| &volume.format) {
+        Some(Format::Luks(open)) => open.header.as_ref().map(|header| ("header", &header.name)),
+        Some(Format::NewLuks(new)) => new.header.as_ref().map(|header| ("header", &header.name)),
+        Some(Format::Raw(_)) | None => None,
+    };
+    [source, sink, header].into_iter().flatten().try_for_each(check_name)
+}
+
+/// The same for a header operation.
+fn check_luks_names(request: &proto::luks::Request) -> Result<()> {
+    use proto::luks::Operation;
+    let volume = request.volume.as_ref().map(|file| ("volume", &file.name));
+    let header = request.header.as_ref().map(|file| ("header", &file.name));
+    let file = match &request.operation {
+        Operation::HeaderBackup { file } => Some(("backup", &file.name)),
+        Operation::HeaderRestore { file, .. } => Some(("backup", &file.name)),
+        Operation::Format { new, .. } => new.header.as_ref().map(|file| ("header", &file.name)),
+        _ => None,
+    };
+    [volume, header, file].into_iter().flatten().try_for_each(check_name)
+}
+
+fn check_name((what, name): (&str, &String)) -> Result<()> {
+    if name.len() > proto::MAX_NAME {
+        let why = format!("name of the {what} is longer than {} bytes", proto::MAX_NAME);
+        return Err(Error::new(ErrorKind::Invalid, why));
     }
     Ok(())
 }

@@ -27,6 +27,7 @@ pub mod policy;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -352,6 +353,7 @@ impl Control {
     fn close(&mut self, key: u64) {
         let Some(connection) = self.connections.remove(&key) else { return };
         let _ = epoll::delete(&self.epoll, &connection.stream);
+        connection.gone.store(true, Ordering::Release);
         let uid = connection.peer.owner.uid;
         if let Some(count) = self.per_user.get_mut(&uid) {
             *count -= 1;
@@ -416,13 +418,14 @@ impl Control {
             }
         };
         let id = request.id;
-        let action = self.service.act(&connection.peer, request.call, descriptors.len());
-        if let Ok(Action::Submit(submit)) = action {
-            return self.submit(key, id, submit, descriptors);
-        }
+        let action = match self.service.act(&connection.peer, request.call, descriptors.len()) {
+            Ok(Action::Submit(submit)) => return self.submit(key, id, submit, descriptors),
+            Ok(Action::Luks(request)) => return self.luks(key, id, request, descriptors),
+            action => action,
+        };
         self.closer.close(uid, descriptors);
         match action {
-            Ok(Action::Submit(_)) => unreachable!("it has its descriptors"),
+            Ok(Action::Submit(_) | Action::Luks(_)) => unreachable!("it has its descriptors"),
             Ok(Action::Reply(reply)) => connection.say(id, Body::Ok(reply)),
             Ok(Action::Watch(job, interval)) => {
                 if connection.watches.len() >= limits::WATCHES_MAX {
@@ -505,6 +508,19 @@ impl Control {
             Outcome::Submitted { detach, result }
         };
         self.help(key, id, !detach, descriptors, work);
+    }
+
+    /// A header operation. The client's going away ends it unless it has begun to write.
+    fn luks(&mut self, key: u64, id: u64, request: Box<proto::luks::Request>, descriptors: Vec<OwnedFd>) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let owner = connection.peer.owner.clone();
+        if self.leaving {
+            connection.say(id, Body::Error(line::failure(ErrorKind::ShuttingDown, "the daemon is leaving")));
+            return self.closer.close(owner.uid, descriptors);
+        }
+        let gone = connection.gone.clone();
+        let work = move |descriptors| Outcome::Answer(dispatch::luks(&owner, *request, descriptors, &gone));
+        self.help(key, id, true, descriptors, work);
     }
 
     /// Have `work` done by a helper; the connection's next line waits for its outcome.

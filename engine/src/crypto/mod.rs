@@ -16,15 +16,21 @@
 //! | `limit` | the issue limit: the AES instruction and nothing else |
 //! | `measure` | one kernel beside its limit, for benches and the daemon's bench job |
 //! | `spec` | ciphers by their dm-crypt names |
+//! | `cbc` | AES-CBC, to read old volumes |
 //! | `hash`, `kdf` | the hashes and key derivations of LUKS headers |
+//! | `argon` | Argon2's memory and lanes |
+//! | `calibrate`, `room` | what a key derivation shall cost here, and the memory it may take |
 //!
-//! What this module refuses to do: I/O, randomness, choosing keys, ciphertext stealing (data units are whole blocks),
+//! What this module refuses to do: I/O (but for what the kernel says about memory), randomness, choosing keys, ciphertext stealing (data units are whole blocks),
 //! authentication (XTS has none).
 
 use crate::units::DataUnit;
 
 #[cfg(target_arch = "x86_64")]
 mod aesni;
+mod argon;
+mod calibrate;
+mod cbc;
 pub mod hash;
 #[cfg(target_arch = "x86_64")]
 mod isa;
@@ -33,6 +39,7 @@ pub mod limit;
 pub mod measure;
 mod portable;
 mod recrypt;
+mod room;
 #[cfg(target_arch = "x86_64")]
 mod schedule;
 mod secret;

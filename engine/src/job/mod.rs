@@ -6,6 +6,8 @@
 //! | `prepare` | from a request to a checked transfer |
 //! | `state` | one job as others see it |
 //! | `run` | one job from start to end |
+//! | `encrypted` | the encrypted side: its header, and how the key is had |
+//! | `geometry` | where a volume's data lies, and what follows for sizes |
 //! | `commit` | how a new file becomes visible, or vanishes |
 //! | `bench` | measuring instead of moving |
 //! | `rehearse` | the pipeline beside its limit, for `bench` |
@@ -14,6 +16,8 @@
 pub mod bench;
 pub mod clock;
 pub mod commit;
+pub mod encrypted;
+pub mod geometry;
 pub mod prepare;
 pub mod rehearse;
 pub mod run;
@@ -264,7 +268,7 @@ impl Registry {
             self.start_waiting();
         }
         match load {
-            Load::Transfer(prepared) => run::run(job, &self.pipeline, &prepared),
+            Load::Transfer(mut prepared) => run::run(job, &self.pipeline, &mut prepared),
             Load::Bench(bench) => {
                 bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
             }

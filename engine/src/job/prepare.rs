@@ -9,16 +9,23 @@ use std::sync::Arc;
 use proto::{Action, Format, Sink, Source, Submit, Tuning};
 
 use crate::backend::device::{Device, Nature, Purpose};
+use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::raw;
 use crate::job::Owner;
 use crate::job::commit::Names;
+use crate::job::encrypted::{self, Encrypted};
+use crate::job::geometry::Geometry;
 use crate::key::read_secret;
-use crate::pipeline::crypt::{too_small, unaligned};
+use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
+use crate::pipeline::segment::Segments;
+use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
 use crate::units::round_up;
+use crate::volume::create::{self, Place};
+use crate::volume::{AreaCipher, DataArea};
 
 /// Chunk where both ends are memory or pipes, bytes: what is read is crypted and written while it is still in the L2 cache.
 pub(super) const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
@@ -50,8 +57,14 @@ pub struct Prepared {
     pub sink: Arc<Device>,
     /// How a new file becomes visible.
     pub names: Option<Names>,
-    /// Bytes of source, if known.
+    /// What is left to do for the key and the header.
+    pub encrypted: Encrypted,
+    /// The kernel of its ciphers.
+    pub kernel: Kernel,
+    /// Bytes to move, if known: of plaintext.
     pub total_bytes: Option<u64>,
+    /// Bytes of plaintext the volume read has, if known.
+    pub volume_bytes: Option<u64>,
     /// Worth telling the user.
     pub warnings: Vec<String>,
 }
@@ -106,11 +119,6 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let source_wanted = required(source, "source")?;
     let sink_wanted = required(sink, "sink")?;
     let volume = required(volume, "volume")?;
-    let Format::Raw(format) = &volume.format else {
-        return Err(Error::new(ErrorKind::Unsupported, "LUKS is not supported yet"));
-    };
-    let layout = raw::layout(format)?;
-    let unit = layout.unit_bytes;
 
     let source = open_source(&source_wanted, &mut descriptors)?;
     let sink = open_sink(&sink_wanted, action, &mut descriptors)?;
@@ -125,14 +133,19 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         None => None,
     };
     let key = read_secret(descriptors.take(volume.key_fd, "key")?, proto::MAX_SECRET)?;
+    let work = match action {
+        Action::Encrypt => Work::Encrypt,
+        Action::Decrypt => Work::Decrypt,
+        Action::Verify => Work::Verify,
+        Action::Bench => return Err(Error::new(ErrorKind::Internal, "a bench moves no volume")),
+    };
+    let side = if work == Work::Decrypt { &source } else { &sink };
+    let opened = open_volume(&volume.format, work, side, key, owner, &mut descriptors, means)?;
     descriptors.finish()?;
-    if source.is_same_as(&sink) {
-        let what = "source and sink are the same file or device";
-        return Err(Error::new(ErrorKind::Conflict, what).at(source.name()));
-    }
-    let cipher = build_cipher(means.kernel, key, format.key_bytes, layout)?;
+    refuse_same(&source, &sink, &opened.encrypted)?;
+    let geometry = opened.geometry.as_ref();
 
-    let total = check_sizes(action, &source, &sink, unit, &tuning)?;
+    let sizes = check_sizes(work, &source, &sink, geometry, &tuning)?;
     let new_file = action != Action::Verify && is_file(&sink);
     if new_file && sink.size() != Some(0) {
         // A replacement is written beside the old file, see `Names`; nothing is ever written over.
@@ -141,39 +154,193 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     if new_file {
         sink.lock()?;
     }
-    let align = choose_direct(action, &source, &sink, total, unit, &tuning);
+    let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning);
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
 
     let sparse = action == Action::Decrypt && tuning.sparse.unwrap_or(true);
     let transfer = Transfer::new(
         TransferSpec {
-            work: match action {
-                Action::Encrypt => Work::Encrypt(cipher),
-                Action::Decrypt => Work::Decrypt(cipher),
-                Action::Verify => Work::Verify(cipher),
-                Action::Bench => return Err(Error::new(ErrorKind::Internal, "a bench moves no volume")),
-            },
+            work,
             source: end_of(&source, align.source),
             sink: end_of(&sink, align.sink),
             rules: SinkRules {
                 skip_zeros: new_file && sparse,
                 capacity: (sink.nature() == Nature::Block).then(|| sink.size()).flatten(),
             },
-            unit_bytes: unit,
             pad: tuning.pad && action != Action::Decrypt,
             keep_holes: tuning.keep_holes && action != Action::Encrypt,
             depth,
-            plan: Plan::new(total, chunk),
+            plan: Plan::new(sizes.total, chunk),
         },
         means.workers,
     );
+    if let Some(segments) = opened.segments {
+        transfer.set_segments(segments);
+    }
     transfer.gate.set_rate(bytes_per_second);
     let mut warnings = Vec::new();
     if tuning.direct == Some(true) && (align.source == 1 || align.sink == 1) {
         warnings.push("direct I/O was asked for, but not both ends can do it".to_owned());
     }
-    Ok(Prepared { transfer, workers_max, source, sink, names, total_bytes: total, warnings })
+    Ok(Prepared {
+        transfer,
+        workers_max,
+        source,
+        sink,
+        names,
+        encrypted: opened.encrypted,
+        kernel: means.kernel,
+        total_bytes: sizes.total,
+        volume_bytes: sizes.volume,
+        warnings,
+    })
+}
+
+/// The encrypted side as far as it is known before the job runs.
+struct Opened {
+    encrypted: Encrypted,
+    /// `None`: its header arrives in order.
+    geometry: Option<Geometry>,
+    /// Of a volume without a header.
+    segments: Option<Segments>,
+}
+
+fn open_volume(
+    format: &Format,
+    work: Work,
+    side: &Arc<Device>,
+    key: Secret,
+    owner: &Owner,
+    descriptors: &mut Descriptors,
+    means: Means,
+) -> Result<Opened> {
+    match format {
+        Format::Raw(raw) => {
+            let layout = raw::layout(raw)?;
+            let cipher = build_cipher(means.kernel, key, raw.key_bytes, layout)?;
+            let area = AreaCipher {
+                spec: CipherSpec::AesXts(layout.kind),
+                unit_bytes: layout.unit_bytes,
+                offset_sectors: layout.offset_sectors,
+            };
+            Ok(Opened {
+                encrypted: Encrypted::Raw,
+                geometry: Some(Geometry::whole(DataArea { offset: 0, size: None, cipher: Some(area) })),
+                segments: Some(Segments::one(cipher, layout.unit_bytes, 0)),
+            })
+        }
+        Format::Luks(_) if work == Work::Encrypt => {
+            Err(Error::new(ErrorKind::Invalid, "encrypt makes a new volume, it opens none"))
+        }
+        Format::Luks(open) => {
+            let detached = match &open.header {
+                Some(header) => {
+                    let purpose = Purpose { read: true, write: false, stream: false };
+                    let fd = descriptors.take(header.fd, "header")?;
+                    Some(Arc::new(Device::from_fd(fd, header.name.clone(), purpose)?))
+                }
+                None => None,
+            };
+            let geometry = match (&detached, side.is_stream()) {
+                (None, true) => None,
+                (Some(device), _) => Some(encrypted::look(device)?),
+                (None, false) => Some(encrypted::look(side)?),
+            };
+            let opened = encrypted::Open {
+                detached,
+                seen: geometry.clone(),
+                keyslot: open.keyslot,
+                kind: open.secret,
+                secret: Some(key),
+            };
+            Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None })
+        }
+        Format::NewLuks(_) if work != Work::Encrypt => {
+            Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))
+        }
+        Format::NewLuks(new) => {
+            let new = new_luks(new, side, key, owner, descriptors)?;
+            let geometry = Geometry::whole(create::plan(&new.wish, &new.place)?);
+            Ok(Opened { encrypted: Encrypted::New(Box::new(new)), geometry: Some(geometry), segments: None })
+        }
+    }
+}
+
+/// A LUKS volume to be made on `side`.
+fn new_luks(
+    wish: &proto::luks::New,
+    side: &Device,
+    passphrase: Secret,
+    owner: &Owner,
+    descriptors: &mut Descriptors,
+) -> Result<encrypted::New> {
+    let detached = match &wish.header {
+        None => None,
+        Some(header) => {
+            let purpose = Purpose { read: true, write: true, stream: false };
+            let fd = descriptors.take(header.fd, "header")?;
+            let device = Device::from_fd(fd, header.name.clone(), purpose)?;
+            if is_file(&device) {
+                if device.size() != Some(0) {
+                    return Err(
+                        Error::new(ErrorKind::Conflict, "the header file is not empty").at(device.name())
+                    );
+                }
+                device.lock()?;
+            }
+            device.disable_direct();
+            let names = match &header.commit {
+                Some(commit) => {
+                    let directory = descriptors.take(commit.dir_fd, "directory of the header")?;
+                    Some(Names::new(directory, commit, &**device.file(), owner)?)
+                }
+                None => None,
+            };
+            Some((Arc::new(device), names))
+        }
+    };
+    let volume_key = match wish.volume_key_fd {
+        Some(fd) => Some(read_secret(descriptors.take(fd, "volume key")?, proto::MAX_SECRET)?),
+        None => None,
+    };
+    let capacity = |device: &Device| (device.nature() == Nature::Block).then(|| device.size()).flatten();
+    let place = Place {
+        detached: detached.is_some(),
+        header_capacity: match &detached {
+            Some((device, _)) => capacity(device),
+            None => capacity(side),
+        },
+        data_capacity: capacity(side),
+        align: side.direct_alignment().unwrap_or(1),
+    };
+    Ok(encrypted::New {
+        wish: wish.clone(),
+        place,
+        passphrase: Some(passphrase),
+        volume_key,
+        detached,
+        made: None,
+    })
+}
+
+/// No two of source, sink and detached header are one file.
+fn refuse_same(source: &Device, sink: &Device, encrypted: &Encrypted) -> Result<()> {
+    if source.is_same_as(sink) {
+        let what = "source and sink are the same file or device";
+        return Err(Error::new(ErrorKind::Conflict, what).at(source.name()));
+    }
+    let written = match encrypted {
+        Encrypted::New(new) => new.detached.as_ref().map(|(device, _)| device),
+        _ => None,
+    };
+    match written {
+        Some(header) if header.is_same_as(source) || header.is_same_as(sink) => {
+            let what = "the detached header is the same file or device as the source or the sink";
+            Err(Error::new(ErrorKind::Conflict, what).at(header.name()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn open_source(source: &Source, descriptors: &mut Descriptors) -> Result<Arc<Device>> {
@@ -217,30 +384,41 @@ fn end_of(device: &Arc<Device>, align: u32) -> End {
     }
 }
 
-/// Bytes to move, if known. All sizes that can be known are checked against each other.
+/// What is known of the sizes.
+struct Sizes {
+    /// Bytes to move.
+    total: Option<u64>,
+    /// Bytes of plaintext that the volume read (decrypt, verify) holds.
+    volume: Option<u64>,
+}
+
+/// All sizes that can be known are checked against each other.
 fn check_sizes(
-    action: Action,
+    work: Work,
     source: &Device,
     sink: &Device,
-    unit: u32,
+    geometry: Option<&Geometry>,
     tuning: &Tuning,
-) -> Result<Option<u64>> {
-    let Some(total) = source.size() else { return Ok(None) };
-    let pad = tuning.pad && action != Action::Decrypt;
-    if !total.is_multiple_of(unit.into()) && !pad {
-        let error = unaligned(total, unit).at(source.name());
-        return Err(match action {
-            Action::Decrypt => error.hint("the encrypted volume is cut off, or has another data unit"),
-            _ => error,
-        });
+) -> Result<Sizes> {
+    let side = if work == Work::Decrypt { source } else { sink };
+    let volume = match (work, side.size(), geometry) {
+        (Work::Encrypt, ..) | (_, None, _) | (_, _, None) => None,
+        // What a verification finds missing is a difference, not an error.
+        (Work::Verify, Some(bytes), Some(geometry)) => geometry.plain_bytes(side, bytes).ok(),
+        (Work::Decrypt, Some(bytes), Some(geometry)) => Some(geometry.plain_bytes(side, bytes)?),
+    };
+    let total = if work == Work::Decrypt { volume } else { source.size() };
+    let (Some(total), Some(geometry)) = (total, geometry) else { return Ok(Sizes { total, volume }) };
+    let unit = geometry.unit_bytes();
+    if work != Work::Decrypt && !total.is_multiple_of(unit.into()) && !tuning.pad {
+        return Err(unaligned(total, unit).at(source.name()).hint(PAD));
     }
+    let sizes = Sizes { total: Some(total), volume };
     let needed = round_up(total, unit.into())
+        .and_then(|bytes| bytes.checked_add(if work == Work::Encrypt { geometry.offset() } else { 0 }))
         .ok_or_else(|| Error::new(ErrorKind::Invalid, "the source is too large").at(source.name()))?;
-    if action == Action::Verify {
-        return Ok(Some(total));
-    }
-    if sink.is_stream() {
-        return Ok(Some(total));
+    if work == Work::Verify || sink.is_stream() {
+        return Ok(sizes);
     }
     match sink.nature() {
         Nature::Block => {
@@ -251,7 +429,7 @@ fn check_sizes(
         }
         Nature::File => {
             // Ciphertext has no holes, so all of it must fit; plaintext may turn out sparse.
-            let dense = action == Action::Encrypt || tuning.sparse == Some(false);
+            let dense = work == Work::Encrypt || tuning.sparse == Some(false);
             if let Some(free) = sink.free_bytes()
                 && dense
                 && free < needed
@@ -264,7 +442,7 @@ fn check_sizes(
         }
         Nature::Stream => {}
     }
-    Ok(Some(total))
+    Ok(sizes)
 }
 
 /// What offsets and lengths must be multiples of, bytes; 1 for a buffered or ordered end.
@@ -276,11 +454,11 @@ struct Align {
 
 /// Bypass the page cache where the devices and the sizes allow it.
 fn choose_direct(
-    action: Action,
+    work: Work,
     source: &Device,
     sink: &Device,
-    total: Option<u64>,
-    unit: u32,
+    sizes: &Sizes,
+    geometry: Option<&Geometry>,
     tuning: &Tuning,
 ) -> Align {
     let direct = |device: &Device, possible: bool| match device.direct_alignment() {
@@ -293,13 +471,29 @@ fn choose_direct(
         }
     };
     // The last direct write ends on a device block: beyond a volume that ends inside one lie bytes that are not ours.
-    let block = u64::from(sink.direct_alignment().unwrap_or(1));
-    let ends_inside = match total {
-        Some(total) => !total.next_multiple_of(unit.into()).is_multiple_of(block),
-        None => block > u64::from(unit),
+    let block = sink.direct_alignment().unwrap_or(1);
+    let unit = geometry.map_or(512, Geometry::unit_bytes);
+    let ends_inside = match sizes.total {
+        Some(total) => !total.next_multiple_of(unit.into()).is_multiple_of(block.into()),
+        None => block > unit,
     };
-    let must_buffer = action != Action::Verify && sink.nature() == Nature::Block && ends_inside;
-    Align { source: direct(source, true), sink: direct(sink, !must_buffer) }
+    let must_buffer = work != Work::Verify && sink.nature() == Nature::Block && ends_inside;
+    // On the encrypted side the areas must begin on device blocks, on the other what was cut from them. A volume whose
+    // header arrives in order is checked when it has.
+    let fits = |device: &Device, side: Side| {
+        let align = device.direct_alignment().unwrap_or(1);
+        geometry.is_none_or(|geometry| {
+            if side == work.encrypted_side() {
+                geometry.is_aligned(align)
+            } else {
+                geometry.seams_aligned(align.into())
+            }
+        })
+    };
+    Align {
+        source: direct(source, fits(source, Side::Source)),
+        sink: direct(sink, !must_buffer && fits(sink, Side::Sink)),
+    }
 }
 
 fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, means: Means) -> Result<u32> {

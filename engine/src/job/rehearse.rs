@@ -29,6 +29,7 @@ use crate::job::prepare::{CHUNK_BYTES_MEMORY, DEPTH};
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
 use crate::pipeline::plan::{Claim, Plan};
+use crate::pipeline::segment::Segments;
 use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
 use crate::sys::affinity;
 use crate::units::DataUnit;
@@ -199,11 +200,10 @@ impl<'a> Rehearsal<'a> {
             holes: None,
         };
         let spec = TransferSpec {
-            work: Work::Encrypt(self.cipher()?),
+            work: Work::Encrypt,
             source: end(&self.source),
             sink: end(&self.sink),
             rules: SinkRules::default(),
-            unit_bytes: UNIT_BYTES,
             pad: false,
             keep_holes: false,
             depth: DEPTH,
@@ -211,6 +211,7 @@ impl<'a> Rehearsal<'a> {
         };
         let workers = self.pipeline.workers();
         let transfer = Transfer::new(spec, workers);
+        transfer.set_segments(Segments::one(self.cipher()?, UNIT_BYTES, 0));
         let start = Instant::now();
         self.pipeline.run(&transfer, workers);
         self.wait(job, &transfer);

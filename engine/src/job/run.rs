@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::job::prepare::Prepared;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
+use crate::pipeline::slot::Side;
+use crate::pipeline::transfer::{Transfer, Work};
 use crate::telemetry::record::StageRecord;
 use crate::units::Extent;
 
@@ -31,7 +33,7 @@ pub struct Ending {
 ///
 /// # Errors
 /// Why it failed or was cancelled; its sink is undone by then.
-pub fn run(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> {
+pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
     // Before anything may be undone: what another job has begun to write is not ours to remove.
     check_empty(job, prepared)?;
     let outcome = carry(job, pipeline, prepared);
@@ -41,8 +43,10 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending
     outcome
 }
 
-fn carry(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> {
-    let transfer = &prepared.transfer;
+fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
+    let transfer = &prepared.transfer.clone();
+    // First of all, or a wrong passphrase would cost a full disk of room.
+    prepared.encrypted.begin(job, transfer, prepared.kernel, [&prepared.source, &prepared.sink])?;
     make_room(job, prepared)?;
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = 0;
@@ -100,7 +104,7 @@ fn make_room(job: &Job, prepared: &Prepared) -> Result<()> {
         return Ok(());
     }
     let Some(total) = prepared.total_bytes else { return Ok(()) };
-    let whole = total.next_multiple_of(prepared.transfer.unit_bytes.into());
+    let whole = sink_end(&prepared.transfer, total);
     sink.set_len(whole)?;
     // A memory filesystem would clear every page now, on one core, instead of while it is written.
     if !prepared.transfer.rules.skip_zeros && whole > 0 && !sink.is_memory() {
@@ -109,47 +113,69 @@ fn make_room(job: &Job, prepared: &Prepared) -> Result<()> {
     Ok(())
 }
 
+/// `bytes` of plaintext rounded up to the data unit of the segment they end in.
+fn whole_units(transfer: &Transfer, bytes: u64) -> u64 {
+    bytes.next_multiple_of(transfer.segments().at(bytes.saturating_sub(1)).unit_bytes.into())
+}
+
+/// Where a sink file ends that holds `bytes` of plaintext.
+fn sink_end(transfer: &Transfer, bytes: u64) -> u64 {
+    match transfer.work {
+        Work::Encrypt => transfer.segments().place(0) + whole_units(transfer, bytes),
+        Work::Decrypt | Work::Verify => bytes,
+    }
+}
+
 /// Buffered ends: start writing what is complete and drop what has passed, so that a volume does not push everybody else's
 /// pages out, and the final flush has little left to do. Returns how far it got.
 fn tidy_cache(prepared: &Prepared, behind: u64) -> u64 {
     let done = prepared.transfer.totals().done_bytes;
     // Chunks complete out of order: stay a buffer pool behind, so that what is dropped is really over.
     let passed = done.saturating_sub(DROP_DISTANCE);
-    let Some(extent) = Extent::new(behind, passed) else { return behind };
-    for device in buffered(prepared) {
-        device.drop_cache(extent);
-    }
-    passed
+    drop_between(prepared, behind, passed);
+    passed.max(behind)
 }
 
 /// Everything is durable: what is left of it in the page cache helps nobody.
 fn drop_rest(prepared: &Prepared) {
     let end = prepared.transfer.plan.end().unwrap_or(0);
-    let Some(extent) = Extent::new(end.saturating_sub(2 * DROP_DISTANCE), end) else { return };
-    for device in buffered(prepared) {
-        device.drop_cache(extent);
+    drop_between(prepared, end.saturating_sub(2 * DROP_DISTANCE), end);
+}
+
+/// Drop both sides' pages of this plaintext. With several segments, of the part that lies in the first one's.
+fn drop_between(prepared: &Prepared, start: u64, end: u64) {
+    for (device, side) in buffered(prepared) {
+        let place = prepared.transfer.place(side, start);
+        if let Some(extent) = Extent::new(place, place + end.saturating_sub(start)) {
+            device.drop_cache(extent);
+        }
     }
 }
 
 /// The ends whose bytes pass through the page cache and would stay there.
-fn buffered(prepared: &Prepared) -> impl Iterator<Item = &Device> {
+fn buffered(prepared: &Prepared) -> impl Iterator<Item = (&Device, Side)> {
     let transfer = &prepared.transfer;
-    [(&prepared.source, transfer.source.align), (&prepared.sink, transfer.sink.align)]
+    let source = (&prepared.source, transfer.source.align, Side::Source);
+    let sink = (&prepared.sink, transfer.sink.align, Side::Sink);
+    [source, sink]
         .into_iter()
-        .filter(|(device, align)| *align == 1 && !device.is_stream() && !device.is_memory())
-        .map(|(device, _)| &**device)
+        .filter(|(device, align, _)| *align == 1 && !device.is_stream() && !device.is_memory())
+        .map(|(device, _, side)| (&**device, side))
 }
 
 /// See the write order in [`crate::job::commit::Names::commit`].
-fn make_durable(job: &Job, prepared: &Prepared) -> Result<()> {
+fn make_durable(job: &Job, prepared: &mut Prepared) -> Result<()> {
     job.set_state(JobState::Flushing);
     let sink = &prepared.sink;
     let transfer = &prepared.transfer;
     if prepared.is_file_sink() {
-        let end = transfer.plan.end().unwrap_or(0);
-        sink.set_len(end.next_multiple_of(transfer.unit_bytes.into()))?;
+        sink.set_len(sink_end(transfer, transfer.plan.end().unwrap_or(0)))?;
     }
     let start = Instant::now();
+    sink.sync_all()?;
+    job.check_cancelled()?;
+    // Behind the data and its flush: a header that is there has its data behind it.
+    prepared.encrypted.finish(transfer)?;
     sink.sync_all()?;
     drop_rest(prepared);
     let mut record = StageRecord::default();
@@ -178,6 +204,7 @@ fn undo(job: &Job, prepared: &Prepared) {
 
 /// Remove the partial file of a job that did not even begin.
 pub fn discard(prepared: &Prepared) {
+    prepared.encrypted.discard();
     if let Some(names) = &prepared.names
         && let Some(left) = names.undo(&**prepared.sink.file())
     {
@@ -190,13 +217,14 @@ fn verdict(job: &Job, prepared: &Prepared) -> Result<Ending> {
     let transfer = &prepared.transfer;
     let sink = &prepared.sink;
     if transfer.first_difference().is_none() {
-        let expected = transfer.plan.end().unwrap_or(0).next_multiple_of(transfer.unit_bytes.into());
+        let end = transfer.plan.end().unwrap_or(0);
+        let expected = whole_units(transfer, end);
         // A device may be larger than the volume on it; a file or a stream may not.
         let longer = if sink.is_stream() {
             // A stream source has been read to its end, and the sink with it; a file's last chunk asked for no more.
-            prepared.total_bytes.is_some() && sink.has_more(|| job.is_cancelled())?
+            prepared.total_bytes.is_some() && sink.has_more(&|| job.is_cancelled())?
         } else {
-            sink.nature() == Nature::File && sink.size().is_some_and(|size| size > expected)
+            sink.nature() == Nature::File && prepared.volume_bytes.is_some_and(|bytes| bytes > expected)
         };
         job.check_cancelled()?;
         if longer {

@@ -8,7 +8,6 @@ use crate::pipeline::slot::{Fill, Side, Slot};
 use crate::pipeline::transfer::{Transfer, Work};
 use crate::pipeline::zeros::Runs;
 use crate::telemetry::record::Counters;
-use crate::units::DataUnit;
 
 /// Crypt the chunk in its buffer. Returns what to write; nothing when verifying.
 ///
@@ -20,24 +19,24 @@ pub fn transform(
     holes: &mut HoleCache,
     slot: &mut Slot,
 ) -> Result<Option<Runs>, Error> {
-    let unit = transfer.unit_bytes;
     let start = slot.extent.start();
+    let segment = transfer.segments().at(start);
+    let unit = segment.unit_bytes;
     let len = slot.source_len;
     let whole = len.next_multiple_of(unit);
-    let first = DataUnit(start / u64::from(unit));
     let buf = slot.buf.as_mut().expect("nothing is in flight");
     if whole != len && !transfer.pad {
-        return Err(unaligned(start + u64::from(len), unit).at(&transfer.source.name));
+        return Err(unaligned(start + u64::from(len), unit).at(&transfer.source.name).hint(PAD));
     }
-    if let Work::Verify(cipher) = &transfer.work {
+    if transfer.work == Work::Verify {
         let other = slot.other.as_mut().expect("nothing is in flight");
         // What the encrypted side cannot answer for differs from there on; the part it has is still compared.
         let answered = whole.min(slot.sink_len - slot.sink_len % unit);
         let plain = &mut other[range(0..answered)];
-        cipher.decrypt(first, plain);
+        segment.decrypt(start, plain);
         burn_stack();
         if transfer.keep_holes {
-            holes.erase(Side::Sink, &transfer.sink, start, plain, unit);
+            holes.erase(Side::Sink, &transfer.sink, segment.place(start), plain, unit);
         }
         // Padding is zeros (`--pad`): compare it as such.
         buf[range(len..whole)].fill(0);
@@ -53,23 +52,23 @@ pub fn transform(
         buf[range(len..whole)].fill(0);
         transfer.padded((whole - len).into());
     }
-    let end = start + u64::from(whole);
+    let end = transfer.place(Side::Sink, start) + u64::from(whole);
     if let Some(capacity) = transfer.rules.capacity
         && end > capacity
     {
         return Err(too_small(end, capacity).at(&transfer.sink.name));
     }
     let bytes = &mut buf[range(0..whole)];
-    match &transfer.work {
-        Work::Encrypt(cipher) => cipher.encrypt(first, bytes),
-        Work::Decrypt(cipher) if slot.fill != Fill::Kept => {
-            cipher.decrypt(first, bytes);
+    match transfer.work {
+        Work::Encrypt => segment.encrypt(start, bytes),
+        Work::Decrypt if slot.fill != Fill::Kept => {
+            segment.decrypt(start, bytes);
             if transfer.keep_holes {
-                holes.erase(Side::Source, &transfer.source, start, bytes, unit);
+                holes.erase(Side::Source, &transfer.source, segment.place(start), bytes, unit);
             }
         }
-        Work::Decrypt(_) => {}
-        Work::Verify(_) => unreachable!("handled above"),
+        Work::Decrypt => {}
+        Work::Verify => unreachable!("handled above"),
     }
     // Once a chunk costs nothing that can be measured, and no frame keeps a round key after the job.
     burn_stack();
@@ -88,11 +87,14 @@ fn range(span: Span) -> std::ops::Range<usize> {
     span.start as usize..span.end as usize
 }
 
+/// The way out for a plaintext that is not whole data units.
+pub const PAD: &str = "--pad fills the last data unit with zero bytes";
+
 /// The source's length is not a multiple of the data unit.
 #[must_use]
 pub fn unaligned(bytes: u64, unit: u32) -> Error {
     let what = format!("source size of {bytes} bytes is not a multiple of the data unit of {unit} bytes");
-    Error::new(ErrorKind::Invalid, what).hint("--pad fills the last data unit with zero bytes")
+    Error::new(ErrorKind::Invalid, what)
 }
 
 /// The sink cannot hold what the source has.

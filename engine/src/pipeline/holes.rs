@@ -30,26 +30,32 @@ impl HoleCache {
         region
     }
 
-    fn is_hole(&mut self, side: Side, end: &End, extent: Extent) -> bool {
-        matches!(self.region_at(side, end, extent.start()), Region::Hole { until } if until >= extent.end())
+    /// Is all of the chunk a hole of one side? A chunk lies in one segment, so its place is one piece.
+    fn is_hole(&mut self, side: Side, transfer: &Transfer, extent: Extent) -> bool {
+        let end = match side {
+            Side::Source => &transfer.source,
+            Side::Sink => &transfer.sink,
+        };
+        let start = transfer.place(side, extent.start());
+        matches!(self.region_at(side, end, start), Region::Hole { until } if until >= start + extent.len())
     }
 
     /// How this chunk's source bytes come to be.
     pub fn fill_of(&mut self, transfer: &Transfer, extent: Extent) -> Fill {
-        if transfer.source.stream || !self.is_hole(Side::Source, &transfer.source, extent) {
+        if transfer.source.stream || !self.is_hole(Side::Source, transfer, extent) {
             return Fill::Read;
         }
         let kept = match transfer.work {
-            Work::Encrypt(_) => false,
-            Work::Decrypt(_) => transfer.keep_holes,
+            Work::Encrypt => false,
+            Work::Decrypt => transfer.keep_holes,
             // Zeros on the plaintext side and a kept hole on the encrypted side are equal without a look.
-            Work::Verify(_) => transfer.keep_holes && self.is_hole(Side::Sink, &transfer.sink, extent),
+            Work::Verify => transfer.keep_holes && self.is_hole(Side::Sink, transfer, extent),
         };
         if kept { Fill::Kept } else { Fill::Hole }
     }
 
-    /// Make zeros of decrypted bytes that were holes of the encrypted `side`. `plain` starts at `start` and holds whole
-    /// data units of `unit` bytes.
+    /// Make zeros of decrypted bytes that were holes of the encrypted `side`. `plain` holds whole data units of `unit` bytes, and
+    /// was read from byte `start` of the device.
     pub fn erase(&mut self, side: Side, end: &End, start: u64, plain: &mut [u8], unit: u32) {
         let unit = u64::from(unit);
         let stop = start + plain.len() as u64;

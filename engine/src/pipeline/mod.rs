@@ -3,6 +3,7 @@
 //! | file | its one purpose |
 //! |---|---|
 //! | `transfer` | what workers are told about a job, and what they report back |
+//! | `segment` | the encrypted side: ciphers, and where bytes lie |
 //! | `plan` | which extents, in which order, and when |
 //! | `worker` | the loop |
 //! | `slot` | one chunk in flight |
@@ -16,6 +17,7 @@
 pub mod crypt;
 pub mod holes;
 pub mod plan;
+pub mod segment;
 pub mod slot;
 pub mod transfer;
 pub mod worker;

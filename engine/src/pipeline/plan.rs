@@ -7,6 +7,7 @@
 //! A [`Gate`] holds what a user may change while the transfer runs: pause, stop, and the rate limit.
 
 use std::num::NonZeroU64;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ pub struct Plan {
     end: AtomicU64,
     /// One past the last byte that may be claimed now.
     open: AtomicU64,
+    /// Where segments meet, ascending: no chunk crosses one. Most plans have none.
+    seams: OnceLock<Vec<u64>>,
 }
 
 /// The answer to "what next?".
@@ -44,7 +47,21 @@ impl Plan {
             next: AtomicU64::new(0),
             end: AtomicU64::new(total.unwrap_or(u64::MAX)),
             open: AtomicU64::new(u64::MAX),
+            seams: OnceLock::new(),
         }
+    }
+
+    /// No chunk crosses one of these offsets, which ascend. To be said once, before the first claim.
+    ///
+    /// # Panics
+    /// If it was said before.
+    pub fn cut_at(&self, seams: Vec<u64>) {
+        assert!(self.seams.set(seams).is_ok(), "a plan is cut once");
+    }
+
+    fn seam_after(&self, start: u64) -> u64 {
+        let seams = self.seams.get().map_or(&[][..], Vec::as_slice);
+        seams.iter().copied().find(|seam| *seam > start).unwrap_or(u64::MAX)
     }
 
     /// Bytes of one chunk; only the last of the plan may be shorter.
@@ -66,7 +83,7 @@ impl Plan {
             if start >= open {
                 return Claim::Blocked;
             }
-            let stop = start.saturating_add(self.chunk_bytes).min(end).min(open);
+            let stop = start.saturating_add(self.chunk_bytes).min(end).min(open).min(self.seam_after(start));
             match self.next.compare_exchange_weak(start, stop, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => {
                     return Claim::Extent(Extent::new(start, stop).expect("start < end and start < open"));
@@ -258,6 +275,17 @@ mod tests {
         plan.open_until(u64::MAX);
         assert_eq!(extent(plan.claim()), (6, 10));
         assert_eq!(extent(plan.claim()), (10, 12));
+        assert_eq!(plan.claim(), Claim::Exhausted);
+    }
+
+    #[test]
+    fn no_chunk_crosses_a_seam() {
+        let plan = Plan::new(Some(12), 4);
+        plan.cut_at(vec![3, 8]);
+        assert_eq!(extent(plan.claim()), (0, 3));
+        assert_eq!(extent(plan.claim()), (3, 7));
+        assert_eq!(extent(plan.claim()), (7, 8));
+        assert_eq!(extent(plan.claim()), (8, 12));
         assert_eq!(plan.claim(), Claim::Exhausted);
     }
 

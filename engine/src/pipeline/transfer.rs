@@ -7,24 +7,40 @@
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::backend::device::Device;
-use crate::crypto::SectorCipher;
 use crate::error::Error;
 use crate::pipeline::plan::{Gate, Plan};
+use crate::pipeline::segment::Segments;
+use crate::pipeline::slot::Side;
 use crate::telemetry::record::{Counters, StageRecord, Totals};
 
+/// Largest data unit of a volume, bytes: chunks are multiples of it, so that every data unit divides them.
+pub const UNIT_BYTES_MAX: u32 = 4096;
+
 /// What happens to a chunk between its read and its write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
     /// Plaintext in, ciphertext out.
-    Encrypt(Box<dyn SectorCipher>),
+    Encrypt,
     /// Ciphertext in, plaintext out.
-    Decrypt(Box<dyn SectorCipher>),
+    Decrypt,
     /// Plaintext on the source side, ciphertext on the sink side; compare, write nothing.
-    Verify(Box<dyn SectorCipher>),
+    Verify,
+}
+
+impl Work {
+    /// Which side holds ciphertext.
+    #[must_use]
+    pub fn encrypted_side(self) -> Side {
+        match self {
+            Self::Decrypt => Side::Source,
+            Self::Encrypt | Self::Verify => Side::Sink,
+        }
+    }
 }
 
 /// One side of a transfer.
@@ -60,8 +76,6 @@ pub struct TransferSpec {
     pub sink: End,
     /// See [`SinkRules`].
     pub rules: SinkRules,
-    /// Data unit, bytes.
-    pub unit_bytes: u32,
     /// A source ending inside a data unit is filled up with zeros.
     pub pad: bool,
     /// Holes of the encrypted side are holes of the plaintext.
@@ -79,6 +93,7 @@ pub struct Transfer {
     pub gate: Gate,
     /// Live counters, one per worker of the pipeline.
     pub counters: Box<[Counters]>,
+    segments: OnceLock<Segments>,
     report: Mutex<Report>,
     difference: AtomicU64,
     latch: Arc<Latch>,
@@ -123,7 +138,7 @@ impl Transfer {
     #[must_use]
     pub fn new(spec: TransferSpec, workers: usize) -> Arc<Self> {
         assert!(spec.depth > 0, "a transfer needs a chunk in flight");
-        assert!(spec.unit_bytes > 0 && spec.plan.chunk_bytes().is_multiple_of(spec.unit_bytes.into()));
+        assert!(spec.plan.chunk_bytes().is_multiple_of(UNIT_BYTES_MAX.into()), "data units divide a chunk");
         assert!(spec.plan.chunk_bytes().is_multiple_of(spec.source.align.into()));
         assert!(spec.plan.chunk_bytes().is_multiple_of(spec.sink.align.into()));
         let (finished, ended) = bounded(1);
@@ -131,6 +146,7 @@ impl Transfer {
             spec,
             gate: Gate::default(),
             counters: (0..workers).map(|_| Counters::default()).collect(),
+            segments: OnceLock::new(),
             report: Mutex::default(),
             difference: AtomicU64::new(u64::MAX),
             latch: Arc::new(Latch { parts: AtomicU32::new(0), finished }),
@@ -147,7 +163,30 @@ impl Transfer {
     /// It compares and writes nothing.
     #[must_use]
     pub fn is_verify(&self) -> bool {
-        matches!(self.work, Work::Verify(_))
+        self.work == Work::Verify
+    }
+
+    /// The encrypted side is known now: to be said once, before workers begin.
+    ///
+    /// # Panics
+    /// If it was said before.
+    pub fn set_segments(&self, segments: Segments) {
+        assert!(self.segments.set(segments).is_ok(), "a transfer's segments are set once");
+    }
+
+    /// The encrypted side.
+    ///
+    /// # Panics
+    /// Before [`Transfer::set_segments`].
+    #[must_use]
+    pub fn segments(&self) -> &Segments {
+        self.segments.get().expect("segments are set before workers begin")
+    }
+
+    /// Where plaintext byte `at` lies on one side.
+    #[must_use]
+    pub fn place(&self, side: Side, at: u64) -> u64 {
+        if side == self.work.encrypted_side() { self.segments().place(at) } else { at }
     }
 
     fn report(&self) -> std::sync::MutexGuard<'_, Report> {

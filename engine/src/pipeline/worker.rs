@@ -320,7 +320,8 @@ impl Worker {
         let (end, port, buf, wanted) = match side {
             Side::Source => (&transfer.source, active.source, slot.take_buf(), slot.source_len),
             Side::Sink => {
-                let whole = slot.source_len.next_multiple_of(transfer.unit_bytes);
+                let unit = transfer.segments().at(slot.extent.start()).unit_bytes;
+                let whole = slot.source_len.next_multiple_of(unit);
                 (&transfer.sink, active.sink, slot.take_other(), whole)
             }
         };
@@ -329,7 +330,7 @@ impl Worker {
             (Position::Stream, 0..wanted)
         } else {
             // Direct reads ask for whole blocks; at the end of a file fewer bytes come back.
-            (Position::At(slot.extent.start()), 0..wanted.next_multiple_of(end.align))
+            (Position::At(transfer.place(side, slot.extent.start())), 0..wanted.next_multiple_of(end.align))
         };
         self.push(key, side, port, What::Read { position, buf, span });
     }
@@ -366,7 +367,12 @@ impl Worker {
                     }
                 };
                 let bytes = done.result.unwrap_or_else(|cause| {
-                    transfer.fail(Error::io("read failed", cause).at(place(end, slot.extent)));
+                    transfer.fail(Error::io("read failed", cause).at(place(
+                        &transfer,
+                        side,
+                        end,
+                        slot.extent,
+                    )));
                     slot.doomed = true;
                     0
                 });
@@ -379,7 +385,7 @@ impl Worker {
                 active.writing = false;
                 match done.result {
                     Err(cause) => {
-                        transfer.fail(write_error(&transfer.sink, cause, slot.extent));
+                        transfer.fail(write_error(&transfer, cause, slot.extent));
                         self.release(key);
                     }
                     Ok(bytes) => {
@@ -483,7 +489,8 @@ impl Worker {
             active.writing = true;
             Position::Stream
         } else {
-            Position::At(slot.extent.start() + u64::from(next.start))
+            let start = active.transfer.place(Side::Sink, slot.extent.start());
+            Position::At(start + u64::from(next.start))
         };
         let buf = slot.take_buf();
         let port = active.sink;
@@ -574,15 +581,21 @@ fn slot_len(extent: Extent) -> u32 {
     u32::try_from(extent.len()).expect("a chunk fits a buffer")
 }
 
-fn place(end: &End, extent: Extent) -> String {
-    format!("{} {extent}", end.name)
+/// A chunk by the place it has on one side.
+fn place(transfer: &Transfer, side: Side, end: &End, extent: Extent) -> String {
+    let start = transfer.place(side, extent.start());
+    match Extent::new(start, start + extent.len()) {
+        Some(extent) => format!("{} {extent}", end.name),
+        None => end.name.clone(),
+    }
 }
 
-fn write_error(sink: &End, cause: std::io::Error, extent: Extent) -> Error {
+fn write_error(transfer: &Transfer, cause: std::io::Error, extent: Extent) -> Error {
+    let sink = &transfer.sink;
     match cause.raw_os_error() {
         Some(libc::EPIPE) => {
             Error::new(ErrorKind::Io, "write failed: the reader has closed the pipe").at(&sink.name)
         }
-        _ => Error::io("write failed", cause).at(place(sink, extent)),
+        _ => Error::io("write failed", cause).at(place(transfer, Side::Sink, sink, extent)),
     }
 }

@@ -1,13 +1,35 @@
 //! A new header with its first keyslot, in memory, and the order in which it is written.
+//!
+//! Everything that can fail for a bad wish or for want of memory happens before a byte of the device is touched: [`make`]
+//! needs no device. What is written covers everything from byte 0 to the data: both copies or the one header, keyslots, and
+//! zeros over whatever else was there; keyslots areas not in use are random, so that nobody sees how many are.
 
-use proto::luks::New;
+use std::ops::Range;
+use std::time::Duration;
 
 use crate::backend::blocking::Blocking;
-use crate::crypto::Secret;
-use crate::error::Result;
-use crate::volume::{DataArea, Header};
+use crate::crypto::kdf::{Kdf, digest_iterations};
+use crate::crypto::{Secret, bytes_equal};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::binary::BINARY_BYTES;
+use crate::format::luks2::edit::keyslot_area_bytes;
+use crate::format::luks2::metadata::{Digest, Keyslot, Luks2Keyslot, Segment};
+use crate::format::luks2::{Copy, Health, Loaded};
+use crate::format::{luks1, luks2};
+use crate::volume::area::Wrapping;
+use crate::volume::plan::Plan;
+use crate::volume::{DataArea, Header, random, secondary_offsets, store};
+use proto::luks::{New, Version};
+
+/// What checking a volume key shall take, as in cryptsetup.
+const DIGEST_TIME: Duration = Duration::from_millis(125);
+/// Its iterations where the wish forbids measuring, as in cryptsetup.
+const DIGEST_ITERATIONS_MIN: u32 = 1000;
+/// Bytes made at a time by [`NewHeader::stream`].
+const PIECE: usize = 1 << 20;
 
 /// A header that exists in memory only.
+#[derive(Debug)]
 pub struct NewHeader {
     /// What will be on disk.
     pub header: Header,
@@ -21,6 +43,10 @@ pub struct NewHeader {
     pub header_bytes: u64,
     /// Worth telling the user.
     pub warnings: Vec<String>,
+    /// First byte of the keyslot's material, and the material.
+    material: (u64, Vec<u8>),
+    /// All bytes up to the data or the end of a detached header.
+    stream_bytes: u64,
 }
 
 /// What is known about where it will be written.
@@ -32,8 +58,8 @@ pub struct Place {
     pub header_capacity: Option<u64>,
     /// Bytes of the device that takes the data, if it cannot grow.
     pub data_capacity: Option<u64>,
-    /// Block size of the data device: the data unit's default is the larger of 4096 and nothing (LUKS1: 512); a device whose size
-    /// is not a multiple of 4096 gets 512.
+    /// Block size of the data device. The data unit's default is 4096 (LUKS1: 512) whatever it is; a device whose size is not a
+    /// multiple of 4096 gets 512.
     pub align: u32,
 }
 
@@ -42,41 +68,282 @@ pub struct Place {
 /// # Errors
 /// `Invalid`, `Unsupported`, `NoSpace`: one clear sentence.
 pub fn plan(new: &New, place: &Place) -> Result<DataArea> {
-    unimplemented!("{new:?} {place:?}")
+    Ok(Plan::new(new, place)?.data)
 }
 
 /// Make the header: random volume key (or the one given), calibrated KDF, digest, first keyslot. Takes seconds.
 ///
 /// # Errors
-/// As [`plan`]; `Invalid`: a volume key of the wrong length or with equal halves.
+/// As [`plan`]; `Invalid`: a volume key of the wrong length or with equal halves, a KDF out of bounds.
 pub fn make(new: &New, place: &Place, passphrase: &Secret, volume_key: Option<Secret>) -> Result<NewHeader> {
-    unimplemented!("{new:?} {place:?} {} {}", passphrase.len(), volume_key.is_some())
+    let plan = Plan::new(new, place)?;
+    let key = match volume_key {
+        Some(key) => key,
+        None => random_key(plan.key_bytes)?,
+    };
+    check_key(&key, plan.key_bytes)?;
+    let kdf = Kdf::calibrate(&new.kdf, plan.kdf, plan.hash, plan.key_bytes as usize)?;
+    let iterations = match new.kdf.iterations {
+        Some(_) => DIGEST_ITERATIONS_MIN,
+        None => digest_iterations(plan.hash, DIGEST_TIME),
+    };
+    let made = Made { plan: &plan, kdf, passphrase, key: &key, iterations };
+    let (header, material) = match plan.version {
+        Version::Luks1 => made.luks1()?,
+        Version::Luks2 => made.luks2(new)?,
+    };
+    Ok(NewHeader {
+        header,
+        data: plan.data,
+        keyslot: plan.keyslot,
+        header_bytes: plan.header_bytes,
+        stream_bytes: if place.detached { plan.header_bytes } else { plan.data.offset },
+        warnings: plan.warnings,
+        key,
+        material,
+    })
+}
+
+fn random_key(bytes: u32) -> Result<Secret> {
+    let mut key = Secret::zeroed(bytes as usize)?;
+    random::fill(key.as_mut_bytes())?;
+    Ok(key)
+}
+
+/// New volumes are XTS: with equal halves the tweak is encrypted under the key of the data, and the mode loses its proof.
+fn check_key(key: &Secret, key_bytes: u32) -> Result<()> {
+    if key.len() != key_bytes as usize {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("the volume key given is not {key_bytes} bytes long"),
+        ));
+    }
+    let (data, tweak) = key.as_bytes().split_at(key.len() / 2);
+    if bytes_equal(data, tweak) {
+        return Err(Error::new(ErrorKind::Invalid, "the two halves of the volume key are equal"));
+    }
+    Ok(())
+}
+
+/// A random UUID (RFC 9562, version 4) in canonical form.
+fn random_uuid() -> Result<String> {
+    let mut bytes = [0; 16];
+    random::fill(&mut bytes)?;
+    bytes[6] = bytes[6] & 0x0F | 0x40;
+    bytes[8] = bytes[8] & 0x3F | 0x80;
+    let digits = format!("{:032x}", u128::from_be_bytes(bytes));
+    Ok([&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-"))
+}
+
+fn random_salt<const BYTES: usize>() -> Result<[u8; BYTES]> {
+    let mut salt = [0; BYTES];
+    random::fill(&mut salt)?;
+    Ok(salt)
+}
+
+/// What both versions are made of.
+struct Made<'a> {
+    plan: &'a Plan,
+    kdf: Kdf,
+    passphrase: &'a Secret,
+    key: &'a Secret,
+    /// Of the digest.
+    iterations: u32,
+}
+
+type WithMaterial = (Header, (u64, Vec<u8>));
+
+impl Made<'_> {
+    fn digest(&self, salt: &[u8], bytes: usize) -> Result<Vec<u8>> {
+        let mut digest = vec![0; bytes];
+        let kdf = Kdf::Pbkdf2 { hash: self.plan.hash, iterations: self.iterations };
+        kdf.derive(self.key.as_bytes(), salt, &mut digest)?;
+        Ok(digest)
+    }
+
+    fn wrap(&self, salt: &[u8]) -> Result<Vec<u8>> {
+        // Cipher and key length of the keyslot are those of the data, as in both versions of cryptsetup's headers.
+        let wrapping = Wrapping {
+            kdf: self.kdf,
+            salt,
+            cipher: self.plan.spec,
+            area_key_bytes: self.plan.key_bytes as usize,
+            af_hash: self.plan.hash,
+        };
+        wrapping.wrap(self.passphrase, self.key)
+    }
+
+    fn uuid(&self) -> Result<String> {
+        self.plan.uuid.clone().map_or_else(random_uuid, Ok)
+    }
+
+    fn luks1(&self) -> Result<WithMaterial> {
+        let plan = self.plan;
+        let payload_sector = u32::try_from(plan.data.offset / 512).expect("the plan has checked it");
+        let mut header = luks1::Header::layout(plan.key_bytes, payload_sector)?;
+        let (name, mode) = plan.spec.name().split_once('-').expect("dm-crypt's names have a mode");
+        header.cipher_name = name.to_owned();
+        header.cipher_mode = mode.to_owned();
+        header.hash = plan.hash.name().to_owned();
+        header.uuid = self.uuid()?;
+        header.digest_salt = random_salt()?;
+        header.digest_iterations = self.iterations;
+        let digest = self.digest(&header.digest_salt, header.digest.len())?;
+        header.digest.copy_from_slice(&digest);
+        let Kdf::Pbkdf2 { iterations, .. } = self.kdf else {
+            return Err(Error::new(ErrorKind::Invalid, "a LUKS1 keyslot knows pbkdf2 only"));
+        };
+        let keyslot = &mut header.keyslots[plan.keyslot as usize];
+        keyslot.active = true;
+        keyslot.iterations = iterations;
+        keyslot.salt = random_salt()?;
+        let material = (keyslot.material_offset(), self.wrap(&keyslot.salt)?);
+        Ok((Header::Luks1(Box::new(header)), material))
+    }
+
+    fn luks2(&self, new: &New) -> Result<WithMaterial> {
+        let plan = self.plan;
+        let (hash, cipher) = (plan.hash.name(), plan.spec.name());
+        let unit_bytes = plan.data.cipher.expect("new volumes are encrypted").unit_bytes;
+        let segment = Segment::crypt(plan.data.offset, None, cipher, unit_bytes);
+        let salts = [random_salt()?, random_salt()?];
+        let mut header =
+            luks2::Header::new(plan.copy_bytes, plan.keyslots_bytes, segment, self.uuid()?, salts)?;
+        header.label = new.label.clone().unwrap_or_default();
+        header.subsystem = new.subsystem.clone().unwrap_or_default();
+
+        let area = header.free_keyslot_area(plan.key_bytes)?;
+        let salt = random_salt()?;
+        let keyslot = Luks2Keyslot::new(plan.key_bytes, area, (cipher, plan.key_bytes), hash, self.kdf, salt);
+        header.metadata.keyslots.insert(plan.keyslot, Keyslot::Luks2(keyslot));
+
+        let digest_salt: [u8; 32] = random_salt()?;
+        let digest = self.digest(&digest_salt, plan.hash.bytes())?;
+        let mut digest = Digest::pbkdf2(hash, self.iterations, digest_salt.into(), digest);
+        digest.keyslots.push(plan.keyslot);
+        digest.segments.push(0);
+        header.metadata.digests.insert(0, digest);
+        // A header that cannot be written is found out here, not after the device was touched.
+        header.check()?;
+        let material = (area.offset, self.wrap(&salt)?);
+        Ok((Header::Luks2(Box::new(Loaded { header, health: [Health::Good, Health::Good] })), material))
+    }
+}
+
+/// A stretch of the header device.
+enum Content<'a> {
+    Zeros,
+    Random,
+    Bytes(&'a [u8]),
 }
 
 impl NewHeader {
     /// Make whatever header was on the device unusable, durably: before its data is overwritten, so that a job that dies leaves
-    /// no old header in front of new data.
+    /// no old header in front of new data. Second copies of LUKS2 headers are looked for where the new data will be, too.
     ///
     /// # Errors
     /// Of the device.
     pub fn clear(&self, device: &mut Blocking) -> Result<()> {
-        unimplemented!("{}", device.name())
+        store::zero_fill(device, 0, self.header_bytes)?;
+        for offset in secondary_offsets(device)? {
+            store::zero_fill(device, offset, BINARY_BYTES as u64)?;
+        }
+        device.flush()
     }
 
     /// Write it, durably, in the order that leaves no half header: 1. keyslots area and material, 2. flush, 3. header (LUKS2:
-    /// primary, flush, secondary), 4. flush.
+    /// primary, flush, secondary; LUKS1: second sector, flush, first), 4. flush.
     ///
     /// # Errors
     /// Of the device.
     pub fn write(&self, device: &mut Blocking) -> Result<()> {
-        unimplemented!("{}", device.name())
+        for (range, content) in self.behind_the_header(self.header_bytes) {
+            let bytes = range.end - range.start;
+            match content {
+                Content::Zeros => store::zero_fill(device, range.start, bytes)?,
+                Content::Random => store::random_fill(device, range.start, bytes)?,
+                Content::Bytes(bytes) => device.write(range.start, bytes)?,
+            }
+        }
+        device.flush()?;
+        match &self.header {
+            Header::Luks1(header) => store::replace_luks1(device, header),
+            Header::Luks2(loaded) => {
+                for copy in [Copy::Primary, Copy::Secondary] {
+                    device.write(loaded.header.offset(copy), &loaded.header.to_bytes(copy)?)?;
+                    device.flush()?;
+                }
+                Ok(())
+            }
+        }
     }
 
-    /// All bytes from 0 to the start of the data, for a sink that is written in order: calls `put` with consecutive pieces.
+    /// All bytes from 0 to the start of the data (detached: to the end of the header), for a sink that is written in order: calls
+    /// `put` with consecutive pieces.
     ///
     /// # Errors
     /// Of `put`.
     pub fn stream(&self, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        unimplemented!("{}", put(&[]).is_ok())
+        match &self.header {
+            Header::Luks1(header) => put(&header.to_bytes())?,
+            Header::Luks2(loaded) => {
+                put(&loaded.header.to_bytes(Copy::Primary)?)?;
+                put(&loaded.header.to_bytes(Copy::Secondary)?)?;
+            }
+        }
+        let mut piece = vec![0; PIECE];
+        for (range, content) in self.behind_the_header(self.stream_bytes) {
+            let mut left = range.end - range.start;
+            if let Content::Bytes(bytes) = content {
+                put(bytes)?;
+                continue;
+            }
+            while left > 0 {
+                let length = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE);
+                match content {
+                    Content::Random => random::fill(&mut piece[..length])?,
+                    _ => piece[..length].fill(0),
+                }
+                put(&piece[..length])?;
+                left -= length as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// What lies between the header itself and `end`: without a gap, in order.
+    fn behind_the_header(&self, end: u64) -> Vec<(Range<u64>, Content<'_>)> {
+        let (start, areas) = match &self.header {
+            Header::Luks1(header) => {
+                let each = keyslot_area_bytes(header.key_bytes);
+                let areas = header.keyslots.iter().map(|keyslot| {
+                    let offset = keyslot.material_offset();
+                    offset..offset + each
+                });
+                (luks1::HEADER_BYTES as u64, areas.collect())
+            }
+            Header::Luks2(loaded) => {
+                let start = loaded.header.keyslots_offset();
+                (start, vec![start..start + loaded.header.metadata.config.keyslots_size])
+            }
+        };
+        let (offset, material) = &self.material;
+        let material_end = offset + material.len() as u64;
+        let mut parts = Vec::new();
+        let mut at = start;
+        for area in areas {
+            parts.push((at..area.start, Content::Zeros));
+            if area.contains(offset) {
+                parts.push((area.start..*offset, Content::Random));
+                parts.push((*offset..material_end, Content::Bytes(material)));
+                parts.push((material_end..area.end, Content::Random));
+            } else {
+                parts.push((area.clone(), Content::Random));
+            }
+            at = area.end;
+        }
+        parts.push((at..end.max(at), Content::Zeros));
+        parts.retain(|(range, _)| range.start < range.end);
+        parts
     }
 }

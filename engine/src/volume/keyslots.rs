@@ -1,1 +1,592 @@
-//! (see mod)
+//! Keyslots added, removed, changed, converted, and all of them destroyed.
+//!
+//! Every function reads the header itself (the caller holds the lock), proves that the secret opens the volume before it
+//! writes, asks `give_up` between slow steps and never after the first write. A header with a requirement this build does not
+//! honour, a re-encryption in progress above all, is not changed.
+//!
+//! # Write orders
+//! Add: 1. material into a free area, 2. flush, 3. header with the keyslot (LUKS2: both copies, each flushed). A crash before 3
+//! leaves material that no header refers to, which the next keyslot overwrites; the volume opens as before.
+//!
+//! Remove: 1. overwrite the material, 2. flush, 3. header without the keyslot. A crash before 3 leaves a dead keyslot: in the
+//! header, but opened by nothing. It is removed by its number, for which its own passphrase is not asked.
+//!
+//! Change and convert: add (1, 2, 3), then 4. overwrite the old material, 5. flush, 6. header without the old keyslot. At every
+//! instant the old passphrase opens or the new one does, between 3 and 4 both. In a LUKS2 header step 6 also gives the new
+//! keyslot the number of the old one, with the area it has: tokens and users that know the number keep it. LUKS1 ties a number
+//! to a place, so the number changes there, and the answer says so. With no free keyslot, or no room for another area, it is
+//! refused: writing in place would for a while leave neither passphrase.
+//!
+//! Erase: 1. overwrite all material (LUKS2: the whole keyslots area, and with it whatever earlier operations left behind),
+//! 2. flush, 3. header without keyslots.
+//!
+//! What overwriting cannot promise: a device that remaps sectors, a filesystem that copies on write, snapshots and header
+//! backups may all keep old material, and old material opens with the old passphrase.
+
+use proto::luks::{Done, KdfKind, KdfWish};
+
+use crate::backend::blocking::Blocking;
+use crate::crypto::Secret;
+use crate::crypto::hash::Hash;
+use crate::crypto::kdf::Kdf;
+use crate::crypto::spec::CipherSpec;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::Loaded;
+use crate::format::luks2::metadata::{Keyslot, Luks2Keyslot, Metadata, SegmentKind};
+use crate::format::luks2::validate::OBJECTS_MAX;
+use crate::format::{af, luks1};
+use crate::volume::area::{Wrapping, material_bytes};
+use crate::volume::unlock::{self, Unlocked, WRONG_KEY};
+use crate::volume::{Header, random, store};
+
+/// Keyslot numbers of LUKS1 headers end here.
+const LUKS1_KEYSLOTS: u32 = 8;
+/// Cipher of the areas of new LUKS2 keyslots, as cryptsetup's default, and its key.
+const AREA_CIPHER: &str = "aes-xts-plain64";
+const AREA_KEY_BYTES: u32 = 64;
+/// Salt of a new keyslot, bytes.
+const SALT_BYTES: usize = 32;
+/// `priority` of an ordinary keyslot.
+const PRIORITY_NORMAL: u32 = 1;
+
+/// A secret that opens a volume.
+pub enum Proof {
+    /// A passphrase of a keyslot.
+    Passphrase(Secret),
+    /// The volume key itself.
+    VolumeKey(Secret),
+}
+
+/// Asked between slow steps: has the caller gone away?
+pub type GiveUp<'a> = &'a dyn Fn() -> bool;
+
+/// Does the secret open the volume?
+///
+/// # Errors
+/// Of [`unlock::with_passphrase`] and [`unlock::with_volume_key`].
+pub fn open_test(
+    device: &mut Blocking,
+    proof: Proof,
+    only: Option<u32>,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    let header = Header::load(device)?;
+    if only.is_some() && matches!(proof, Proof::VolumeKey(_)) {
+        return Err(Error::new(ErrorKind::Invalid, "a volume key opens no keyslot: name none"));
+    }
+    let opened = open(device, &header, proof, only, give_up)?;
+    Ok(Done { keyslot: opened.keyslot, uuid: header.uuid().to_owned(), ..Done::default() })
+}
+
+/// Another passphrase for the key of the data, in keyslot `keyslot` or the first free one.
+///
+/// # Errors
+/// `WrongKey`; `Conflict`: the keyslot is in use, or all are; `NoSpace`: no room for its material; `Unsupported`: the header must
+/// not be changed; else of the KDF and the device.
+pub fn add(
+    device: &mut Blocking,
+    proof: Proof,
+    new: &Secret,
+    keyslot: Option<u32>,
+    wish: &KdfWish,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    let mut header = load_to_change(device)?;
+    // What needs no secret is found out before the seconds an unlock takes.
+    let place = free_place(&header, keyslot, device.name())?;
+    let opened = open(device, &header, proof, None, give_up)?;
+    let digest = match &header {
+        Header::Luks1(_) => 0,
+        Header::Luks2(loaded) => data_digest(&loaded.header.metadata, device.name())?,
+    };
+    let addition = Addition { place, digest, priority: PRIORITY_NORMAL, wish, give_up };
+    addition.carry_out(device, &mut header, &opened.key, new)?;
+    Ok(Done { keyslot: Some(place), uuid: header.uuid().to_owned(), ..Done::default() })
+}
+
+/// Destroy a keyslot: `keyslot`, or the one that `passphrase` opens. With both, the passphrase must open another keyslot of the
+/// data, which stays.
+///
+/// # Errors
+/// `Invalid`: neither is given. `NotFound`: the keyslot is not in use. `Conflict`: it is the last that opens the data, and
+/// `allow_last` is not set. `WrongKey`. Else of the device.
+pub fn remove(
+    device: &mut Blocking,
+    passphrase: Option<&Secret>,
+    keyslot: Option<u32>,
+    allow_last: bool,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    let mut header = load_to_change(device)?;
+    let target = match (keyslot, passphrase) {
+        (Some(id), _) => id,
+        (None, Some(secret)) => opened_by(device, &header, secret, None, give_up)?.0,
+        (None, None) => {
+            let what = "nothing says which keyslot to remove: give its number or its passphrase";
+            return Err(Error::new(ErrorKind::Invalid, what));
+        }
+    };
+    check_known(&header, target, device.name())?;
+    let others: Vec<u32> = bound(&header).into_iter().filter(|id| *id != target).collect();
+    if is_bound(&header, target) && others.is_empty() && !allow_last {
+        let what = format!("keyslot {target} is the last one that opens the data");
+        return Err(Error::new(ErrorKind::Conflict, what).at(device.name()).hint(
+            "without it nobody can open the volume who has neither the volume key nor a header backup; add \
+             another passphrase first, or say that the last one may go",
+        ));
+    }
+    let mut warnings = Vec::new();
+    if keyslot.is_some() {
+        match passphrase {
+            // With no other keyslot left to prove, knowing the last one is the proof.
+            Some(secret) if others.is_empty() => {
+                opened_by(device, &header, secret, Some(target), give_up)?;
+            }
+            Some(secret) => {
+                opens_one_of(device, &header, secret, &others, give_up)?;
+            }
+            None => {}
+        }
+    }
+    if !others.is_empty() && (keyslot.is_none() || passphrase.is_none()) {
+        warnings
+            .push(format!("that a passphrase of keyslot {} is still known was not checked", list(&others)));
+    } else if others.is_empty() && is_bound(&header, target) {
+        warnings.push("no keyslot opens the data any more".to_owned());
+    }
+    stop(give_up)?;
+    destroy(device, &mut header, target, None)?;
+    Ok(Done { keyslot: Some(target), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// Replace the passphrase of `keyslot`, or of the one that `old` opens.
+///
+/// # Errors
+/// As [`add`], for want of room for a second keyslot too; `NotFound`: `keyslot` is not in use.
+pub fn change(
+    device: &mut Blocking,
+    old: &Secret,
+    new: &Secret,
+    keyslot: Option<u32>,
+    wish: &KdfWish,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    let mut header = load_to_change(device)?;
+    if let Some(id) = keyslot {
+        check_known(&header, id, device.name())?;
+    }
+    let place = free_place(&header, None, device.name()).map_err(|error| {
+        error.hint(
+            "the new keyslot is made before the old one is destroyed, and there is no room for both; remove a \
+             keyslot first",
+        )
+    })?;
+    let (replaced, key) = opened_by(device, &header, old, keyslot, give_up)?;
+    let (digest, priority) = match &header {
+        Header::Luks1(_) => (0, PRIORITY_NORMAL),
+        Header::Luks2(loaded) => {
+            let metadata = &loaded.header.metadata;
+            let digest = metadata.digest_of_keyslot(replaced).map(|(id, _)| id);
+            let digest = digest.ok_or_else(|| {
+                Error::new(ErrorKind::Invalid, format!("keyslot {replaced} has no digest")).at(device.name())
+            })?;
+            let priority = match &metadata.keyslots[&replaced] {
+                Keyslot::Luks2(keyslot) => keyslot.priority,
+                _ => PRIORITY_NORMAL,
+            };
+            (digest, priority)
+        }
+    };
+    let addition = Addition { place, digest, priority, wish, give_up };
+    addition.carry_out(device, &mut header, &key, new)?;
+    destroy(device, &mut header, replaced, Some(place))?;
+    let (keyslot, warnings) = match &header {
+        Header::Luks2(_) => (replaced, Vec::new()),
+        Header::Luks1(_) => (
+            place,
+            vec![format!(
+                "the passphrase moved from keyslot {replaced} to keyslot {place}: LUKS1 has no other way"
+            )],
+        ),
+    };
+    Ok(Done { keyslot: Some(keyslot), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// The same passphrase under another KDF or cost: [`change`] to itself.
+///
+/// # Errors
+/// As [`change`].
+pub fn convert(
+    device: &mut Blocking,
+    passphrase: &Secret,
+    keyslot: Option<u32>,
+    wish: &KdfWish,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    change(device, passphrase, passphrase, keyslot, wish, give_up)
+}
+
+/// Destroy every keyslot.
+///
+/// # Errors
+/// `Conflict`: not `confirmed`. Else of the device.
+pub fn erase(device: &mut Blocking, confirmed: bool) -> Result<Done> {
+    if !confirmed {
+        return Err(Error::new(ErrorKind::Conflict, "destroying every keyslot was not confirmed")
+            .at(device.name())
+            .hint("without a header backup nothing opens the volume again"));
+    }
+    let header = load_to_change(device)?;
+    match &header {
+        Header::Luks1(before) => {
+            let mut after = (**before).clone();
+            // 1. and 2.
+            for keyslot in &mut after.keyslots {
+                let bytes = luks1_material_bytes(before);
+                store::random_fill(device, keyslot.material_offset(), bytes)?;
+                clear_luks1(keyslot);
+            }
+            device.flush()?;
+            // 3.
+            store::write_luks1(device, before, &after)?;
+        }
+        Header::Luks2(loaded) => {
+            let mut next = (**loaded).clone();
+            let ids: Vec<u32> = next.header.metadata.keyslots.keys().copied().collect();
+            for id in ids {
+                next.header.metadata.remove_keyslot(id);
+            }
+            next.header.check()?;
+            // 1. and 2.
+            let bytes = next.header.metadata.config.keyslots_size;
+            store::destroy_material(device, next.header.keyslots_offset(), bytes)?;
+            // 3.
+            store::write_luks2(device, &mut next)?;
+        }
+    }
+    let warnings = vec!["nothing but a header backup opens the volume any more".to_owned()];
+    Ok(Done { uuid: header.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// Read the header and see that it may be changed.
+///
+/// # Errors
+/// Of [`Header::load`]; `Unsupported`: it has requirements, which are named.
+pub(super) fn load_to_change(device: &mut Blocking) -> Result<Header> {
+    let header = Header::load(device)?;
+    if let Header::Luks2(loaded) = &header {
+        check_requirements(&loaded.header.metadata, device.name())?;
+    }
+    Ok(header)
+}
+
+/// # Errors
+/// `Unsupported`: the header must not be changed by a program that does not know its requirements.
+pub(super) fn check_requirements(metadata: &Metadata, name: &str) -> Result<()> {
+    let unmet = metadata.unmet_requirements();
+    if unmet.is_empty() {
+        return Ok(());
+    }
+    let reencryption = unmet.iter().any(|requirement| requirement.contains("reencrypt"));
+    let what = format!("the header has requirements and must not be changed ({})", unmet.join(", "));
+    let error = Error::new(ErrorKind::Unsupported, what).at(name);
+    Err(if reencryption { error.hint("finish the re-encryption first") } else { error })
+}
+
+fn open(
+    device: &mut Blocking,
+    header: &Header,
+    proof: Proof,
+    only: Option<u32>,
+    give_up: GiveUp<'_>,
+) -> Result<Unlocked> {
+    match proof {
+        Proof::Passphrase(secret) => unlock::with_passphrase(device, header, &secret, only, give_up),
+        Proof::VolumeKey(key) => unlock::with_volume_key(header, key),
+    }
+}
+
+/// The keyslot a passphrase opens, and the key in it; the one named, whether or not its key is that of the data.
+fn opened_by(
+    device: &mut Blocking,
+    header: &Header,
+    secret: &Secret,
+    only: Option<u32>,
+    give_up: GiveUp<'_>,
+) -> Result<(u32, Secret)> {
+    let opened = match only {
+        Some(id) => unlock::keyslot(device, header, id, secret)?,
+        None => unlock::with_passphrase(device, header, secret, None, give_up)?,
+    };
+    let keyslot =
+        opened.keyslot.ok_or_else(|| Error::new(ErrorKind::Internal, "a passphrase opened no keyslot"))?;
+    Ok((keyslot, opened.key))
+}
+
+/// Does the passphrase open one of these? Each is named, so that those to be ignored otherwise count too.
+fn opens_one_of(
+    device: &mut Blocking,
+    header: &Header,
+    secret: &Secret,
+    keyslots: &[u32],
+    give_up: GiveUp<'_>,
+) -> Result<u32> {
+    for &id in keyslots {
+        stop(give_up)?;
+        match opened_by(device, header, secret, Some(id), give_up) {
+            Ok(_) => return Ok(id),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WrongKey | ErrorKind::Unsupported | ErrorKind::Limit
+                ) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Error::new(ErrorKind::WrongKey, WRONG_KEY)
+        .at(device.name())
+        .hint("with a keyslot named, the passphrase must be of another one that stays"))
+}
+
+pub(super) fn stop(give_up: GiveUp<'_>) -> Result<()> {
+    if give_up() { Err(Error::new(ErrorKind::Cancelled, "cancelled; nothing was written")) } else { Ok(()) }
+}
+
+fn list(ids: &[u32]) -> String {
+    ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ")
+}
+
+/// Keyslots whose key opens data.
+pub(super) fn bound(header: &Header) -> Vec<u32> {
+    match header {
+        Header::Luks1(header) => {
+            (0..).zip(&header.keyslots).filter(|(_, slot)| slot.active).map(|(id, _)| id).collect()
+        }
+        Header::Luks2(loaded) => {
+            let metadata = &loaded.header.metadata;
+            let data: Vec<u32> = metadata.data_segments().map(|(id, _)| id).collect();
+            let opens = |id: &u32| {
+                let of_keyslot = metadata.digests.values().filter(|digest| digest.keyslots.contains(id));
+                of_keyslot.flat_map(|digest| &digest.segments).any(|segment| data.contains(segment))
+            };
+            let wrapped = |slot: &Keyslot| matches!(slot, Keyslot::Luks2(_));
+            metadata
+                .keyslots
+                .iter()
+                .filter(|(id, slot)| wrapped(slot) && opens(id))
+                .map(|(id, _)| *id)
+                .collect()
+        }
+    }
+}
+
+fn is_bound(header: &Header, id: u32) -> bool {
+    bound(header).contains(&id)
+}
+
+/// The keyslot is in use and of a type we make.
+fn check_known(header: &Header, id: u32, name: &str) -> Result<()> {
+    let missing = || Err(Error::new(ErrorKind::NotFound, format!("keyslot {id} is not in use")).at(name));
+    let kind = match header {
+        Header::Luks1(header) => {
+            let slot = usize::try_from(id).ok().and_then(|id| header.keyslots.get(id));
+            return if slot.is_some_and(|slot| slot.active) { Ok(()) } else { missing() };
+        }
+        Header::Luks2(loaded) => match loaded.header.metadata.keyslots.get(&id) {
+            None => return missing(),
+            Some(Keyslot::Luks2(_)) => return Ok(()),
+            Some(Keyslot::Reencrypt { .. }) => "reencrypt",
+            Some(Keyslot::Unknown { kind, .. }) => kind,
+        },
+    };
+    let what = format!("keyslot {id} is of type {kind:?}, which is not a passphrase's");
+    Err(Error::new(ErrorKind::Unsupported, what).at(name))
+}
+
+/// A number for a new keyslot, and room for its material.
+fn free_place(header: &Header, wanted: Option<u32>, name: &str) -> Result<u32> {
+    let (count, used): (u32, Vec<u32>) = match header {
+        Header::Luks1(_) => (LUKS1_KEYSLOTS, bound(header)),
+        Header::Luks2(loaded) => (OBJECTS_MAX, loaded.header.metadata.keyslots.keys().copied().collect()),
+    };
+    match wanted {
+        Some(id) if id >= count => {
+            let what = format!("there is no keyslot {id}: they are numbered 0 to {}", count - 1);
+            Err(Error::new(ErrorKind::Invalid, what).at(name))
+        }
+        Some(id) if used.contains(&id) => {
+            Err(Error::new(ErrorKind::Conflict, format!("keyslot {id} is in use")).at(name))
+        }
+        Some(id) => Ok(id),
+        None => (0..count).find(|id| !used.contains(id)).ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, format!("all {count} keyslots are in use")).at(name)
+        }),
+    }
+}
+
+/// The digest of the key that encrypts the data.
+fn data_digest(metadata: &Metadata, name: &str) -> Result<u32> {
+    let mut crypt =
+        metadata.data_segments().filter(|(_, segment)| matches!(segment.kind, SegmentKind::Crypt { .. }));
+    crypt
+        .find_map(|(id, _)| metadata.digest_of_segment(id))
+        .map(|(id, _)| id)
+        .ok_or_else(|| Error::new(ErrorKind::Invalid, "no digest names the key of the data").at(name))
+}
+
+/// A keyslot to be made.
+struct Addition<'a> {
+    place: u32,
+    digest: u32,
+    priority: u32,
+    wish: &'a KdfWish,
+    give_up: GiveUp<'a>,
+}
+
+impl Addition<'_> {
+    /// Material, flush, header. `header` is what is on disk afterwards.
+    fn carry_out(
+        &self,
+        device: &mut Blocking,
+        header: &mut Header,
+        key: &Secret,
+        new: &Secret,
+    ) -> Result<()> {
+        stop(self.give_up)?;
+        match header {
+            Header::Luks1(header) => self.to_luks1(device, header, key, new),
+            Header::Luks2(loaded) => self.to_luks2(device, loaded, key, new),
+        }
+    }
+
+    fn to_luks1(
+        &self,
+        device: &mut Blocking,
+        header: &mut luks1::Header,
+        key: &Secret,
+        new: &Secret,
+    ) -> Result<()> {
+        let hash = Hash::from_name(&header.hash)?;
+        check_luks1_wish(self.wish, hash)?;
+        let cipher = CipherSpec::parse(&header.cipher())?;
+        if !cipher.is_for_new() {
+            // In LUKS1 the cipher of the data is that of the keyslots too.
+            let what = format!("no new keyslots are made with {}, which is only read", cipher.name());
+            return Err(Error::new(ErrorKind::Unsupported, what).at(device.name()));
+        }
+        let kdf = Kdf::calibrate(self.wish, KdfKind::Pbkdf2, hash, key.len())?;
+        let Kdf::Pbkdf2 { iterations, .. } = kdf else {
+            return Err(Error::new(ErrorKind::Internal, "LUKS1 has no KDF but pbkdf2"));
+        };
+        stop(self.give_up)?;
+        let mut salt = [0; SALT_BYTES];
+        random::fill(&mut salt)?;
+        let wrapping = Wrapping { kdf, salt: &salt, cipher, area_key_bytes: key.len(), af_hash: hash };
+        let material = wrapping.wrap(new, key)?;
+        let mut after = header.clone();
+        let slot = &mut after.keyslots[self.place as usize];
+        *slot = luks1::Keyslot { active: true, iterations, salt, stripes: af::STRIPES, ..*slot };
+        stop(self.give_up)?;
+        // 1. and 2.
+        store::write_material(device, slot.material_offset(), &material)?;
+        // 3.
+        store::write_luks1(device, header, &after)?;
+        *header = after;
+        Ok(())
+    }
+
+    fn to_luks2(&self, device: &mut Blocking, loaded: &mut Loaded, key: &Secret, new: &Secret) -> Result<()> {
+        let key_size = u32::try_from(key.len()).unwrap_or(u32::MAX);
+        let area = loaded.header.free_keyslot_area(key_size)?;
+        let hash = Hash::from_name(&loaded.header.metadata.digests[&self.digest].hash)?;
+        let kdf = Kdf::calibrate(self.wish, KdfKind::Argon2id, hash, AREA_KEY_BYTES as usize)?;
+        stop(self.give_up)?;
+        let mut salt = [0; SALT_BYTES];
+        random::fill(&mut salt)?;
+        let cipher = (AREA_CIPHER, AREA_KEY_BYTES);
+        let keyslot = Luks2Keyslot {
+            priority: self.priority,
+            ..Luks2Keyslot::new(key_size, area, cipher, hash.name(), kdf, salt)
+        };
+        let mut next = loaded.clone();
+        next.header.metadata.add_keyslot(self.place, keyslot, self.digest)?;
+        // A header that would not fit is refused before anything is written, and before the seconds of the KDF.
+        next.header.check()?;
+        let wrapping = Wrapping {
+            kdf,
+            salt: &salt,
+            cipher: CipherSpec::parse(AREA_CIPHER)?,
+            area_key_bytes: AREA_KEY_BYTES as usize,
+            af_hash: hash,
+        };
+        let material = wrapping.wrap(new, key)?;
+        stop(self.give_up)?;
+        // 1. and 2.
+        store::write_material(device, area.offset, &material)?;
+        // 3.
+        store::write_luks2(device, &mut next)?;
+        *loaded = next;
+        Ok(())
+    }
+}
+
+fn check_luks1_wish(wish: &KdfWish, hash: Hash) -> Result<()> {
+    if wish.kind.is_some_and(|kind| kind != KdfKind::Pbkdf2) {
+        return Err(Error::new(ErrorKind::Invalid, "LUKS1 has no KDF but pbkdf2"));
+    }
+    match &wish.hash {
+        Some(name) if Hash::from_name(name)? != hash => {
+            let what = format!("the hash of this LUKS1 volume is {}, for every keyslot", hash.name());
+            Err(Error::new(ErrorKind::Invalid, what))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn luks1_material_bytes(header: &luks1::Header) -> u64 {
+    u64::try_from(material_bytes(header.key_bytes as usize)).unwrap_or(u64::MAX)
+}
+
+fn clear_luks1(keyslot: &mut luks1::Keyslot) {
+    *keyslot = luks1::Keyslot { active: false, iterations: 0, salt: [0; SALT_BYTES], ..*keyslot };
+}
+
+/// Overwrite the material, flush, take the keyslot out of the header. `successor`: a keyslot that takes its number in LUKS2.
+fn destroy(device: &mut Blocking, header: &mut Header, id: u32, successor: Option<u32>) -> Result<()> {
+    match header {
+        Header::Luks1(header) => {
+            let mut after = (**header).clone();
+            let slot = &mut after.keyslots[id as usize];
+            clear_luks1(slot);
+            // 1. and 2.
+            store::destroy_material(device, slot.material_offset(), luks1_material_bytes(header))?;
+            // 3.
+            store::write_luks1(device, header, &after)?;
+            **header = after;
+        }
+        Header::Luks2(loaded) => {
+            let mut next = (**loaded).clone();
+            let metadata = &mut next.header.metadata;
+            let Some(Keyslot::Luks2(Luks2Keyslot { area, .. })) = metadata.keyslots.get(&id) else {
+                return Err(Error::new(ErrorKind::Internal, format!("keyslot {id} vanished")));
+            };
+            let area = *area;
+            match successor.and_then(|successor| Some((successor, metadata.keyslots.remove(&successor)?))) {
+                Some((successor, keyslot)) => {
+                    metadata.keyslots.insert(id, keyslot);
+                    for digest in metadata.digests.values_mut() {
+                        digest.keyslots.retain(|bound| *bound != successor);
+                    }
+                }
+                None => drop(metadata.remove_keyslot(id)),
+            }
+            next.header.check()?;
+            // 1. and 2.
+            store::destroy_material(device, area.offset, area.size)?;
+            // 3.
+            store::write_luks2(device, &mut next)?;
+            **loaded = next;
+        }
+    }
+    Ok(())
+}

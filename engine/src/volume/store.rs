@@ -1,1 +1,283 @@
-//! (see mod)
+//! The write orders of header changes. Every change of a header that exists goes through here.
+//!
+//! What is assumed of a device: between two flushes it may write sectors in any order, in part or not at all; a sector of
+//! 512 bytes is written as a whole or not at all; after a flush everything before it is durable. What is promised: whenever
+//! the power goes, the device holds the header of before or of after, whole, and no keyslot in use was lost.
+//!
+//! # LUKS2
+//! Two copies, each under a checksum over its 4096-byte binary header and its whole JSON area.
+//!
+//! 1. Read both copies again: a seqid, UUID or copy that changed since the load refuses the write (`Conflict`).
+//! 2. Choose the order: the copy that is not good first; with two good ones the primary first. So the copy being written is
+//!    never the only one that opens the volume.
+//! 3. Write the first copy, with seqid + 1, in one piece. 4. Flush.
+//! 5. Write the second copy. 6. Flush.
+//!
+//! cryptsetup writes the binary header of a copy without its checksum first, then the JSON, then the binary header with
+//! it. Without flushes between the three, a device that reorders makes nothing of that; and none is needed: seqid and
+//! checksum change with every write, so a copy of which some sectors are old and some new fails its checksum, whichever they
+//! are, and the other copy, complete and flushed, is used. Only all sectors new verify as new, all old as old.
+//!
+//! # LUKS1
+//! One header of 592 bytes without a checksum over two sectors. Sector 0 holds all fields and keyslots 0 to 5 (208 + 6 * 48 =
+//! 496), sector 1 holds keyslot 7 (544..592), and keyslot 6 lies across: state, iterations and 8 bytes of its salt in sector
+//! 0, the rest of the salt, material offset and stripes in sector 1. A state alone decides whether a keyslot is in use, and
+//! it is in sector 0 for all but keyslot 7, whose record is in one sector anyhow. So:
+//!
+//! 1. Read the header again: one that changed since the load refuses the write (`Conflict`).
+//! 2. When keyslot 6 comes into use: sector 1, flush, sector 0, flush; its state is written when the rest of it is durable.
+//! 3. Otherwise: sector 0, flush, sector 1, flush; its state is gone before the rest of it.
+//!
+//! A sector that does not change is not written. Material is written before the keyslot that points to it comes into use, and
+//! destroyed before the keyslot goes out of use: a keyslot without material is a passphrase lost, but one that can be
+//! removed again; material without keyslot would be a key that somebody believes destroyed.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::backend::blocking::Blocking;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::{Copy, Health, Loaded};
+use crate::format::{luks1, luks2};
+use crate::volume::random;
+
+/// How long [`lock`] waits for others: far longer than any header write, shorter than a user's patience.
+pub const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// How often it asks again.
+const LOCK_POLL: Duration = Duration::from_millis(20);
+/// The unit that is written whole or not at all.
+const SECTOR: usize = 512;
+/// Random bytes made at a time.
+const PIECE: usize = 1 << 20;
+
+/// Write a changed LUKS2 header over the one it was loaded from (see the module head for the order). On return `loaded` is
+/// what is on disk: the next seqid, both copies good, a fresh salt in a copy that was not.
+///
+/// # Errors
+/// `Conflict`: the header on disk is not the one that was loaded. `NoSpace`, `Invalid`: the new metadata cannot be written
+/// (nothing was). Else of the device: then load again, the write may have happened or not.
+pub fn write_luks2(device: &mut Blocking, loaded: &mut Loaded) -> Result<()> {
+    unchanged_luks2(device, loaded)?;
+    let mut next = loaded.clone();
+    next.header.seqid = next.header.seqid.checked_add(1).ok_or_else(|| {
+        Error::new(ErrorKind::Invalid, "the header's write counter is at its end").at(device.name())
+    })?;
+    renew_salts(&mut next)?;
+    // Both are made before the first is written: what does not fit changes nothing.
+    let order = write_order(&loaded.health);
+    let copies = [next.header.to_bytes(order[0])?, next.header.to_bytes(order[1])?];
+    for (copy, bytes) in order.into_iter().zip(copies) {
+        device.write(next.header.offset(copy), &bytes)?;
+        device.flush()?;
+    }
+    next.health = [Health::Good, Health::Good];
+    *loaded = next;
+    Ok(())
+}
+
+/// Rewrite the copies that are damaged or obsolete from the good one, which is not touched; seqid and metadata stay. On return
+/// both copies of `loaded` are good. No effect if they were.
+///
+/// # Errors
+/// As [`write_luks2`].
+pub fn repair_luks2(device: &mut Blocking, loaded: &mut Loaded) -> Result<()> {
+    unchanged_luks2(device, loaded)?;
+    let mut next = loaded.clone();
+    renew_salts(&mut next)?;
+    for copy in [Copy::Primary, Copy::Secondary] {
+        if loaded.health[index(copy)] != Health::Good {
+            device.write(next.header.offset(copy), &next.header.to_bytes(copy)?)?;
+            device.flush()?;
+        }
+    }
+    next.health = [Health::Good, Health::Good];
+    *loaded = next;
+    Ok(())
+}
+
+fn index(copy: Copy) -> usize {
+    match copy {
+        Copy::Primary => 0,
+        Copy::Secondary => 1,
+    }
+}
+
+/// The copy first that may be lost.
+fn write_order(health: &[Health; 2]) -> [Copy; 2] {
+    match health {
+        [Health::Good, Health::Obsolete | Health::Damaged(_)] => [Copy::Secondary, Copy::Primary],
+        _ => [Copy::Primary, Copy::Secondary],
+    }
+}
+
+/// A copy that is made anew gets a salt of its own, as cryptsetup does.
+fn renew_salts(loaded: &mut Loaded) -> Result<()> {
+    for copy in [Copy::Primary, Copy::Secondary] {
+        if loaded.health[index(copy)] != Health::Good {
+            random::fill(&mut loaded.header.salts[index(copy)])?;
+        }
+    }
+    Ok(())
+}
+
+fn unchanged_luks2(device: &mut Blocking, loaded: &Loaded) -> Result<()> {
+    let now = luks2::load(&mut |offset, into| device.read(offset, into))?;
+    let same = now.header.seqid == loaded.header.seqid
+        && now.header.uuid == loaded.header.uuid
+        && now.header.copy_bytes == loaded.header.copy_bytes
+        && now.health == loaded.health;
+    if same { Ok(()) } else { Err(changed(device)) }
+}
+
+fn changed(device: &Blocking) -> Error {
+    Error::new(ErrorKind::Conflict, "the header was changed by another program")
+        .at(device.name())
+        .hint("nothing was written; try again")
+}
+
+/// Write a changed LUKS1 header over `before`, the one it was loaded as (see the module head for the order).
+///
+/// # Errors
+/// `Conflict`: the header on disk is not `before`. Else of the device: then load again, the write may have happened or not.
+pub fn write_luks1(device: &mut Blocking, before: &luks1::Header, after: &luks1::Header) -> Result<()> {
+    let mut bytes = [0; luks1::HEADER_BYTES];
+    device.read(0, &mut bytes)?;
+    if luks1::Header::parse(&bytes)? != *before {
+        return Err(changed(device));
+    }
+    let straddler_comes = after.keyslots[6].active && !before.keyslots[6].active;
+    put_luks1(device, &bytes, &after.to_bytes(), straddler_comes)
+}
+
+/// Write a LUKS1 header over whatever is there, with the same order of sectors: sector 0 last. For a new volume, whose
+/// magic must not be there before the rest is, and to put a backup back.
+///
+/// # Errors
+/// Of the device.
+pub fn replace_luks1(device: &mut Blocking, header: &luks1::Header) -> Result<()> {
+    let mut bytes = [0; luks1::HEADER_BYTES];
+    device.read(0, &mut bytes)?;
+    put_luks1(device, &bytes, &header.to_bytes(), true)
+}
+
+fn put_luks1(
+    device: &mut Blocking,
+    before: &[u8; luks1::HEADER_BYTES],
+    after: &[u8; luks1::HEADER_BYTES],
+    second_first: bool,
+) -> Result<()> {
+    let parts = [(0, 0..SECTOR), (SECTOR as u64, SECTOR..luks1::HEADER_BYTES)];
+    let mut order = parts;
+    if second_first {
+        order.reverse();
+    }
+    for (offset, part) in order {
+        if before[part.clone()] != after[part.clone()] {
+            device.write(offset, &after[part])?;
+            device.flush()?;
+        }
+    }
+    Ok(())
+}
+
+/// Write keyslot material, durably: before the header that points to it.
+///
+/// # Errors
+/// Of the device.
+pub fn write_material(device: &mut Blocking, offset: u64, material: &[u8]) -> Result<()> {
+    device.write(offset, material)?;
+    device.flush()
+}
+
+/// Overwrite keyslot material with random bytes, durably: before its keyslot is taken out of the header. Once over is enough
+/// wherever overwriting helps at all; a device that remaps sectors or keeps snapshots may keep the old ones.
+///
+/// # Errors
+/// Of the device.
+pub fn destroy_material(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
+    random_fill(device, offset, bytes)?;
+    device.flush()
+}
+
+/// Fill with random bytes; not flushed.
+///
+/// # Errors
+/// Of the device.
+pub fn random_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
+    let mut piece = vec![0; PIECE];
+    pieces(offset, bytes, |at, length| {
+        random::fill(&mut piece[..length])?;
+        device.write(at, &piece[..length])
+    })
+}
+
+/// Fill with zeros; not flushed.
+///
+/// # Errors
+/// Of the device.
+pub fn zero_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
+    let piece = vec![0; PIECE];
+    pieces(offset, bytes, |at, length| device.write(at, &piece[..length]))
+}
+
+fn pieces(offset: u64, bytes: u64, mut each: impl FnMut(u64, usize) -> Result<()>) -> Result<()> {
+    let mut done = 0;
+    while done < bytes {
+        let length = usize::try_from(bytes - done).unwrap_or(usize::MAX).min(PIECE);
+        each(offset + done, length)?;
+        done += length as u64;
+    }
+    Ok(())
+}
+
+/// A lock held; released when dropped.
+#[derive(Debug)]
+pub struct Lock<F: AsFd>(F);
+
+/// Take cryptsetup's lock of a header file: `flock` on the file itself. Waits at most [`LOCK_WAIT`].
+///
+/// The lock belongs to the open file description: whoever else holds a duplicate of `file` shares it, and dropping the
+/// [`Lock`] releases it for all of them. Block devices are locked by a lock file, which the caller of the daemon does
+/// (`lock_fd`); on them this one only keeps others of our kind, and udev, away.
+///
+/// # Errors
+/// `Conflict`: somebody else holds it. `Io`: it cannot be locked.
+pub fn lock<F: AsFd>(file: F, name: &str, exclusive: bool) -> Result<Lock<F>> {
+    lock_within(file, name, exclusive, LOCK_WAIT)
+}
+
+/// [`lock`] with a wait of one's own.
+///
+/// # Errors
+/// As [`lock`].
+pub fn lock_within<F: AsFd>(file: F, name: &str, exclusive: bool, wait: Duration) -> Result<Lock<F>> {
+    let how = if exclusive {
+        FlockOperation::NonBlockingLockExclusive
+    } else {
+        FlockOperation::NonBlockingLockShared
+    };
+    let deadline = Instant::now() + wait;
+    loop {
+        match rustix::fs::flock(&file, how) {
+            Ok(()) => return Ok(Lock(file)),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_POLL),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(Error::new(ErrorKind::Conflict, "the header is locked by another program")
+                    .at(name)
+                    .hint("wait until it is done and try again"));
+            }
+            Err(error) => return Err(Error::io("cannot lock the header", error).at(name)),
+        }
+    }
+}
+
+impl<F: AsFd> Drop for Lock<F> {
+    fn drop(&mut self) {
+        // It can fail only for a descriptor that is none, and then there is no lock either.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}

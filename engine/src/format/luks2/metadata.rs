@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+use crate::crypto::hash::Hash;
 use crate::crypto::kdf::Kdf;
 use crate::error::Result;
+use crate::format::luks2::{emit, json, parse, validate};
 
 /// The five top-level objects, and unknown others.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +24,29 @@ pub struct Metadata {
     pub config: Config,
     /// Top-level objects we do not know.
     pub extra: Map<String, Value>,
+    /// The order of fields on disk. A new header has none: `AsRead::default()`.
+    pub as_read: AsRead,
+}
+
+/// The JSON a [`Metadata`] was read from. It decides nothing but the order in which fields are written back, and whether a
+/// field that says nothing (an empty list) is; so all of them are equal.
+#[derive(Debug, Clone, Default)]
+pub struct AsRead(Map<String, Value>);
+
+impl AsRead {
+    pub(super) fn new(object: Map<String, Value>) -> Self {
+        Self(object)
+    }
+
+    pub(super) fn object(&self) -> &Map<String, Value> {
+        &self.0
+    }
+}
+
+impl PartialEq for AsRead {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// A keyslot of any type.
@@ -47,6 +72,28 @@ pub enum Keyslot {
     },
 }
 
+impl Keyslot {
+    /// Where its area lies.
+    #[must_use]
+    pub fn area(&self) -> Option<Area> {
+        match self {
+            Self::Luks2(keyslot) => Some(keyslot.area),
+            Self::Reencrypt { area, .. } => Some(*area),
+            Self::Unknown { area, .. } => *area,
+        }
+    }
+
+    /// Its type.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Luks2(_) => "luks2",
+            Self::Reencrypt { .. } => "reencrypt",
+            Self::Unknown { kind, .. } => kind,
+        }
+    }
+}
+
 /// An extent of the keyslots area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Area {
@@ -54,6 +101,21 @@ pub struct Area {
     pub offset: u64,
     /// Bytes.
     pub size: u64,
+}
+
+impl Area {
+    /// First byte after it; `None`: there is no such number.
+    #[must_use]
+    pub fn end(self) -> Option<u64> {
+        self.offset.checked_add(self.size)
+    }
+
+    /// Do they share a byte?
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        let before = |one: Self, other: Self| one.end().is_some_and(|end| end <= other.offset);
+        !before(self, other) && !before(other, self)
+    }
 }
 
 /// A wrapped volume key.
@@ -77,7 +139,7 @@ pub struct Luks2Keyslot {
     pub kdf: KdfText,
     /// Its salt.
     pub salt: Vec<u8>,
-    /// Fields we do not know.
+    /// Fields we do not know; those of the objects `af` and `area` under these names.
     pub extra: Map<String, Value>,
 }
 
@@ -110,13 +172,23 @@ impl KdfText {
     /// # Errors
     /// `Unsupported`: an unknown hash.
     pub fn known(&self) -> Result<Kdf> {
-        unimplemented!()
+        Ok(match self {
+            Self::Pbkdf2 { hash, iterations } => {
+                Kdf::Pbkdf2 { hash: Hash::from_name(hash)?, iterations: *iterations }
+            }
+            Self::Argon2 { kind, time, memory_kib, lanes } => {
+                Kdf::Argon2 { kind: *kind, time: *time, memory_kib: *memory_kib, lanes: *lanes }
+            }
+        })
     }
 }
 
 impl From<Kdf> for KdfText {
     fn from(kdf: Kdf) -> Self {
-        unimplemented!("{kdf:?}")
+        match kdf {
+            Kdf::Pbkdf2 { hash, iterations } => Self::Pbkdf2 { hash: hash.name().to_owned(), iterations },
+            Kdf::Argon2 { kind, time, memory_kib, lanes } => Self::Argon2 { kind, time, memory_kib, lanes },
+        }
     }
 }
 
@@ -127,7 +199,7 @@ pub struct Token {
     pub kind: String,
     /// Keyslots it unlocks.
     pub keyslots: Vec<u32>,
-    /// The whole object as on disk but for these two.
+    /// All other fields.
     pub extra: Map<String, Value>,
 }
 
@@ -206,8 +278,16 @@ pub struct Config {
     pub flags: Vec<String>,
     /// What a program must know to touch the volume.
     pub requirements: Vec<String>,
-    /// Fields we do not know.
+    /// Fields we do not know; those of the object `requirements` under this name.
     pub extra: Map<String, Value>,
+}
+
+impl Digest {
+    /// Neither a keyslot nor a segment is bound to it: it will not be written.
+    #[must_use]
+    pub fn is_unused(&self) -> bool {
+        self.keyslots.is_empty() && self.segments.is_empty()
+    }
 }
 
 impl Metadata {
@@ -216,13 +296,15 @@ impl Metadata {
     /// # Errors
     /// `Invalid`, naming the object and the rule.
     pub fn parse(text: &[u8]) -> Result<Self> {
-        unimplemented!("{}", text.len())
+        let metadata = parse::metadata(json::read(text)?)?;
+        validate::validate(&metadata)?;
+        Ok(metadata)
     }
 
     /// The on-disk JSON.
     #[must_use]
     pub fn to_json(&self) -> Value {
-        unimplemented!()
+        emit::metadata(self)
     }
 
     /// The data areas of now, in order of their numbers: all but `backup-*`.

@@ -4,15 +4,29 @@
 //! |---|---|
 //! | `mod` | a header: two binary copies around one metadata text |
 //! | `binary` | the 4096-byte binary header and its checksum |
+//! | `json` | reading JSON with bounds |
+//! | `fields` | fields of its objects by their types on disk |
 //! | `metadata` | the JSON metadata as structures |
+//! | `parse` | from JSON to structures |
+//! | `emit` | from structures to JSON |
 //! | `validate` | the rules over all of it |
+//! | `load` | which of the two copies is to be believed |
+//! | `edit` | new headers, free places, objects removed with what refers to them |
 
 pub mod binary;
+pub mod edit;
+mod emit;
+mod fields;
+pub mod json;
+mod load;
 pub mod metadata;
+mod parse;
 pub mod validate;
 
-use crate::error::Result;
-use crate::format::luks2::metadata::Metadata;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::binary::{BINARY_BYTES, Binary};
+use crate::format::luks2::metadata::{Area, Metadata};
+use crate::format::luks2::validate::AREA_ALIGN;
 
 /// Smallest and largest size of one header copy with its JSON area, bytes; each a power of two.
 pub const COPY_BYTES: std::ops::RangeInclusive<u64> = 0x4000..=0x40_0000;
@@ -70,7 +84,7 @@ pub struct Loaded {
 /// Do these bytes (the first of a device) begin like a LUKS2 primary header?
 #[must_use]
 pub fn is_here(bytes: &[u8]) -> bool {
-    unimplemented!("{}", bytes.len())
+    binary::has_magic(bytes, Copy::Primary) && binary::version(bytes) == Some(2)
 }
 
 /// Find and validate both copies. `read(offset, buf)` fills `buf` or says why not; it is asked for bounded ranges only
@@ -80,7 +94,7 @@ pub fn is_here(bytes: &[u8]) -> bool {
 /// `Invalid`: no valid copy, with what is wrong with the primary (or the secondary, if that is the only trace of LUKS2). An error of `read` that is not
 /// about the end of the device is passed on.
 pub fn load(read: &mut dyn FnMut(u64, &mut [u8]) -> Result<()>) -> Result<Loaded> {
-    unimplemented!("{}", read(0, &mut []).is_ok())
+    load::load(read)
 }
 
 impl Header {
@@ -89,7 +103,29 @@ impl Header {
     /// # Errors
     /// `NoSpace`: the metadata does not fit the JSON area. `Invalid`: it breaks a rule (see [`validate`]).
     pub fn to_bytes(&self, copy: Copy) -> Result<Vec<u8>> {
-        unimplemented!("{copy:?}")
+        validate::validate(&self.metadata)?;
+        if self.metadata.config.json_size.checked_add(BINARY_BYTES as u64) != Some(self.copy_bytes) {
+            return Err(fields::invalid("not that of the binary header", "config json_size"));
+        }
+        let text = self.metadata.to_json().to_string();
+        let room = self.metadata.config.json_size;
+        // A NUL ends the text.
+        if text.len() as u64 >= room {
+            return Err(validate::too_long(text.len(), room - 1));
+        }
+        let mut bytes = vec![0; usize::try_from(self.copy_bytes).expect("4 MiB at most: validated")];
+        bytes[BINARY_BYTES..BINARY_BYTES + text.len()].copy_from_slice(text.as_bytes());
+        let binary = Binary {
+            copy_bytes: self.copy_bytes,
+            seqid: self.seqid,
+            label: self.label.clone(),
+            checksum_alg: self.checksum_alg.clone(),
+            salt: self.salts[usize::from(copy == Copy::Secondary)],
+            uuid: self.uuid.clone(),
+            subsystem: self.subsystem.clone(),
+        };
+        binary::seal(&mut bytes, &binary, copy, self.offset(copy))?;
+        Ok(bytes)
     }
 
     /// Where a copy lies, bytes.
@@ -118,6 +154,27 @@ impl Header {
     /// # Errors
     /// `NoSpace`.
     pub fn free_area(&self, bytes: u64) -> Result<u64> {
-        unimplemented!("{bytes}")
+        let no_room = || {
+            Error::new(ErrorKind::NoSpace, format!("no gap of {bytes} bytes in the keyslots area"))
+                .hint("remove a keyslot")
+        };
+        let size = bytes.max(1).checked_next_multiple_of(AREA_ALIGN).ok_or_else(no_room)?;
+        let mut taken: Vec<Area> =
+            self.metadata.keyslots.values().filter_map(metadata::Keyslot::area).collect();
+        taken.sort_by_key(|area| area.offset);
+        let mut offset = self.keyslots_offset();
+        for area in taken {
+            if offset.checked_add(size).is_some_and(|end| end <= area.offset) {
+                break;
+            }
+            offset = offset
+                .max(area.end().unwrap_or(u64::MAX))
+                .checked_next_multiple_of(AREA_ALIGN)
+                .ok_or_else(no_room)?;
+        }
+        match offset.checked_add(size) {
+            Some(end) if end <= self.backup_bytes() => Ok(offset),
+            _ => Err(no_room()),
+        }
     }
 }

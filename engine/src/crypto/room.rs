@@ -1,0 +1,105 @@
+//! How much memory this process may take without being killed for it: what the machine has available, and what the cgroups it is
+//! in leave (v2 `memory.max` and `memory.high`, v1 `memory.limit_in_bytes`; every ancestor counts).
+//!
+//! Asked before a key derivation takes up to 4 GiB: the kernel would hand out the addresses and kill the daemon, with every job
+//! in it, when they are touched.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use proto::ErrorKind;
+
+use crate::error::{Error, Result};
+
+/// Memory in KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Room {
+    /// To be had without swapping.
+    free_kib: u64,
+    /// Swap space on top.
+    swap_kib: u64,
+}
+
+/// KiB that can be had now without swapping. Absent where the kernel does not say.
+pub(super) fn free_kib() -> Option<u64> {
+    read(Path::new("/")).map(|room| room.free_kib)
+}
+
+/// Can so much be had now? Swap counts: a slow unlock is better than none.
+///
+/// # Errors
+/// `Limit`.
+pub(super) fn admit(kib: u64) -> Result<()> {
+    match read(Path::new("/")) {
+        Some(room) if room.free_kib.saturating_add(room.swap_kib) < kib => {
+            let what = format!("no {kib} KiB of memory for argon2: {} KiB are free", room.free_kib);
+            Err(Error::new(ErrorKind::Limit, what)
+                .hint("free memory, or raise the memory limit of the daemon's service"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Of the file system under `root`.
+fn read(root: &Path) -> Option<Room> {
+    let meminfo = fs::read_to_string(root.join("proc/meminfo")).ok()?;
+    let machine = field(&meminfo, "MemAvailable:")?;
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let left = groups.lines().filter_map(|line| group_left(root, line)).min();
+    Some(Room {
+        free_kib: machine.min(left.map_or(u64::MAX, |bytes| bytes >> 10)),
+        swap_kib: field(&meminfo, "SwapFree:").unwrap_or(0),
+    })
+}
+
+/// The number after a name at the start of a line.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+}
+
+/// File names of a version of the memory controller.
+struct Names {
+    limits: &'static [&'static str],
+    usage: &'static str,
+    /// Fields of `memory.stat`: page cache, which is given up when memory is asked for.
+    cache: [&'static str; 2],
+}
+
+const V1: Names = Names {
+    limits: &["memory.limit_in_bytes"],
+    usage: "memory.usage_in_bytes",
+    cache: ["total_active_file ", "total_inactive_file "],
+};
+const V2: Names = Names {
+    limits: &["memory.max", "memory.high"],
+    usage: "memory.current",
+    cache: ["active_file ", "inactive_file "],
+};
+
+/// Bytes that one hierarchy leaves, from a line of `/proc/self/cgroup` (`id:controllers:path`). Absent without a limit.
+fn group_left(root: &Path, line: &str) -> Option<u64> {
+    let mut parts = line.splitn(3, ':').skip(1);
+    let (controllers, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+    // Where systemd and every container runtime mount them. In a container the path may be the host's: its missing levels are
+    // passed over on the way up.
+    let (names, mounts): (_, &[&str]) = match controllers {
+        "" => (V2, &["sys/fs/cgroup", "sys/fs/cgroup/unified"]),
+        _ if controllers.split(',').any(|name| name == "memory") => (V1, &["sys/fs/cgroup/memory"]),
+        _ => return None,
+    };
+    let levels = mounts.iter().flat_map(|mount| {
+        let levels = Path::new(path).ancestors().map(Path::to_owned).collect::<Vec<PathBuf>>();
+        levels.into_iter().map(move |level| root.join(mount).join(level))
+    });
+    levels.filter_map(|level| level_left(&level, &names)).min()
+}
+
+/// Bytes that one level leaves.
+fn level_left(level: &Path, names: &Names) -> Option<u64> {
+    // A limit that is "max" does not parse; one that is near 2^63 (v1's way to say none) leaves plenty.
+    let number = |name: &str| fs::read_to_string(level.join(name)).ok()?.trim().parse::<u64>().ok();
+    let limit = names.limits.iter().filter_map(|name| number(name)).min()?;
+    let stat = fs::read_to_string(level.join("memory.stat")).unwrap_or_default();
+    let cache: u64 = names.cache.iter().filter_map(|name| field(&stat, name)).sum();
+    Some(limit.saturating_sub(number(names.usage)?.saturating_sub(cache)))
+}

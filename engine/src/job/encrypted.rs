@@ -1,0 +1,273 @@
+//! The encrypted side of a job: what its header says, and how the volume key is had.
+//!
+//! | volume | known when the request is checked | known when the job runs |
+//! |---|---|---|
+//! | raw | everything | |
+//! | LUKS, in a file or device | header, sizes | the key, after the passphrase is hashed |
+//! | LUKS, in a stream | | header and key |
+//! | LUKS, new | sizes | the key, and the header to write |
+//!
+//! Hashing takes seconds by design, so the job's own thread does it, where it can be watched and cancelled.
+
+use std::sync::Arc;
+
+use crate::backend::blocking::Blocking;
+use crate::backend::device::{Device, Nature};
+use crate::crypto::{Kernel, Secret};
+use crate::error::{Error, ErrorKind, Result};
+use crate::job::commit::Names;
+use crate::job::geometry::Geometry;
+use crate::job::state::Job;
+use crate::pipeline::segment::{Segment, Segments};
+use crate::pipeline::transfer::{End, Transfer, UNIT_BYTES_MAX};
+use crate::volume::create::{self, NewHeader, Place};
+use crate::volume::{Header, capture, store, unlock};
+
+/// What must still happen before the workers can begin, and after they have ended.
+pub enum Encrypted {
+    /// Nothing: the transfer has its segments.
+    Raw,
+    /// Open an existing volume.
+    Open(Box<Open>),
+    /// Make a new one.
+    New(Box<New>),
+}
+
+/// An existing volume to be opened.
+pub struct Open {
+    /// The detached header.
+    pub detached: Option<Arc<Device>>,
+    /// Where the data lay when the request was checked; of a stream, nothing yet.
+    pub seen: Option<Geometry>,
+    /// Only this keyslot.
+    pub keyslot: Option<u32>,
+    /// What `secret` is.
+    pub kind: proto::luks::Secret,
+    /// It; taken when it is used.
+    pub secret: Option<Secret>,
+}
+
+/// A new volume to be made.
+pub struct New {
+    /// As asked for.
+    pub wish: proto::luks::New,
+    /// What is known about where it goes.
+    pub place: Place,
+    /// Its first passphrase; taken when it is used.
+    pub passphrase: Option<Secret>,
+    /// The volume key, if the caller brings one.
+    pub volume_key: Option<Secret>,
+    /// Where the header goes if not in front of the data, and how it becomes visible.
+    pub detached: Option<(Arc<Device>, Option<Names>)>,
+    /// It, from when it was made until it is written.
+    pub made: Option<NewHeader>,
+}
+
+/// The header's device, read and written by offset in the way its descriptor allows.
+fn header_device(detached: Option<&Arc<Device>>, end: &End) -> Result<Blocking> {
+    match detached {
+        Some(device) => Blocking::open(device.file().clone(), device.name(), 1),
+        None => Blocking::open(end.file.clone(), &end.name, end.align),
+    }
+}
+
+/// Where the data of an existing volume lies, by its header on a device that can be read by offset, with writers of it kept out.
+///
+/// # Errors
+/// As [`Header::load`] and [`Header::data_areas`]; `Conflict`: somebody is writing it.
+pub fn look(device: &Device) -> Result<Geometry> {
+    device.disable_direct();
+    let mut blocking = Blocking::open(device.file().clone(), device.name(), 1)?;
+    let lock = store::lock(device.file(), device.name(), false)?;
+    let header = Header::load(&mut blocking)?;
+    drop(lock);
+    Geometry::new(header.data_areas()?)
+}
+
+impl Encrypted {
+    /// Get the key, and tell the transfer its segments. For a new volume in a stream: write the header.
+    ///
+    /// # Errors
+    /// `WrongKey`, or whatever is wrong with header, devices or memory; `Cancelled`.
+    pub fn begin(
+        &mut self,
+        job: &Job,
+        transfer: &Transfer,
+        kernel: Kernel,
+        ends: [&Device; 2],
+    ) -> Result<()> {
+        match self {
+            Self::Raw => Ok(()),
+            Self::Open(open) => open.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
+            Self::New(new) => new.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
+        }
+    }
+
+    /// All data is durable: write what makes it a volume. Returns the name of a detached header to be made visible.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn finish(&mut self, transfer: &Transfer) -> Result<()> {
+        let Self::New(new) = self else { return Ok(()) };
+        let Some(header) = new.made.take() else { return Ok(()) };
+        let detached = new.detached.as_ref();
+        header.write(&mut header_device(detached.map(|(device, _)| device), &transfer.sink)?)?;
+        if let Some((device, Some(names))) = detached {
+            device.sync_all()?;
+            names.commit(&**device.file())?;
+        }
+        Ok(())
+    }
+
+    /// The job did not succeed: a new detached header goes.
+    pub fn discard(&self) {
+        if let Self::New(new) = self
+            && let Some((device, Some(names))) = &new.detached
+            && let Some(left) = names.undo(&**device.file())
+        {
+            tracing::info!("partial header left behind: {left}");
+        }
+    }
+}
+
+/// The side that holds ciphertext.
+fn encrypted_of<'a>(transfer: &Transfer, [source, sink]: [&'a Device; 2]) -> &'a Device {
+    match transfer.work.encrypted_side() {
+        crate::pipeline::slot::Side::Source => source,
+        crate::pipeline::slot::Side::Sink => sink,
+    }
+}
+
+fn end_of(transfer: &Transfer) -> &End {
+    match transfer.work.encrypted_side() {
+        crate::pipeline::slot::Side::Source => &transfer.source,
+        crate::pipeline::slot::Side::Sink => &transfer.sink,
+    }
+}
+
+impl Open {
+    fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
+        let give_up = || job.is_cancelled();
+        let mut take = |into: &mut [u8]| side.read_in_order(into, &give_up);
+        let (mut device, header, taken) = if let (None, true) = (&self.detached, side.is_stream()) {
+            let captured = capture::capture(side.name(), &mut take)?;
+            (captured.device, captured.header, captured.bytes)
+        } else {
+            let mut device = header_device(self.detached.as_ref(), end_of(transfer))?;
+            let file = self.detached.as_deref().unwrap_or(side).file();
+            let lock = store::lock(file, device.name(), false)?;
+            let header = Header::load(&mut device)?;
+            drop(lock);
+            (device, header, 0)
+        };
+        let geometry = Geometry::new(header.data_areas()?)?;
+        if self.seen.as_ref().is_some_and(|seen| *seen != geometry) {
+            let what = "the header was changed while the job waited";
+            return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
+        }
+        let secret = self.secret.take().expect("a job begins once");
+        let unlocked = match self.kind {
+            proto::luks::Secret::Passphrase => {
+                unlock::with_passphrase(&mut device, &header, &secret, self.keyslot, &give_up)
+            }
+            proto::luks::Secret::VolumeKey => unlock::with_volume_key(&header, secret),
+        }?;
+        if let Some(keyslot) = unlocked.keyslot {
+            tracing::info!("job {} opened keyslot {keyslot}", job.id);
+        }
+        if side.is_stream() {
+            self.be_in_order(&geometry, transfer, side, taken, &mut take)?;
+        }
+        if transfer.is_verify()
+            && let (Some(total), Some(has)) = (transfer.plan.end(), geometry.fixed_bytes())
+            && total > has
+        {
+            transfer.differs_at(has);
+        }
+        set_segments(transfer, &geometry, kernel, &unlocked.key)
+    }
+
+    /// A stream's data is read in order, from the end of the header on.
+    fn be_in_order(
+        &self,
+        geometry: &Geometry,
+        transfer: &Transfer,
+        side: &Device,
+        taken: u64,
+        take: &mut dyn FnMut(&mut [u8]) -> Result<usize>,
+    ) -> Result<()> {
+        let other_align = transfer.source.align.max(transfer.sink.align);
+        if !geometry.is_in_order() || !geometry.seams_aligned(other_align.max(UNIT_BYTES_MAX).into()) {
+            let what = "the volume's data areas cannot be read in order";
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .at(side.name())
+                .hint("pass it as a file or device instead of a stream"));
+        }
+        let Some(rest) = geometry.offset().checked_sub(taken) else {
+            let what = "the header in the stream says that its data is elsewhere (it is a detached header)";
+            return Err(Error::new(ErrorKind::Invalid, what).at(side.name()));
+        };
+        capture::skip(side.name(), rest, take)?;
+        if let Some(total) = geometry.fixed_bytes() {
+            transfer.plan.end_at(total);
+        }
+        Ok(())
+    }
+}
+
+impl New {
+    fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
+        let passphrase = self.passphrase.take().expect("a job begins once");
+        let header = create::make(&self.wish, &self.place, &passphrase, self.volume_key.take())?;
+        drop(passphrase);
+        for warning in &header.warnings {
+            tracing::info!("job {}: {warning}", job.id);
+        }
+        job.check_cancelled()?;
+        let geometry = Geometry::whole(header.data);
+        set_segments(transfer, &geometry, kernel, &header.key)?;
+        let detached = self.detached.as_ref().map(|(device, _)| device);
+        let give_up = || job.is_cancelled();
+        let mut put = |piece: &[u8]| side.write_in_order(piece, &give_up);
+        // Nothing can be put in front of a stream later.
+        if side.is_stream() && detached.is_none() {
+            return header.stream(&mut put);
+        }
+        if side.is_stream() {
+            fill(geometry.offset(), &mut put)?;
+        }
+        // Before any data is overwritten, see `NewHeader::clear`. A file of ours is empty.
+        let on_device = detached.map_or(side.nature(), |device| device.nature()) == Nature::Block;
+        if on_device {
+            header.clear(&mut header_device(detached, &transfer.sink)?)?;
+        }
+        self.made = Some(header);
+        Ok(())
+    }
+}
+
+/// What lies in front of the data of a stream whose header is elsewhere.
+fn fill(mut bytes: u64, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    let zeros = [0; 4096];
+    while bytes > 0 {
+        let len = usize::try_from(bytes).unwrap_or(zeros.len()).min(zeros.len());
+        put(&zeros[..len])?;
+        bytes -= len as u64;
+    }
+    Ok(())
+}
+
+/// Ciphers for all areas of a volume under one key.
+fn set_segments(transfer: &Transfer, geometry: &Geometry, kernel: Kernel, key: &Secret) -> Result<()> {
+    let mut segments = Vec::new();
+    for (start, area) in geometry.placed() {
+        let cipher = match &area.cipher {
+            None => None,
+            Some(cipher) => Some(cipher.spec.build(kernel, key, cipher.unit_bytes, cipher.offset_sectors)?),
+        };
+        segments.push(Segment { start, offset: area.offset, unit_bytes: area.unit_bytes(), cipher });
+    }
+    transfer.plan.cut_at(geometry.seams());
+    transfer.set_segments(Segments::new(segments));
+    Ok(())
+}

@@ -1,0 +1,311 @@
+//! Whole jobs on LUKS volumes through the registry: header and data together, on every kind of end.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use engine::backend::QueueChoice;
+use engine::job::Registry;
+use proto::luks::{KdfWish, New, NewFile, Open, Version};
+use proto::{Action, Commit, ErrorKind, Format, JobState};
+use tests::Scratch;
+use tests::jobs::{
+    MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, new_luks, noise, registry,
+};
+
+const PASS: &[u8] = b"correct horse";
+
+fn make(new: New) -> Request {
+    Request::luks(Action::Encrypt, Format::NewLuks(Box::new(new)), PASS)
+}
+
+fn open(action: Action) -> Request {
+    Request::luks(action, Format::Luks(Open::default()), PASS)
+}
+
+/// The volume formats with their data offset and unit.
+const FORMATS: [(Version, Option<u32>, u64, u32); 3] = [
+    (Version::Luks1, None, 2 << 20, 512),
+    (Version::Luks2, Some(512), 16 << 20, 512),
+    (Version::Luks2, None, 16 << 20, 4096),
+];
+
+fn volume(registry: &Arc<Registry>, scratch: &Scratch, plain: &[u8], new: New) -> std::path::PathBuf {
+    let source = scratch.file("plain", plain);
+    let path = scratch.join("volume");
+    assert_done(&make(new).reading(&source).creating(&path).run(registry));
+    path
+}
+
+#[test]
+fn files_round_trip_in_every_format() {
+    for queue in QUEUES {
+        let registry = registry(queue);
+        for (version, unit, offset, unit_bytes) in FORMATS {
+            for units in [0_usize, 1, 255, 5000] {
+                let scratch = Scratch::new();
+                let plain = noise(units * unit_bytes as usize, 5 + units as u64);
+                let path = volume(&registry, &scratch, &plain, new_luks(version, unit));
+                assert_eq!(std::fs::metadata(&path).expect("made").len(), offset + plain.len() as u64);
+                let back = scratch.join("back");
+                let info = open(Action::Decrypt).reading(&path).creating(&back).run(&registry);
+                assert_done(&info);
+                assert_eq!(info.progress.total_bytes, Some(plain.len() as u64));
+                assert!(std::fs::read(&back).expect("plaintext") == plain, "{version:?} {units}");
+                let verify = open(Action::Verify).reading(&scratch.join("plain"));
+                assert_done(&verify.writing(File::open(&path).expect("open"), "volume").run(&registry));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_volume_key_of_ones_own_gives_the_ciphertext_of_a_raw_volume() {
+    let registry = registry(QueueChoice::Auto);
+    for (version, unit, offset, unit_bytes) in FORMATS {
+        let scratch = Scratch::new();
+        let plain = noise(3 * MIB, 9);
+        let source = scratch.file("plain", &plain);
+        let path = scratch.join("volume");
+        let mut request = make(new_luks(version, unit)).reading(&source).creating(&path);
+        let fd = request.send(key_fd(&key_bytes()));
+        let Some(proto::Volume { format: Format::NewLuks(new), .. }) = &mut request.submit.volume else {
+            panic!("a new volume")
+        };
+        new.volume_key_fd = Some(fd);
+        assert_done(&request.run(&registry));
+        let stored = std::fs::read(&path).expect("volume");
+        assert!(stored[usize::try_from(offset).expect("small")..] == encrypted(&plain, unit_bytes));
+        // And the key opens it without a passphrase.
+        let format = Format::Luks(Open { secret: proto::luks::Secret::VolumeKey, ..Open::default() });
+        let back = scratch.join("back");
+        let request = Request::luks(Action::Decrypt, format, &key_bytes());
+        assert_done(&request.reading(&path).creating(&back).run(&registry));
+        assert!(std::fs::read(&back).expect("plaintext") == plain);
+    }
+}
+
+#[test]
+fn a_wrong_passphrase_leaves_no_file_and_one_phrase() {
+    let registry = registry(QueueChoice::Auto);
+    for (version, unit, ..) in FORMATS {
+        let scratch = Scratch::new();
+        let path = volume(&registry, &scratch, &noise(MIB, 1), new_luks(version, unit));
+        let back = scratch.join("back");
+        let request = Request::luks(Action::Decrypt, Format::Luks(Open::default()), b"wrong");
+        let info = request.reading(&path).creating(&back).run(&registry);
+        let (kind, message) = failure(&info);
+        assert_eq!(kind, ErrorKind::WrongKey);
+        assert!(message.starts_with("wrong key or damaged data"), "{message}");
+        assert!(!back.exists() && !scratch.join("back.partial").exists());
+    }
+}
+
+/// Both ends of a pipe, the writing one fed by a thread.
+fn fed(bytes: Vec<u8>) -> OwnedFd {
+    let (read, write) = rustix::pipe::pipe().expect("pipe");
+    std::thread::spawn(move || {
+        // The reader may have had enough.
+        let _ = File::from(write).write_all(&bytes);
+    });
+    read
+}
+
+fn drained(read: OwnedFd) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        File::from(read).read_to_end(&mut bytes).expect("read");
+        bytes
+    })
+}
+
+#[test]
+fn pipes_carry_header_and_data_in_order() {
+    let registry = registry(QueueChoice::Auto);
+    for (version, unit, offset, unit_bytes) in FORMATS {
+        for len in [0, unit_bytes as usize, 5 * MIB] {
+            let plain = noise(len, 4);
+            let (read, write) = rustix::pipe::pipe().expect("pipe");
+            let out = drained(read);
+            let request = make(new_luks(version, unit)).streaming_from(fed(plain.clone())).streaming_to(write);
+            assert_done(&request.run(&registry));
+            let volume = out.join().expect("drained");
+            assert_eq!(volume.len() as u64, offset + plain.len() as u64);
+
+            let (read, write) = rustix::pipe::pipe().expect("pipe");
+            let out = drained(read);
+            let request = open(Action::Decrypt).streaming_from(fed(volume.clone())).streaming_to(write);
+            assert_done(&request.run(&registry));
+            assert!(out.join().expect("drained") == plain, "{version:?} {len}");
+
+            let scratch = Scratch::new();
+            let source = scratch.file("plain", &plain);
+            let request = open(Action::Verify).reading(&source).streaming_to(fed(volume));
+            assert_done(&request.run(&registry));
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_is_no_volume_or_ends_inside_the_header_is_refused() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let path = volume(&registry, &scratch, &noise(MIB, 2), new_luks(Version::Luks2, None));
+    let whole = std::fs::read(path).expect("volume");
+    for (bytes, words) in [
+        (noise(20 * MIB, 3), "LUKS"),
+        (whole[..100].to_vec(), "LUKS"),
+        (whole[..5000].to_vec(), "inside the header"),
+        (whole[..10 * MIB].to_vec(), "inside the header"),
+    ] {
+        let (read, write) = rustix::pipe::pipe().expect("pipe");
+        let out = drained(read);
+        let info = open(Action::Decrypt).streaming_from(fed(bytes)).streaming_to(write).run(&registry);
+        assert_eq!(info.state, JobState::Failed);
+        let (_, message) = failure(&info);
+        assert!(message.contains(words), "{message}");
+        assert!(out.join().expect("drained").is_empty(), "nothing came out");
+    }
+}
+
+#[test]
+fn a_cancelled_job_does_not_wait_for_a_header_that_never_comes() {
+    let registry = registry(QueueChoice::Auto);
+    let (read, _silent) = rustix::pipe::pipe().expect("pipe");
+    let scratch = Scratch::new();
+    let back = scratch.join("back");
+    let job = open(Action::Decrypt).streaming_from(read).creating(&back).start(&registry).expect("accepted");
+    tests::jobs::wait_for(&registry, job, "running", |info| info.state == JobState::Running);
+    registry.cancel(job).expect("cancelled");
+    let info = tests::jobs::wait(&registry, job);
+    assert_eq!(info.state, JobState::Cancelled);
+    assert!(!scratch.join("back.partial").exists());
+}
+
+fn detached(request: &mut Request, path: &Path) -> NewFile {
+    let name = path.file_name().expect("name").to_str().expect("UTF-8").to_owned();
+    let partial = format!("{name}.partial");
+    let directory = path.parent().expect("directory");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(directory.join(&partial))
+        .expect("partial header");
+    let fd = request.send(file);
+    let dir_fd = request.send(File::open(directory).expect("directory"));
+    let commit = Some(Commit { dir_fd, partial, name, replace: false, keep_partial: false });
+    NewFile { fd, name: path.display().to_string(), commit }
+}
+
+#[test]
+fn a_detached_header_leaves_nothing_but_ciphertext_on_the_data_device() {
+    let registry = registry(QueueChoice::Auto);
+    for (version, unit, _, unit_bytes) in FORMATS {
+        let scratch = Scratch::new();
+        let plain = noise(2 * MIB, 6);
+        let source = scratch.file("plain", &plain);
+        let (path, header) = (scratch.join("volume"), scratch.join("header"));
+        let mut request = make(new_luks(version, unit)).reading(&source).creating(&path);
+        let file = detached(&mut request, &header);
+        let key = request.send(key_fd(&key_bytes()));
+        let Some(proto::Volume { format: Format::NewLuks(new), .. }) = &mut request.submit.volume else {
+            panic!("a new volume")
+        };
+        (new.header, new.volume_key_fd) = (Some(file), Some(key));
+        assert_done(&request.run(&registry));
+        assert!(std::fs::read(&path).expect("data") == encrypted(&plain, unit_bytes));
+        assert!(!scratch.join("header.partial").exists());
+
+        let back = scratch.join("back");
+        let mut request = open(Action::Decrypt).reading(&path).creating(&back);
+        let fd = request.send(File::open(&header).expect("header"));
+        request.submit.volume.as_mut().expect("volume").format = Format::Luks(Open {
+            header: Some(proto::luks::File { fd, name: "header".into() }),
+            ..Open::default()
+        });
+        assert_done(&request.run(&registry));
+        assert!(std::fs::read(&back).expect("plaintext") == plain);
+        // Without the header the data is noise.
+        let (kind, message) = open(Action::Decrypt).reading(&path).creating(&scratch.join("x")).refused(&registry);
+        assert_eq!(kind, ErrorKind::Unsupported, "{message}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_written() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let plain = scratch.file("plain", &noise(1000, 6));
+    let (kind, message) =
+        make(new_luks(Version::Luks2, None)).reading(&plain).creating(&scratch.join("a")).refused(&registry);
+    assert_eq!(kind, ErrorKind::Invalid);
+    assert!(message.contains("1000 bytes is not a multiple"), "{message}");
+    let bad = [
+        New { data_unit: Some(4096), ..new_luks(Version::Luks1, None) },
+        New { data_unit: Some(300), ..new_luks(Version::Luks2, None) },
+        New { key_bytes: Some(48), ..new_luks(Version::Luks2, None) },
+        New { cipher: Some("aes-cbc-essiv:sha256".into()), ..new_luks(Version::Luks2, None) },
+        New { cipher: Some("serpent-xts-plain64".into()), ..new_luks(Version::Luks2, None) },
+        New { uuid: Some("not a uuid".into()), ..new_luks(Version::Luks2, None) },
+        New { label: Some("x".repeat(48)), ..new_luks(Version::Luks2, None) },
+        New { label: Some("x".into()), ..new_luks(Version::Luks1, None) },
+        New { data_offset: Some(4096), ..new_luks(Version::Luks2, None) },
+        New { hash: Some("md5".into()), ..new_luks(Version::Luks2, None) },
+        New { kdf: KdfWish { iterations: Some(10), ..new_luks(Version::Luks2, None).kdf }, ..new_luks(Version::Luks2, None) },
+    ];
+    let whole = scratch.file("whole", &noise(4096, 6));
+    for (index, new) in bad.into_iter().enumerate() {
+        let sink = scratch.join(&format!("volume{index}"));
+        let shown = format!("{new:?}");
+        let error = make(new).reading(&whole).creating(&sink).start(&registry).expect_err(&shown);
+        let (kind, message) = (error.kind(), error.chain());
+        assert!(matches!(kind, ErrorKind::Invalid | ErrorKind::Unsupported), "{shown}: {message}");
+        assert!(!sink.exists());
+    }
+}
+
+#[test]
+fn a_volume_cut_off_is_refused() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let path = volume(&registry, &scratch, &noise(MIB, 8), new_luks(Version::Luks2, None));
+    let file = File::options().write(true).open(&path).expect("open");
+    for (len, words) in [((16 << 20) + 5000, "not a multiple of the data unit"), (15 << 20, "ends before")] {
+        file.set_len(len).expect("cut");
+        let (kind, message) =
+            open(Action::Decrypt).reading(&path).creating(&scratch.join(&len.to_string())).refused(&registry);
+        assert_eq!(kind, ErrorKind::Invalid);
+        assert!(message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn verification_finds_a_difference_at_its_place_in_the_plaintext() {
+    let registry = registry(QueueChoice::Auto);
+    for (version, unit, offset, unit_bytes) in FORMATS {
+        let scratch = Scratch::new();
+        let plain = noise(4 * MIB, 8);
+        let path = volume(&registry, &scratch, &plain, new_luks(version, unit));
+        let file = File::options().read(true).write(true).open(&path).expect("open");
+        let at = 3 * MIB as u64 + 100;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset + at).expect("read");
+        file.write_all_at(&[byte[0] ^ 1], offset + at).expect("written");
+        let request = open(Action::Verify).reading(&scratch.join("plain"));
+        let info = request.writing(File::open(&path).expect("open"), "volume").run(&registry);
+        assert_eq!(failure(&info).0, ErrorKind::Difference);
+        let found = info.outcome.expect("ended").first_difference.expect("found");
+        assert!((at / 16 * 16..=at).contains(&found), "{found} for {at} in units of {unit_bytes}");
+        // A volume with more in it than the plaintext differs where that ends.
+        file.write_all_at(&byte, offset + at).expect("mended");
+        (&file).seek(SeekFrom::End(0)).expect("end");
+        (&file).write_all(&[7; 4096]).expect("grown");
+        let request = open(Action::Verify).reading(&scratch.join("plain"));
+        let info = request.writing(File::open(&path).expect("open"), "volume").run(&registry);
+        assert_eq!(info.outcome.expect("ended").first_difference, Some(plain.len() as u64));
+    }
+}
