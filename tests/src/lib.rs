@@ -6,6 +6,7 @@
 pub mod jobs;
 mod loop_device;
 pub mod luks2;
+pub mod luks;
 mod place;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
