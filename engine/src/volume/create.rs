@@ -25,7 +25,7 @@ use proto::luks::{New, Version};
 const DIGEST_TIME: Duration = Duration::from_millis(125);
 /// Its iterations where the wish forbids measuring, as in cryptsetup.
 const DIGEST_ITERATIONS_MIN: u32 = 1000;
-/// Bytes made at a time by [`NewHeader::stream`].
+/// Zeros at a time in [`NewHeader::stream`].
 const PIECE: usize = 1 << 20;
 
 /// A header that exists in memory only.
@@ -291,21 +291,18 @@ impl NewHeader {
                 put(&loaded.header.to_bytes(Copy::Secondary)?)?;
             }
         }
-        let mut piece = vec![0; PIECE];
+        let mut noise = random::Noise::new()?;
+        let zeros = vec![0; PIECE];
         for (range, content) in self.behind_the_header(self.stream_bytes) {
             let mut left = range.end - range.start;
-            if let Content::Bytes(bytes) = content {
-                put(bytes)?;
-                continue;
-            }
             while left > 0 {
-                let length = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE);
-                match content {
-                    Content::Random => random::fill(&mut piece[..length])?,
-                    _ => piece[..length].fill(0),
-                }
-                put(&piece[..length])?;
-                left -= length as u64;
+                let piece = match content {
+                    Content::Bytes(bytes) => bytes,
+                    Content::Random => noise.next(left),
+                    Content::Zeros => &zeros[..usize::try_from(left).unwrap_or(PIECE).min(PIECE)],
+                };
+                put(piece)?;
+                left -= piece.len() as u64;
             }
         }
         Ok(())
