@@ -79,7 +79,7 @@ fn explore(
     judge: impl Fn(&World, &Case) -> std::result::Result<(), String>,
 ) {
     let explored = Explore::new(name, seed(), image.clone()).run(act, judge);
-    let Summary { events, cases, completed } = explored.unwrap_or_else(|violation| panic!("{violation}"));
+    let Summary { events, cases, completed, .. } = explored.unwrap_or_else(|violation| panic!("{violation}"));
     assert!(events >= 2 && cases > completed, "{name}: nothing was cut: {events} events, {cases} cases");
     eprintln!("{name}: {events} events, {cases} endings, {completed} after the end");
 }
