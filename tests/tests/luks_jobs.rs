@@ -130,7 +130,8 @@ fn pipes_carry_header_and_data_in_order() {
             let plain = noise(len, 4);
             let (read, write) = rustix::pipe::pipe().expect("pipe");
             let out = drained(read);
-            let request = make(new_luks(version, unit)).streaming_from(fed(plain.clone())).streaming_to(write);
+            let request =
+                make(new_luks(version, unit)).streaming_from(fed(plain.clone())).streaming_to(write);
             assert_done(&request.run(&registry));
             let volume = out.join().expect("drained");
             assert_eq!(volume.len() as u64, offset + plain.len() as u64);
@@ -230,7 +231,8 @@ fn a_detached_header_leaves_nothing_but_ciphertext_on_the_data_device() {
         assert_done(&request.run(&registry));
         assert!(std::fs::read(&back).expect("plaintext") == plain);
         // Without the header the data is noise.
-        let (kind, message) = open(Action::Decrypt).reading(&path).creating(&scratch.join("x")).refused(&registry);
+        let (kind, message) =
+            open(Action::Decrypt).reading(&path).creating(&scratch.join("x")).refused(&registry);
         assert_eq!(kind, ErrorKind::Unsupported, "{message}");
     }
 }
@@ -255,7 +257,10 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
         New { label: Some("x".into()), ..new_luks(Version::Luks1, None) },
         New { data_offset: Some(4096), ..new_luks(Version::Luks2, None) },
         New { hash: Some("md5".into()), ..new_luks(Version::Luks2, None) },
-        New { kdf: KdfWish { iterations: Some(10), ..new_luks(Version::Luks2, None).kdf }, ..new_luks(Version::Luks2, None) },
+        New {
+            kdf: KdfWish { iterations: Some(10), ..new_luks(Version::Luks2, None).kdf },
+            ..new_luks(Version::Luks2, None)
+        },
     ];
     let whole = scratch.file("whole", &noise(4096, 6));
     for (index, new) in bad.into_iter().enumerate() {
