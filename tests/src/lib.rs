@@ -5,6 +5,7 @@
 
 pub mod jobs;
 mod loop_device;
+pub mod luks;
 mod place;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
