@@ -6,9 +6,10 @@
 pub mod header;
 pub mod jobs;
 mod loop_device;
-pub mod luks2;
 pub mod luks;
+pub mod luks2;
 mod place;
+pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;

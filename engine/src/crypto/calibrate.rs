@@ -32,8 +32,38 @@ const ARGON2_SAMPLE: Duration = Duration::from_millis(2500);
 /// What a longest key is cut to for a measurement: it only has to have as many PBKDF2 blocks.
 const KEY_BYTES_MAX: usize = 1024;
 
+/// A wish inside the bounds, with what is still to be measured.
+enum Checked {
+    /// Nothing is.
+    Known(Kdf),
+    /// PBKDF2 for a time.
+    Pbkdf2 { hash: Hash, target: Duration },
+    /// Argon2 for a time, at most at this cost but for its passes.
+    Argon2 { most: Cost, target: Duration },
+}
+
 /// See [`Kdf::calibrate`].
 pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes: usize) -> Result<Kdf> {
+    match checked(wish, default, hash)? {
+        Checked::Known(kdf) => Ok(kdf),
+        Checked::Pbkdf2 { hash, target } => {
+            Ok(Kdf::Pbkdf2 { hash, iterations: pbkdf2_iterations(hash, key_bytes, target) })
+        }
+        Checked::Argon2 { most, target } => {
+            let Cost { kind, time, memory_kib, lanes } = search(most, target, |cost| {
+                with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
+            })?;
+            Ok(Kdf::Argon2 { kind, time, memory_kib, lanes })
+        }
+    }
+}
+
+/// See [`Kdf::check_wish`].
+pub(super) fn check_wish(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<()> {
+    checked(wish, default, hash).map(drop)
+}
+
+fn checked(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<Checked> {
     let kind = wish.kind.unwrap_or(default);
     let target = Duration::from_millis(u64::from(within(
         "iter_time_ms",
@@ -42,7 +72,7 @@ pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes:
         ITER_TIME_MS_MAX,
     )?));
     let argon2 = match kind {
-        KdfKind::Pbkdf2 => return calibrate_pbkdf2(wish, hash, key_bytes, target),
+        KdfKind::Pbkdf2 => return checked_pbkdf2(wish, hash, target),
         KdfKind::Argon2i => Argon2Kind::Argon2i,
         KdfKind::Argon2id => Argon2Kind::Argon2id,
     };
@@ -63,25 +93,25 @@ pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes:
     };
     let cap = memory_cap(memory.unwrap_or(MEMORY_KIB), room::free_kib());
     if let Some(time) = time {
-        return Ok(Kdf::Argon2 { kind: argon2, time, memory_kib: memory.unwrap_or(cap), lanes });
+        let memory_kib = memory.unwrap_or(cap);
+        return Ok(Checked::Known(Kdf::Argon2 { kind: argon2, time, memory_kib, lanes }));
     }
-    let start = Cost { kind: argon2, time: ARGON2_TIME_MIN, memory_kib: cap, lanes };
-    let cost = search(start, target, |cost| {
-        with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
-    })?;
-    Ok(Kdf::Argon2 { kind: cost.kind, time: cost.time, memory_kib: cost.memory_kib, lanes: cost.lanes })
+    let most = Cost { kind: argon2, time: ARGON2_TIME_MIN, memory_kib: cap, lanes };
+    Ok(Checked::Argon2 { most, target })
 }
 
-fn calibrate_pbkdf2(wish: &KdfWish, hash: Hash, key_bytes: usize, target: Duration) -> Result<Kdf> {
+fn checked_pbkdf2(wish: &KdfWish, hash: Hash, target: Duration) -> Result<Checked> {
     if wish.memory_kib.is_some() || wish.lanes.is_some() {
         return Err(Error::new(ErrorKind::Invalid, "pbkdf2 has neither memory nor lanes"));
     }
     let hash = wish.hash.as_deref().map_or(Ok(hash), Hash::from_name)?;
-    let iterations = match wish.iterations {
-        Some(iterations) => within("pbkdf2 iterations", iterations, PBKDF2_ITERATIONS_MIN, u32::MAX)?,
-        None => pbkdf2_iterations(hash, key_bytes, target),
-    };
-    Ok(Kdf::Pbkdf2 { hash, iterations })
+    match wish.iterations {
+        Some(iterations) => {
+            let iterations = within("pbkdf2 iterations", iterations, PBKDF2_ITERATIONS_MIN, u32::MAX)?;
+            Ok(Checked::Known(Kdf::Pbkdf2 { hash, iterations }))
+        }
+        None => Ok(Checked::Pbkdf2 { hash, target }),
+    }
 }
 
 /// A wished value that must lie in a range.

@@ -68,7 +68,9 @@ pub struct Place {
 /// # Errors
 /// `Invalid`, `Unsupported`, `NoSpace`: one clear sentence.
 pub fn plan(new: &New, place: &Place) -> Result<DataArea> {
-    Ok(Plan::new(new, place)?.data)
+    let plan = Plan::new(new, place)?;
+    Kdf::check_wish(&new.kdf, plan.kdf, plan.hash)?;
+    Ok(plan.data)
 }
 
 /// Make the header: random volume key (or the one given), calibrated KDF, digest, first keyslot. Takes seconds.
