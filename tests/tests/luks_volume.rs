@@ -15,6 +15,9 @@ use tests::scene::{
 };
 use tests::skip;
 
+/// Something done to a header in memory.
+type Change<'a> = &'a dyn Fn(&mut Loaded);
+
 // ---- theirs here
 
 #[test]
@@ -231,9 +234,10 @@ fn a_damaged_keyslot_and_a_wrong_passphrase_say_the_same() {
         if kind == "luks1" {
             // Digest, its salt, and an area behind the end of the device: no checksum tells.
             for at in [112, 131, 132] {
-                scene.overwrite("volume", at, &[whole[at as usize] ^ 1]);
+                let byte = whole[usize::try_from(at).expect("an offset")];
+                scene.overwrite("volume", at, &[byte ^ 1]);
                 assert_wrong_key(open(&scene, "volume"));
-                scene.overwrite("volume", at, &[whole[at as usize]]);
+                scene.overwrite("volume", at, &[byte]);
             }
             let file = OpenOptions::new().write(true).open(scene.path("volume")).expect("opens");
             file.set_len(100_000).expect("cut");
@@ -265,7 +269,7 @@ fn damaged_parameters_of_a_luks2_keyslot_say_the_same() {
         }
     }
     assert!(attempt(&|_| {}, &mut device).is_ok());
-    let damages: [&dyn Fn(&mut Loaded); 12] = [
+    let damages: [Change<'_>; 12] = [
         &|loaded| keyslot(loaded).key_size = 63,
         &|loaded| keyslot(loaded).key_size = 32,
         &|loaded| keyslot(loaded).key_size = 0,
@@ -283,7 +287,7 @@ fn damaged_parameters_of_a_luks2_keyslot_say_the_same() {
         assert_wrong_key(attempt(damage, &mut device));
     }
     // Only the header speaks here, so the answer may be clear.
-    let unknown: [(&dyn Fn(&mut Loaded), &str); 4] = [
+    let unknown: [(Change<'_>, &str); 4] = [
         (&|loaded| keyslot(loaded).area_encryption = "cipher_null-ecb".to_owned(), "cipher_null-ecb"),
         (&|loaded| keyslot(loaded).area_encryption = "serpent-xts-plain64".to_owned(), "serpent-xts-plain64"),
         (&|loaded| keyslot(loaded).af_hash = "whirlpool".to_owned(), "whirlpool"),
@@ -380,7 +384,7 @@ fn what_is_not_understood_is_refused_by_name() {
             _ => panic!("not encrypted"),
         }
     };
-    let refused: [(&dyn Fn(&mut Loaded), &str); 8] = [
+    let refused: [(Change<'_>, &str); 8] = [
         (&require("online-reencrypt-v2"), "re-encryption"),
         (&require("offline-reencrypt"), "re-encryption"),
         (&require("opal"), "drive"),
@@ -470,7 +474,8 @@ fn repair_rewrites_the_bad_copy_alone() {
         assert_ne!(loaded_header.header.salts[bad], old.salts[1 - bad]);
         assert_eq!(loaded(scene.load("volume").1), loaded_header);
         let after = std::fs::read(scene.path("volume")).expect("read");
-        let untouched = |index: usize| !(offset as usize..offset as usize + 16384).contains(&index);
+        let start = usize::try_from(offset).expect("an offset");
+        let untouched = |index: usize| !(start..start + 16384).contains(&index);
         assert!(
             (0..after.len()).filter(|index| untouched(*index)).all(|index| after[index] == before[index])
         );

@@ -312,7 +312,7 @@ impl NewHeader {
 
     /// What lies between the header itself and `end`: without a gap, in order.
     fn behind_the_header(&self, end: u64) -> Vec<(Range<u64>, Content<'_>)> {
-        let (start, areas) = match &self.header {
+        let (start, areas): (u64, Vec<Range<u64>>) = match &self.header {
             Header::Luks1(header) => {
                 let each = keyslot_area_bytes(header.key_bytes);
                 let areas = header.keyslots.iter().map(|keyslot| {
@@ -323,7 +323,8 @@ impl NewHeader {
             }
             Header::Luks2(loaded) => {
                 let start = loaded.header.keyslots_offset();
-                (start, vec![start..start + loaded.header.metadata.config.keyslots_size])
+                let area = start..loaded.header.backup_bytes();
+                (start, std::iter::once(area).collect())
             }
         };
         let (offset, material) = &self.material;
