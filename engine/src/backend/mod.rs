@@ -203,6 +203,9 @@ pub enum QueueChoice {
     IoUring,
     /// The thread pool.
     Threads,
+    /// The simulated disks of a world, by its number ([`sim::World::choice`]).
+    #[cfg(feature = "sim")]
+    Simulated(u32),
 }
 
 /// Threads of a fallback queue: enough to keep an SSD busy, few enough for a core.
@@ -217,6 +220,8 @@ pub fn open_queue(choice: QueueChoice, arena: &Arena, depth: u32) -> Result<Box<
     match choice {
         QueueChoice::Threads => Ok(Box::new(threads()?)),
         QueueChoice::IoUring => Ok(Box::new(uring::UringQueue::new(arena, depth)?)),
+        #[cfg(feature = "sim")]
+        QueueChoice::Simulated(number) => Ok(sim::World::numbered(number)?.queue(arena, depth)),
         QueueChoice::Auto => match uring::UringQueue::new(arena, depth) {
             Ok(queue) => Ok(Box::new(queue)),
             // Whatever is wrong with io_uring here, threads may still work; if they do not either, both causes count.

@@ -38,7 +38,8 @@ pub fn capture(name: &str, take: &mut dyn FnMut(&mut [u8]) -> Result<usize>) -> 
     let file = memfd_create("header", MemfdFlags::CLOEXEC)
         .map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
     // As long as any header: where the volume ends cannot be known, and unwritten bytes cost nothing.
-    ftruncate(&file, HEADER_BYTES_MAX).map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
+    ftruncate(&file, HEADER_BYTES_MAX)
+        .map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
     let file: Arc<OwnedFd> = Arc::new(file);
     let mut kept = Kept { device: Blocking::open(file, name, 1)?, bytes: 0 };
     let mut first = vec![0; FIRST];

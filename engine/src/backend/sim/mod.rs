@@ -23,12 +23,12 @@ mod random;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::io::Errno;
 
-use crate::backend::Queue;
 use crate::backend::blocking::Blocking;
+use crate::backend::{Queue, QueueChoice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::buffer::Arena;
 use crate::units::Extent;
@@ -155,6 +155,9 @@ struct Inner {
     disks: Vec<Disk>,
 }
 
+/// Worlds that a whole pipeline was told to work on.
+static NUMBERED: Mutex<Vec<Weak<Mutex<Inner>>>> = Mutex::new(Vec::new());
+
 /// One transfer of the raw device.
 enum Raw<'a> {
     Read(u64, &'a mut [u8]),
@@ -242,6 +245,28 @@ impl World {
     #[must_use]
     pub fn queue(&self, _arena: &Arena, depth: u32) -> Box<dyn Queue> {
         Box::new(queue::SimQueue::new(self.clone(), depth))
+    }
+
+    /// For a pipeline's configuration: its workers use this world's queues while it lives. With more than one worker the
+    /// order of things is the scheduler's too, and a seed repeats itself no longer.
+    ///
+    /// # Panics
+    /// After four billion worlds.
+    #[must_use]
+    pub fn choice(&self) -> QueueChoice {
+        let mut numbered = NUMBERED.lock().unwrap_or_else(PoisonError::into_inner);
+        numbered.push(Arc::downgrade(&self.0));
+        QueueChoice::Simulated(u32::try_from(numbered.len() - 1).expect("fewer worlds"))
+    }
+
+    /// # Errors
+    /// `NotFound`: the world has ended.
+    pub(super) fn numbered(number: u32) -> Result<Self> {
+        let numbered = NUMBERED.lock().unwrap_or_else(PoisonError::into_inner);
+        let world = numbered.get(number as usize).and_then(Weak::upgrade);
+        world
+            .map(Self)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no simulated world {number}")))
     }
 
     /// One operation at a time on a disk, at its alignment.

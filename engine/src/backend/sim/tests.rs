@@ -274,6 +274,45 @@ fn what_a_failed_flush_gave_up_no_later_flush_brings_back() {
 }
 
 #[test]
+fn what_is_cancelled_comes_back_once_and_may_have_been_done_in_part() {
+    const ECANCELED: i32 = 125;
+    let (mut recalled, mut ends) = (0, BTreeSet::new());
+    for seed in 0..60 {
+        let world = disk(seed, 4);
+        let mut deep = Deep::new(&world);
+        deep.write(1, 0, b'a', 2);
+        deep.write(2, 2, b'b', 2);
+        deep.queue.kick().expect("kick");
+        deep.queue.cancel(deep.port);
+        let done = deep.collect(2);
+        assert_eq!(deep.queue.in_flight(), 0);
+        for one in &done {
+            match one.result.as_ref().map_err(std::io::Error::raw_os_error) {
+                Ok(1024) => {}
+                Err(Some(ECANCELED)) => recalled += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        ends.insert(sectors(&world.visible(0).expect("image")));
+    }
+    assert!((20..=100).contains(&recalled), "{recalled} of 120");
+    assert!(ends.len() > 8, "{ends:?}");
+}
+
+#[test]
+fn a_world_is_found_by_its_number_while_it_lives() {
+    let world = disk(14, 1);
+    let arena = Arena::new(1, 4096).expect("arena");
+    let choice = world.choice();
+    assert_eq!(crate::backend::open_queue(choice, &arena, 1).expect("queue").facts().name, "simulated");
+    drop(world);
+    assert_eq!(
+        crate::backend::open_queue(choice, &arena, 1).err().expect("gone").kind(),
+        ErrorKind::NotFound
+    );
+}
+
+#[test]
 fn a_full_disk_and_a_misaligned_transfer_are_refused() {
     let world = World::new(10);
     let options = DiskOptions { alignment: 4096, capacity: Some(8192), ..DiskOptions::default() };
