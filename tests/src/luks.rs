@@ -3,9 +3,12 @@
 //! Nothing here asks our own programs anything, but for [`dump`]: a volume is read by qemu-img, nbdkit or cryptsetup, to its last
 //! byte, or the test fails.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use engine::format::luks2::metadata::{Segment, SegmentKind};
+use engine::format::luks2::{Copy, Header, load};
 use proto::{Body, Reply, luks};
 use serde_json::Value;
 
@@ -330,4 +333,52 @@ pub fn read_by_nbdkit(place: &Place, volume: &str, key: &str) -> Vec<u8> {
         ))
         .done();
     place.read("nbdkit.out")
+}
+
+/// Three ciphers over one volume, the counter running through: what is in the header, and how many bytes.
+pub const SEGMENTS: [(&str, u32, usize); 3] = [
+    ("aes-xts-plain64", 512, 1 << 20),
+    ("aes-cbc-essiv:sha256", 512, 512 << 10),
+    ("aes-xts-plain64", 4096, 0),
+];
+
+/// Turn a volume of one segment with a 256-bit key into one of [`SEGMENTS`]: only the header. Returns where the data begin.
+///
+/// # Panics
+/// If it is no such volume.
+pub fn cut_into_segments(place: &Place, name: &str) -> usize {
+    let mut bytes = place.read(name);
+    let mut header: Header = load(&mut |at, buf| {
+        let at = usize::try_from(at).expect("in the file");
+        buf.copy_from_slice(&bytes[at..at + buf.len()]);
+        Ok(())
+    })
+    .expect("a header")
+    .header;
+    let data = header.metadata.segments[&0].offset;
+    let mut segments = BTreeMap::new();
+    let mut logical = 0;
+    for (id, (cipher, unit, length)) in (0..).zip(SEGMENTS) {
+        let length = u64::try_from(length).expect("a length");
+        let kind = SegmentKind::Crypt {
+            encryption: cipher.to_owned(),
+            sector_size: unit,
+            iv_tweak: logical / 512,
+            integrity: None,
+        };
+        let size = (length > 0).then_some(length);
+        let segment = Segment { kind, offset: data + logical, size, ..header.metadata.segments[&0].clone() };
+        segments.insert(id, segment);
+        logical += length;
+    }
+    header.metadata.segments = segments;
+    header.metadata.digests.get_mut(&0).expect("a digest").segments = vec![0, 1, 2];
+    header.seqid += 1;
+    for copy in [Copy::Primary, Copy::Secondary] {
+        let at = usize::try_from(header.offset(copy)).expect("in the file");
+        let made = header.to_bytes(copy).expect("a valid header");
+        bytes[at..at + made.len()].copy_from_slice(&made);
+    }
+    place.write(name, &bytes);
+    usize::try_from(data).expect("in the file")
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tests::luks::{Shape, empty, have, secret};
+use tests::luks::{Shape, cut_into_segments, empty, have, secret};
 use tests::{Place, User, skip};
 
 const MIB: usize = 1 << 20;
@@ -18,6 +18,9 @@ const SHAPES: [Shape; 6] = [
     Shape::luks2(4096, 256, "pbkdf2"),
     Shape::luks2(4096, 512, "argon2id"),
 ];
+
+/// The one that is made into several segments for the kernel to write.
+const SEGMENTED: Shape = SHAPES[3];
 
 /// Runs a script with disks under a kernel that has dm-crypt, if this checkout has a neighbour that can.
 fn guest() -> Option<PathBuf> {
@@ -124,6 +127,10 @@ fn we_read_what_dm_crypt_wrote() {
         command.arg("-d").arg(place.path(&format!("theirs{n}")));
         script.push_str(&format!("write {}\n", disk(n + 1)));
     }
+    // One device-mapper target for each segment.
+    let segments = SHAPES.iter().position(|shape| *shape == SEGMENTED).expect("one of them");
+    let data = cut_into_segments(&place, &format!("theirs{segments}"));
+    assert_eq!(data, 16 * MIB);
     let Some(text) = run(&place, command, &script) else { return };
     let plain = place.read("plain");
     for (n, shape) in SHAPES.into_iter().enumerate() {

@@ -42,6 +42,14 @@ fn we_refuse(place: &Place, volume: &str, key: &str) {
     assert!(!place.path("never").exists(), "{volume}: something was written");
 }
 
+/// There is no keyslot left.
+fn nobody_opens(place: &Place, volume: &str, key: &str) {
+    let theirs = format!("cryptsetup open --test-passphrase --key-file @/{key} @/{volume}");
+    let _ = place.shell(&theirs).exit(1, &["no usable keyslot"]);
+    let _ = place.run(&format!("decrypt @/{volume} @/never --key file:@/{key}")).exit(1, &["no keyslot"]);
+    assert!(!place.path("never").exists(), "{volume}: something was written");
+}
+
 /// The tools for its version read this plaintext.
 fn they_read(place: &Place, version: u32, volume: &str, key: &str, plain: &[u8]) {
     if version == 1 {
@@ -219,12 +227,12 @@ fn default_costs_are_cryptsetups_and_open_on_both_sides() {
     assert_eq!(json["segments"]["0"]["offset"], json!("16777216"));
     assert_eq!(json["segments"]["0"]["sector_size"], json!(4096));
     assert_eq!(json["config"]["keyslots_size"], json!("16744448"));
-    opens_with_only(&place, "ours", "pass", "wrong");
     they_read(&place, 2, "ours", "pass", &plain);
-    we_read(&place, "ours", "pass", &plain);
+    let _ = place.run("decrypt @/ours @/back --key file:@/pass").done();
+    assert!(place.read("back") == plain);
 
     encrypted_by_cryptsetup(&place, "plain", "theirs", "pass", "--batch-mode --type luks2");
-    we_read(&place, "theirs", "pass", &plain);
+    let _ = place.run("verify @/plain @/theirs --key file:@/pass").done();
 }
 
 #[test]
@@ -302,8 +310,7 @@ fn cryptsetup_changes_the_keyslots_of_ours() {
         they_read(&place, shape.version, "ours", "pass3", &plain);
         // Their backup of our header, put back by us.
         let _ = place.run("luks erase @/ours --yes-destroy-all-keys").done();
-        assert!(!cryptsetup_opens(&place, "ours", "pass3"), "erased");
-        we_refuse(&place, "ours", "pass3");
+        nobody_opens(&place, "ours", "pass3");
         let _ = place.run("luks header-restore @/ours @/backup").done();
         for key in ["pass", "pass2"] {
             assert!(cryptsetup_opens(&place, "ours", key), "{shape:?}: restored");
@@ -358,7 +365,7 @@ fn we_change_the_keyslots_of_theirs() {
         we_read(&place, "theirs", "pass3", &plain);
         // Our backup of their header, put back by cryptsetup.
         let _ = place.shell("cryptsetup luksErase --batch-mode @/theirs").done();
-        we_refuse(&place, "theirs", "pass3");
+        nobody_opens(&place, "theirs", "pass3");
         let restore = "cryptsetup luksHeaderRestore --batch-mode --header-backup-file @/backup @/theirs";
         let _ = place.shell(restore).done();
         for key in ["pass", "pass2"] {
@@ -483,4 +490,59 @@ fn a_passphrase_is_every_byte_of_its_file() {
         }
         we_read(&place, "ours", "cut", &plain);
     }
+}
+
+#[test]
+fn cryptsetup_converts_ours_to_the_other_version() {
+    if !have(&["cryptsetup", "qemu-img", "nbdkit", "nbdcopy"]) {
+        return;
+    }
+    let (place, plain) = prepared();
+    for (shape, other) in [(Shape::luks1(512), 2), (Shape::luks2(512, 256, "pbkdf2"), 1)] {
+        let _ =
+            place.run(&format!("encrypt @/plain @/ours --force {} --key file:@/pass", shape.ours())).done();
+        let _ = place.shell(&format!("cryptsetup convert --batch-mode --type luks{other} @/ours")).done();
+        has_shape(&place, "ours", Shape { version: other, ..shape });
+        we_read(&place, "ours", "pass", &plain);
+        they_read(&place, other, "ours", "pass", &plain);
+        // A keyslot of ours in a converted header.
+        let add = "luks add-key @/ours --key file:@/pass --new-key file:@/pass2";
+        let _ = place.run(&format!("{add} {CHEAP_PBKDF2}")).done();
+        they_read(&place, other, "ours", "pass2", &plain);
+    }
+}
+
+#[test]
+fn tokens_and_labels_are_cryptsetups_too() {
+    if !have(&["cryptsetup"]) {
+        return;
+    }
+    let (place, plain) = prepared();
+    let shape = Shape::luks2(4096, 512, "pbkdf2");
+    let _ = place.run(&format!("encrypt @/plain @/ours {} --key file:@/pass", shape.ours())).done();
+    let token = json!({"type": "somebodys", "keyslots": ["0"], "where": {"deep": [1, "two"]}});
+    place.write("token", token.to_string().as_bytes());
+    let _ = place.run("luks token add @/ours --json-file @/token").done();
+    let _ = place.shell("cryptsetup token import --token-id 7 --json-file @/token @/ours").done();
+    for id in [0, 7] {
+        let exported = place.shell(&format!("cryptsetup token export --token-id {id} @/ours")).done();
+        assert_eq!(serde_json::from_slice::<Value>(&exported.stdout).expect("JSON"), token);
+    }
+    let ours = "luks token add @/ours --key-ref barbican:one --rotate-by 2031-01-31 --token-id 3";
+    let _ = place.run(ours).done();
+    let tokens = luks2_json(&place, "ours")["tokens"].clone();
+    assert_eq!(tokens["3"]["key_ref"], json!("barbican:one"));
+    assert_eq!(dump(&place, "@/ours").metadata["tokens"], tokens);
+    let _ = place.run("luks token remove @/ours --token-id 0").done();
+    let _ = place.shell("cryptsetup token remove --token-id 7 @/ours").done();
+    let left = luks2_json(&place, "ours")["tokens"].clone();
+    assert_eq!(left.as_object().expect("an object").keys().collect::<Vec<_>>(), ["3"]);
+    let _ = place
+        .shell("cryptsetup config --label theirs --subsystem both --priority prefer --key-slot 0 @/ours")
+        .done();
+    let summary = dump(&place, "@/ours").summary;
+    assert_eq!((summary.label.as_str(), summary.subsystem.as_str()), ("theirs", "both"));
+    assert_eq!(summary.keyslots[0].priority, "prefer");
+    they_read(&place, 2, "ours", "pass", &plain);
+    we_read(&place, "ours", "pass", &plain);
 }

@@ -2,16 +2,14 @@
 //! volumes; volumes amid a re-encryption; and volumes that come and go through pipes. Real tools are on the other side wherever one
 //! has such volumes.
 
-use std::collections::BTreeMap;
 use std::process::Command;
 
-use engine::format::luks2::metadata::{Segment, SegmentKind};
-use engine::format::luks2::{Copy, Header, load};
 use serde_json::json;
 use tests::luks::{
-    CHEAP_ARGON2ID, CHEAP_PBKDF2, SMALL_HEADER, Shape, doctor, dump, empty, encrypted_by_cryptsetup,
-    fill_by_qemu, have, luks1_field, luks2_json, opens_with_only, read_by_cryptsetup, read_by_nbdkit,
-    read_by_qemu, read_detached_by_cryptsetup, read_detached_by_qemu, secret, volume_key,
+    CHEAP_ARGON2ID, CHEAP_PBKDF2, SEGMENTS, SMALL_HEADER, Shape, cut_into_segments, doctor, dump, empty,
+    encrypted_by_cryptsetup, fill_by_qemu, have, luks1_field, luks2_json, opens_with_only,
+    read_by_cryptsetup, read_by_nbdkit, read_by_qemu, read_detached_by_cryptsetup, read_detached_by_qemu,
+    secret, volume_key,
 };
 use tests::{Place, User, skip};
 
@@ -151,7 +149,8 @@ fn detached_headers_of_luks1_go_both_ways() {
     we_read(&place, "theirs --header @/theirs.header", &plain);
     let _ = place.run("luks open-test @/theirs --header @/theirs.header --key file:@/pass").done();
     // Without its header it is noise, and refused as such.
-    let _ = place.run("decrypt @/theirs @/never --key file:@/pass").exit(2, &["not a luks volume", "--header"]);
+    let _ =
+        place.run("decrypt @/theirs @/never --key file:@/pass").exit(2, &["not a luks volume", "--header"]);
     assert!(!place.path("never").exists());
 }
 
@@ -276,48 +275,6 @@ fn a_volume_amid_a_reencryption_is_refused_by_name() {
     // Cryptsetup brings it to its end, and it is an ordinary volume again.
     let _ = place.shell(&format!("{reencrypt} --resume-only @/ours")).done();
     we_read(&place, "ours", &plain);
-}
-
-/// Three ciphers over one volume, the counter running through: what is in the header, and how many bytes.
-const SEGMENTS: [(&str, u32, usize); 3] =
-    [("aes-xts-plain64", 512, MIB), ("aes-cbc-essiv:sha256", 512, MIB / 2), ("aes-xts-plain64", 4096, 0)];
-
-/// Turn a volume of one segment with a 256-bit key into one of [`SEGMENTS`]. Only the header.
-fn cut_into_segments(place: &Place, name: &str) -> usize {
-    let mut bytes = place.read(name);
-    let mut header: Header = load(&mut |at, buf| {
-        let at = usize::try_from(at).expect("in the file");
-        buf.copy_from_slice(&bytes[at..at + buf.len()]);
-        Ok(())
-    })
-    .expect("a header")
-    .header;
-    let data = header.metadata.segments[&0].offset;
-    let mut segments = BTreeMap::new();
-    let mut logical = 0;
-    for (id, (cipher, unit, length)) in (0..).zip(SEGMENTS) {
-        let length = u64::try_from(length).expect("a length");
-        let kind = SegmentKind::Crypt {
-            encryption: cipher.to_owned(),
-            sector_size: unit,
-            iv_tweak: logical / 512,
-            integrity: None,
-        };
-        let size = (length > 0).then_some(length);
-        let segment = Segment { kind, offset: data + logical, size, ..header.metadata.segments[&0].clone() };
-        segments.insert(id, segment);
-        logical += length;
-    }
-    header.metadata.segments = segments;
-    header.metadata.digests.get_mut(&0).expect("a digest").segments = vec![0, 1, 2];
-    header.seqid += 1;
-    for copy in [Copy::Primary, Copy::Secondary] {
-        let at = usize::try_from(header.offset(copy)).expect("in the file");
-        let made = header.to_bytes(copy).expect("a valid header");
-        bytes[at..at + made.len()].copy_from_slice(&made);
-    }
-    place.write(name, &bytes);
-    usize::try_from(data).expect("in the file")
 }
 
 /// Encrypts each segment by OpenSSL: `source key out unit cipher length …` with 0 for the rest.
