@@ -111,3 +111,33 @@ fn every_stage_is_measured_beside_its_limit() {
     // What was copied was checked.
     assert!(of("ring").iter().all(|row| row["sha256"].is_string() && row["syscalls_per_mib"].is_number()));
 }
+
+#[test]
+fn key_derivations_are_measured_beside_cryptsetup() {
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-unlock-{}", std::process::id()));
+    std::fs::create_dir_all(&scratch).expect("creates");
+    let json = scratch.join("rows.json");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_unlock"));
+    let output =
+        command.arg("--small").arg("--dir").arg(&scratch).arg("--json").arg(&json).output().expect("runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let rows = std::fs::read_to_string(&json);
+    let left: Vec<_> =
+        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
+    std::fs::remove_dir_all(&scratch).expect("removes");
+    assert!(output.status.success(), "the unlock bench failed: {said}");
+    assert_eq!(left, [json], "the unlock bench left files behind");
+    let rows: Vec<Value> = rows
+        .expect("rows were written")
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("a row is JSON"))
+        .collect();
+    assert_eq!(rows.iter().filter(|row| row["contender"] == "ours").count(), 7);
+    assert!(rows.iter().all(|row| row["seconds"]["median"].as_f64().is_some_and(|seconds| seconds > 0.0)));
+    let beside = rows.iter().filter(|row| row["ratio"].is_object()).count();
+    if beside == 0 {
+        eprintln!("SKIP the comparison: cryptsetup is not installed");
+    } else {
+        assert_eq!(beside, 7, "ours has a ratio in every case");
+    }
+}

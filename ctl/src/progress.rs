@@ -127,6 +127,7 @@ pub fn describe(progress: &Progress, state: JobState) -> String {
         JobState::Paused => text.push_str(", paused"),
         JobState::Queued => text.push_str(", waits for other jobs"),
         JobState::Flushing => text.push_str(", making it durable"),
+        JobState::Running if progress.unlocking => text.push_str(", hashing the passphrase"),
         JobState::Running => {
             text.push_str(&format!(", {}", amount::rate(progress.bytes_per_second)));
             if let Some(limit) = progress.throttle_bytes_per_second {
@@ -170,6 +171,12 @@ mod tests {
         let stream =
             Progress { total_bytes: None, throttle_bytes_per_second: Some(1 << 20), ..Progress::default() };
         assert_eq!(describe(&stream, JobState::Running), "0 B, 0 B/s (limit 1.00 MiB/s)");
+    }
+
+    #[test]
+    fn hashing_is_not_shown_as_a_rate_of_nothing() {
+        let hashing = Progress { done_bytes: 0, unlocking: true, unlock_seconds: 1.0, ..progress() };
+        assert_eq!(describe(&hashing, JobState::Running), "0 B of 4.00 GiB, hashing the passphrase");
     }
 
     #[test]

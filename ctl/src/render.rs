@@ -164,6 +164,9 @@ pub fn job(job: &JobInfo) -> String {
         ("progress", describe(&job.progress, job.state)),
         ("running for", amount::seconds(job.progress.elapsed_seconds)),
     ];
+    if job.progress.unlock_seconds > 0.0 {
+        rows.push(("passphrase", amount::seconds(job.progress.unlock_seconds)));
+    }
     if let Some(limit) = job.progress.throttle_bytes_per_second {
         rows.push(("limit", amount::rate(amount::real(limit))));
     }
@@ -200,8 +203,13 @@ pub fn summary(job: &JobInfo) -> String {
     let mut text = format!("{verb} {}", amount::bytes(bytes));
     if let Some(outcome) = &job.outcome {
         text.push_str(&format!(" in {}", amount::seconds(outcome.seconds)));
-        if outcome.seconds > 0.0 {
-            text.push_str(&format!(", {}", amount::rate(amount::real(bytes) / outcome.seconds)));
+        let unlock = job.progress.unlock_seconds;
+        if unlock >= 0.05 {
+            text.push_str(&format!(" ({} of it for the passphrase)", amount::seconds(unlock)));
+        }
+        let moving = outcome.seconds - unlock;
+        if moving > 0.0 {
+            text.push_str(&format!(", {}", amount::rate(amount::real(bytes) / moving)));
         }
         let cpu = outcome.cpu_seconds.0 + outcome.cpu_seconds.1;
         // Below 64 MiB the clock's grain is larger than the answer.

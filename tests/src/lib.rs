@@ -3,9 +3,13 @@
 //!
 //! Nothing here knows what is right: the tests do.
 
+pub mod header;
 pub mod jobs;
 mod loop_device;
+pub mod luks;
+pub mod luks2;
 mod place;
+pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;

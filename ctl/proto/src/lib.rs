@@ -440,8 +440,14 @@ pub struct Progress {
     pub hole_bytes: u64,
     /// Bytes of sink left as holes.
     pub sparse_bytes: u64,
-    /// Seconds spent running (queue and pauses excluded).
+    /// Seconds spent moving data (queue, pauses and `unlock_seconds` excluded).
     pub elapsed_seconds: f64,
+    /// The passphrase is being hashed; data moves after that.
+    #[serde(default)]
+    pub unlocking: bool,
+    /// Seconds spent on the header and its passphrase before data moved.
+    #[serde(default)]
+    pub unlock_seconds: f64,
     /// Rate over the last few seconds, bytes per second.
     pub bytes_per_second: f64,
     /// Seconds left at that rate, if it can be said.

@@ -43,10 +43,10 @@ use request::{Opened, Prepared, Question};
 /// `cryptctl luks …`
 pub fn run(verb: &Luks, global: &Global) -> Result<Exit> {
     let mut opened = request::open(verb)?;
+    let mut client = launch::reach_or_start(global)?;
     for warning in &opened.warnings {
         note(&format!("warning: {warning}"));
     }
-    let mut client = launch::reach_or_start(global)?;
     settle(&mut opened, &mut client)?;
     let lock = lock(&opened)?;
     // From here on there may be something to undo, so a signal must not just end us.

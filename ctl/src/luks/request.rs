@@ -182,9 +182,8 @@ pub fn open(verb: &Luks) -> Result<Opened> {
         }
         Luks::Token(Token::List(at)) => simple(at, Access::Read, Operation::TokenList {}, &Wanted::default()),
         Luks::Repair(args) => {
-            // A look needs no right to write.
-            let access = if args.dry_run { Access::Read } else { Access::Change };
-            simple(&args.at, access, Operation::Repair { dry_run: args.dry_run }, &Wanted::default())
+            let operation = Operation::Repair { dry_run: args.dry_run };
+            simple(&args.at, Access::Change, operation, &Wanted::default())
         }
         Luks::Doctor(args) => {
             let wanted = Wanted { key: args.key.as_ref(), ..Wanted::default() };
@@ -225,9 +224,7 @@ fn kind(volume_key: &Option<KeyText>) -> luks::Secret {
 
 fn simple(at: &At, access: Access, operation: Operation, wanted: &Wanted<'_>) -> Result<Opened> {
     let refs = wanted.parse()?;
-    // With a detached header nothing here touches the data, which may be a device that is mapped and cannot be written.
-    let data_access = if at.header.is_some() { Access::Read } else { access };
-    let volume = endpoint::open_volume(&at.volume, "VOLUME", data_access)?;
+    let volume = endpoint::open_volume(&at.volume, "VOLUME", access)?;
     let header =
         at.header.as_deref().map(|path| endpoint::open_volume(path, "--header", access)).transpose()?;
     let mut opened = Opened::new(volume, operation);

@@ -346,6 +346,8 @@ mod tests {
                 hole_bytes: wide,
                 sparse_bytes: wide,
                 elapsed_seconds: long,
+                unlocking: false,
+                unlock_seconds: long,
                 bytes_per_second: long,
                 eta_seconds: Some(long),
                 bottleneck: Some(proto::Stage::Queue),

@@ -32,8 +32,38 @@ const ARGON2_SAMPLE: Duration = Duration::from_millis(2500);
 /// What a longest key is cut to for a measurement: it only has to have as many PBKDF2 blocks.
 const KEY_BYTES_MAX: usize = 1024;
 
+/// A wish inside the bounds, with what is still to be measured.
+enum Checked {
+    /// Nothing is.
+    Known(Kdf),
+    /// PBKDF2 for a time.
+    Pbkdf2 { hash: Hash, target: Duration },
+    /// Argon2 for a time, at most at this cost but for its passes.
+    Argon2 { most: Cost, target: Duration },
+}
+
 /// See [`Kdf::calibrate`].
 pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes: usize) -> Result<Kdf> {
+    match checked(wish, default, hash)? {
+        Checked::Known(kdf) => Ok(kdf),
+        Checked::Pbkdf2 { hash, target } => {
+            Ok(Kdf::Pbkdf2 { hash, iterations: pbkdf2_iterations(hash, key_bytes, target) })
+        }
+        Checked::Argon2 { most, target } => {
+            let Cost { kind, time, memory_kib, lanes } = search(most, target, |cost| {
+                with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
+            })?;
+            Ok(Kdf::Argon2 { kind, time, memory_kib, lanes })
+        }
+    }
+}
+
+/// See [`Kdf::check_wish`].
+pub(super) fn check_wish(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<()> {
+    checked(wish, default, hash).map(drop)
+}
+
+fn checked(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<Checked> {
     let kind = wish.kind.unwrap_or(default);
     let target = Duration::from_millis(u64::from(within(
         "iter_time_ms",
@@ -42,7 +72,7 @@ pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes:
         ITER_TIME_MS_MAX,
     )?));
     let argon2 = match kind {
-        KdfKind::Pbkdf2 => return calibrate_pbkdf2(wish, hash, key_bytes, target),
+        KdfKind::Pbkdf2 => return checked_pbkdf2(wish, hash, target),
         KdfKind::Argon2i => Argon2Kind::Argon2i,
         KdfKind::Argon2id => Argon2Kind::Argon2id,
     };
@@ -63,25 +93,25 @@ pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes:
     };
     let cap = memory_cap(memory.unwrap_or(MEMORY_KIB), room::free_kib());
     if let Some(time) = time {
-        return Ok(Kdf::Argon2 { kind: argon2, time, memory_kib: memory.unwrap_or(cap), lanes });
+        let memory_kib = memory.unwrap_or(cap);
+        return Ok(Checked::Known(Kdf::Argon2 { kind: argon2, time, memory_kib, lanes }));
     }
-    let start = Cost { kind: argon2, time: ARGON2_TIME_MIN, memory_kib: cap, lanes };
-    let cost = search(start, target, |cost| {
-        with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
-    })?;
-    Ok(Kdf::Argon2 { kind: cost.kind, time: cost.time, memory_kib: cost.memory_kib, lanes: cost.lanes })
+    let most = Cost { kind: argon2, time: ARGON2_TIME_MIN, memory_kib: cap, lanes };
+    Ok(Checked::Argon2 { most, target })
 }
 
-fn calibrate_pbkdf2(wish: &KdfWish, hash: Hash, key_bytes: usize, target: Duration) -> Result<Kdf> {
+fn checked_pbkdf2(wish: &KdfWish, hash: Hash, target: Duration) -> Result<Checked> {
     if wish.memory_kib.is_some() || wish.lanes.is_some() {
         return Err(Error::new(ErrorKind::Invalid, "pbkdf2 has neither memory nor lanes"));
     }
     let hash = wish.hash.as_deref().map_or(Ok(hash), Hash::from_name)?;
-    let iterations = match wish.iterations {
-        Some(iterations) => within("pbkdf2 iterations", iterations, PBKDF2_ITERATIONS_MIN, u32::MAX)?,
-        None => pbkdf2_iterations(hash, key_bytes, target),
-    };
-    Ok(Kdf::Pbkdf2 { hash, iterations })
+    match wish.iterations {
+        Some(iterations) => {
+            let iterations = within("pbkdf2 iterations", iterations, PBKDF2_ITERATIONS_MIN, u32::MAX)?;
+            Ok(Checked::Known(Kdf::Pbkdf2 { hash, iterations }))
+        }
+        None => Ok(Checked::Pbkdf2 { hash, target }),
+    }
 }
 
 /// A wished value that must lie in a range.
@@ -201,4 +231,136 @@ pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
         }
     };
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: Cost = Cost { kind: Argon2Kind::Argon2id, time: 4, memory_kib: MEMORY_KIB, lanes: 4 };
+
+    /// A machine where a KiB of a pass costs so many nanoseconds, and from 64 MiB on twice as many.
+    fn machine(nanoseconds: u32) -> impl FnMut(Cost) -> Result<Duration> {
+        move |cost| {
+            let each = if cost.memory_kib >= 64 << 10 { 2 * nanoseconds } else { nanoseconds };
+            Ok(Duration::from_nanos(u64::from(each)) * cost.memory_kib * cost.time)
+        }
+    }
+
+    fn found(most: Cost, nanoseconds: u32, milliseconds: u64) -> (Cost, f64) {
+        let target = Duration::from_millis(milliseconds);
+        let cost = search(most, target, machine(nanoseconds)).expect("finds");
+        let took = machine(nanoseconds)(cost).expect("a time");
+        (cost, took.as_secs_f64() / target.as_secs_f64())
+    }
+
+    #[test]
+    fn a_fast_machine_gets_all_memory_and_more_passes() {
+        let (cost, part) = found(MOST, 50, 2000);
+        assert_eq!(cost.memory_kib, MOST.memory_kib);
+        assert!(cost.time > 4 && (0.9..=1.1).contains(&part), "{cost:?} {part}");
+    }
+
+    #[test]
+    fn a_slow_machine_gets_four_passes_and_less_memory() {
+        let (cost, part) = found(MOST, 600, 2000);
+        assert_eq!(cost.time, 4);
+        assert!(cost.memory_kib < MOST.memory_kib && (0.9..=1.1).contains(&part), "{cost:?} {part}");
+    }
+
+    #[test]
+    fn the_least_cost_is_the_floor_and_a_long_wish_is_met() {
+        let (cost, _) = found(MOST, 1_000_000, 1);
+        assert_eq!((cost.time, cost.memory_kib), (4, 32));
+        let (cost, part) = found(MOST, 50, 600_000);
+        assert!(cost.memory_kib == MOST.memory_kib && (0.9..=1.1).contains(&part), "{cost:?} {part}");
+    }
+
+    #[test]
+    fn a_measurement_is_never_much_longer_than_planned() {
+        let mut machine = machine(50);
+        let mut longest = Duration::ZERO;
+        search(MOST, Duration::from_secs(600), |cost| {
+            let took = machine(cost)?;
+            longest = longest.max(took);
+            Ok(took)
+        })
+        .expect("finds");
+        assert!(longest <= 2 * ARGON2_SAMPLE, "{longest:?}");
+    }
+
+    #[test]
+    fn memory_is_at_most_half_of_what_is_free() {
+        assert_eq!(memory_cap(MEMORY_KIB, Some(24 << 20)), MEMORY_KIB);
+        assert_eq!(memory_cap(MEMORY_KIB, Some((2 << 20) - 2)), MEMORY_KIB - 1);
+        assert_eq!(memory_cap(1 << 22, Some(u64::MAX)), 1 << 22);
+        assert_eq!(memory_cap(MEMORY_KIB, Some(0)), ARGON2_MEMORY_KIB_MIN);
+        assert_eq!(memory_cap(MEMORY_KIB, None), PROBE_KIB / 2);
+    }
+
+    fn asked(wish: &KdfWish) -> Result<Kdf> {
+        calibrate(wish, KdfKind::Argon2id, Hash::Sha256, 64)
+    }
+
+    #[test]
+    fn what_is_wished_is_taken_as_it_is() {
+        let wish =
+            KdfWish { iterations: Some(4), memory_kib: Some(32), lanes: Some(3), ..KdfWish::default() };
+        let kdf = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 4, memory_kib: 32, lanes: 3 };
+        assert_eq!(asked(&wish).expect("allowed"), kdf);
+        let kind = Some(KdfKind::Pbkdf2);
+        let wish =
+            KdfWish { kind, iterations: Some(1000), hash: Some("SHA512".into()), ..KdfWish::default() };
+        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha512, iterations: 1000 });
+        let wish = KdfWish { kind, iterations: Some(u32::MAX), ..KdfWish::default() };
+        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: u32::MAX });
+    }
+
+    #[test]
+    fn a_wish_outside_the_bounds_is_refused() {
+        let argon2 =
+            KdfWish { iterations: Some(4), memory_kib: Some(32), lanes: Some(1), ..KdfWish::default() };
+        let pbkdf2 = KdfWish { kind: Some(KdfKind::Pbkdf2), iterations: Some(1000), ..KdfWish::default() };
+        let refused = [
+            KdfWish { iterations: Some(3), ..argon2.clone() },
+            KdfWish { memory_kib: Some(31), ..argon2.clone() },
+            KdfWish { memory_kib: Some(4_194_305), ..argon2.clone() },
+            KdfWish { lanes: Some(0), ..argon2.clone() },
+            KdfWish { lanes: Some(5), ..argon2.clone() },
+            KdfWish { hash: Some("sha256".into()), ..argon2.clone() },
+            KdfWish { iter_time_ms: Some(0), ..argon2.clone() },
+            KdfWish { iter_time_ms: Some(ITER_TIME_MS_MAX + 1), ..argon2 },
+            KdfWish { iterations: Some(999), ..pbkdf2.clone() },
+            KdfWish { memory_kib: Some(32), ..pbkdf2.clone() },
+            KdfWish { lanes: Some(1), ..pbkdf2.clone() },
+        ];
+        for wish in refused {
+            assert_eq!(asked(&wish).expect_err("outside").kind(), ErrorKind::Invalid, "{wish:?}");
+        }
+        let wish = KdfWish { hash: Some("ripemd160".into()), ..pbkdf2 };
+        assert_eq!(asked(&wish).expect_err("unknown").kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn calibration_here_gives_a_cost_that_checks_and_respects_the_wish() {
+        let wish = KdfWish { iter_time_ms: Some(30), memory_kib: Some(4096), ..KdfWish::default() };
+        let kdf = asked(&wish).expect("calibrates");
+        kdf.check().expect("within the bounds");
+        let Kdf::Argon2 { time, memory_kib, lanes, .. } = kdf else { panic!("the default is argon2id") };
+        assert!(time >= 4 && memory_kib <= 4096 && (1..=4).contains(&lanes), "{kdf:?}");
+        let wish = KdfWish { kind: Some(KdfKind::Pbkdf2), iter_time_ms: Some(1), ..KdfWish::default() };
+        let Kdf::Pbkdf2 { iterations, .. } = asked(&wish).expect("calibrates") else { panic!("pbkdf2") };
+        assert!(iterations >= 1000);
+    }
+
+    #[test]
+    fn an_estimate_grows_with_the_cost() {
+        let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
+        assert!(estimate(&pbkdf2(100_000_000), 64) > 20 * estimate(&pbkdf2(1_000_000), 64));
+        let argon2 = |time| Kdf::Argon2 { kind: Argon2Kind::Argon2id, time, memory_kib: 32, lanes: 1 };
+        assert!(estimate(&argon2(100_000_000), 64) > 20 * estimate(&argon2(1_000_000), 64));
+        // What no machine can do is estimated all the same.
+        let most = Kdf::Argon2 { kind: Argon2Kind::Argon2i, time: u32::MAX, memory_kib: u32::MAX, lanes: 9 };
+        assert!(estimate(&most, usize::MAX) > Duration::from_secs(1000));
+    }
 }

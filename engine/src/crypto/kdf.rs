@@ -110,6 +110,14 @@ impl Kdf {
         calibrate::calibrate(wish, default, hash, key_bytes)
     }
 
+    /// Would [`Kdf::calibrate`] accept this wish? Measures nothing.
+    ///
+    /// # Errors
+    /// As [`Kdf::calibrate`].
+    pub fn check_wish(wish: &KdfWish, default: proto::luks::KdfKind, hash: Hash) -> Result<()> {
+        calibrate::check_wish(wish, default, hash)
+    }
+
     /// What one derivation is expected to take here, from a short measurement (tens of milliseconds).
     #[must_use]
     pub fn estimate(&self, key_bytes: usize) -> Duration {

@@ -103,3 +103,86 @@ fn level_left(level: &Path, names: &Names) -> Option<u64> {
     let cache: u64 = names.cache.iter().filter_map(|name| field(&stat, name)).sum();
     Some(limit.saturating_sub(number(names.usage)?.saturating_sub(cache)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A root directory with these files.
+    struct Root(PathBuf);
+
+    impl Root {
+        fn with(name: &str, files: &[(&str, &str)]) -> Self {
+            let root = Self(std::env::temp_dir().join(format!("room-{name}-{}", std::process::id())));
+            for (path, text) in files {
+                let path = root.0.join(path);
+                fs::create_dir_all(path.parent().expect("below the root")).expect("creates");
+                fs::write(path, text).expect("writes");
+            }
+            root
+        }
+
+        fn free_kib(&self) -> u64 {
+            read(&self.0).expect("there is a meminfo").free_kib
+        }
+    }
+
+    impl Drop for Root {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const MEMINFO: (&str, &str) =
+        ("proc/meminfo", "MemTotal:  8000 kB\nMemFree: 1 kB\nMemAvailable:    5000 kB\nSwapFree:  70 kB\n");
+
+    #[test]
+    fn without_cgroups_the_machine_counts() {
+        let root = Root::with("machine", &[MEMINFO]);
+        assert_eq!(read(&root.0), Some(Room { free_kib: 5000, swap_kib: 70 }));
+        let none = Root::with("none", &[("etc/motd", "")]);
+        assert_eq!(read(&none.0), None);
+    }
+
+    #[test]
+    fn the_tightest_ancestor_of_a_v2_group_counts_and_page_cache_is_free() {
+        let group = ("proc/self/cgroup", "0::/a.slice/b.service\n");
+        let mut files = vec![
+            MEMINFO,
+            group,
+            ("sys/fs/cgroup/a.slice/b.service/memory.max", "max\n"),
+            ("sys/fs/cgroup/a.slice/b.service/memory.high", "max\n"),
+            ("sys/fs/cgroup/a.slice/b.service/memory.current", "0\n"),
+            ("sys/fs/cgroup/a.slice/memory.max", "4096000\n"),
+            ("sys/fs/cgroup/a.slice/memory.current", "2048000\n"),
+        ];
+        assert_eq!(Root::with("v2", &files).free_kib(), 2000);
+        let stat = "anon 1\nactive_file 1024\ninactive_file 1023\ninactive_file_not 9\n";
+        files.push(("sys/fs/cgroup/a.slice/memory.stat", stat));
+        assert_eq!(Root::with("v2-cache", &files).free_kib(), 2001);
+        files.push(("sys/fs/cgroup/a.slice/memory.high", "1024000\n"));
+        assert_eq!(Root::with("v2-high", &files).free_kib(), 0, "more in use than memory.high allows");
+    }
+
+    #[test]
+    fn a_v1_group_counts_and_its_way_to_say_no_limit_too() {
+        let mut files = vec![
+            MEMINFO,
+            ("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n1:name=systemd:/x\n"),
+            // The path is the host's; in the container its files are at the mount itself.
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n"),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "1024000\n"),
+        ];
+        assert_eq!(Root::with("v1-none", &files).free_kib(), 5000);
+        files[2].1 = "3072000";
+        assert_eq!(Root::with("v1", &files).free_kib(), 2000);
+    }
+
+    #[test]
+    fn this_machine_has_room_for_a_little_and_not_for_everything() {
+        admit(32).expect("32 KiB");
+        if Path::new("/proc/meminfo").exists() {
+            assert_eq!(admit(u64::MAX).expect_err("no machine has that").kind(), ErrorKind::Limit);
+        }
+    }
+}

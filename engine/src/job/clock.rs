@@ -31,6 +31,15 @@ impl Clock {
         }
     }
 
+    /// What ran so far was something else: begin anew. Returns how long that was.
+    pub fn restart(&mut self, now: Instant) -> Duration {
+        let elapsed = self.elapsed(now);
+        self.before = Duration::ZERO;
+        self.since = self.since.map(|_| now);
+        self.samples.clear();
+        elapsed
+    }
+
     /// Time spent running.
     #[must_use]
     pub fn elapsed(&self, now: Instant) -> Duration {

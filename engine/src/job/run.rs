@@ -7,6 +7,7 @@ use proto::{Action, JobState, Stage};
 
 use crate::backend::device::{Device, Nature};
 use crate::error::{Error, ErrorKind, Result};
+use crate::job::encrypted::Encrypted;
 use crate::job::prepare::Prepared;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
@@ -46,7 +47,11 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
 fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
     let transfer = &prepared.transfer.clone();
     // First of all, or a wrong passphrase would cost a full disk of room.
-    prepared.encrypted.begin(job, transfer, prepared.kernel, [&prepared.source, &prepared.sink])?;
+    if !matches!(prepared.encrypted, Encrypted::Raw) {
+        job.unlocking();
+        prepared.encrypted.begin(job, transfer, prepared.kernel, [&prepared.source, &prepared.sink])?;
+        job.unlocked();
+    }
     make_room(job, prepared)?;
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = 0;

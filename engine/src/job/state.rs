@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proto::{Action, BenchRow, ErrorKind, JobId, JobInfo, JobState, Outcome, Progress};
 
@@ -36,6 +36,10 @@ pub struct Job {
 struct Inner {
     state: JobState,
     clock: Clock,
+    /// Hashing its passphrase.
+    unlocking: bool,
+    /// How long that took.
+    unlock: Duration,
     /// Dropped at the end, and the volume key with it.
     transfer: Option<Arc<Transfer>>,
     /// What the transfer had done when it was dropped.
@@ -96,6 +100,8 @@ impl Job {
             inner: Mutex::new(Inner {
                 state: JobState::Queued,
                 clock: Clock::default(),
+                unlocking: false,
+                unlock: Duration::ZERO,
                 transfer,
                 totals: Totals::default(),
                 record: None,
@@ -147,6 +153,18 @@ impl Job {
             inner.enter(if paused { JobState::Paused } else { JobState::Running });
         }
         self.announce();
+    }
+
+    /// It goes about the passphrase, whose hashing is no movement of data.
+    pub fn unlocking(&self) {
+        self.inner().unlocking = true;
+    }
+
+    /// The passphrase is dealt with: its time and CPU are not the transfer's.
+    pub fn unlocked(&self) {
+        let mut inner = self.inner();
+        inner.unlocking = false;
+        inner.unlock = inner.clock.restart(Instant::now());
     }
 
     /// Pause or resume. A queued job keeps its state and starts paused.
@@ -371,7 +389,9 @@ impl Inner {
             total_bytes,
             hole_bytes: totals.hole_bytes,
             sparse_bytes: totals.sparse_bytes,
-            elapsed_seconds: elapsed,
+            elapsed_seconds: if self.unlocking { 0.0 } else { elapsed },
+            unlocking: self.unlocking && !self.state.is_final(),
+            unlock_seconds: if self.unlocking { elapsed } else { self.unlock.as_secs_f64() },
             bytes_per_second: rate,
             eta_seconds: match (self.state, left) {
                 (JobState::Running, Some(left)) if rate > 0.0 => Some(seconds_for(left, rate)),

@@ -25,7 +25,7 @@ use proto::luks::{New, Version};
 const DIGEST_TIME: Duration = Duration::from_millis(125);
 /// Its iterations where the wish forbids measuring, as in cryptsetup.
 const DIGEST_ITERATIONS_MIN: u32 = 1000;
-/// Bytes made at a time by [`NewHeader::stream`].
+/// Zeros at a time in [`NewHeader::stream`].
 const PIECE: usize = 1 << 20;
 
 /// A header that exists in memory only.
@@ -68,7 +68,9 @@ pub struct Place {
 /// # Errors
 /// `Invalid`, `Unsupported`, `NoSpace`: one clear sentence.
 pub fn plan(new: &New, place: &Place) -> Result<DataArea> {
-    Ok(Plan::new(new, place)?.data)
+    let plan = Plan::new(new, place)?;
+    Kdf::check_wish(&new.kdf, plan.kdf, plan.hash)?;
+    Ok(plan.data)
 }
 
 /// Make the header: random volume key (or the one given), calibrated KDF, digest, first keyslot. Takes seconds.
@@ -291,21 +293,18 @@ impl NewHeader {
                 put(&loaded.header.to_bytes(Copy::Secondary)?)?;
             }
         }
-        let mut piece = vec![0; PIECE];
+        let mut noise = random::Noise::new()?;
+        let zeros = vec![0; PIECE];
         for (range, content) in self.behind_the_header(self.stream_bytes) {
             let mut left = range.end - range.start;
-            if let Content::Bytes(bytes) = content {
-                put(bytes)?;
-                continue;
-            }
             while left > 0 {
-                let length = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE);
-                match content {
-                    Content::Random => random::fill(&mut piece[..length])?,
-                    _ => piece[..length].fill(0),
-                }
-                put(&piece[..length])?;
-                left -= length as u64;
+                let piece = match content {
+                    Content::Bytes(bytes) => bytes,
+                    Content::Random => noise.next(left),
+                    Content::Zeros => &zeros[..usize::try_from(left).unwrap_or(PIECE).min(PIECE)],
+                };
+                put(piece)?;
+                left -= piece.len() as u64;
             }
         }
         Ok(())
@@ -313,7 +312,7 @@ impl NewHeader {
 
     /// What lies between the header itself and `end`: without a gap, in order.
     fn behind_the_header(&self, end: u64) -> Vec<(Range<u64>, Content<'_>)> {
-        let (start, areas) = match &self.header {
+        let (start, areas): (u64, Vec<Range<u64>>) = match &self.header {
             Header::Luks1(header) => {
                 let each = keyslot_area_bytes(header.key_bytes);
                 let areas = header.keyslots.iter().map(|keyslot| {
@@ -324,7 +323,8 @@ impl NewHeader {
             }
             Header::Luks2(loaded) => {
                 let start = loaded.header.keyslots_offset();
-                (start, vec![start..start + loaded.header.metadata.config.keyslots_size])
+                let area = start..loaded.header.backup_bytes();
+                (start, std::iter::once(area).collect())
             }
         };
         let (offset, material) = &self.material;

@@ -10,7 +10,7 @@
 //! | `tools` | who can open it |
 //!
 //! It only reads, opens no keyslot, and goes as far as a damaged header lets it. Text found on a damaged device is shown only where
-//! it is printable ASCII; nothing of a passphrase is shown, nor how long it is.
+//! it is printable ASCII; of a passphrase only what convention it follows.
 
 mod damage;
 mod passphrase;

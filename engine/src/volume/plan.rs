@@ -193,7 +193,7 @@ impl Plan {
             return Err(small("device for the header", self.header_bytes, capacity));
         }
         let offset = self.data.offset;
-        if new.data_offset.is_some() && offset % u64::from(place.align.max(1)) != 0 {
+        if new.data_offset.is_some() && !offset.is_multiple_of(u64::from(place.align.max(1))) {
             return Err(invalid(format!(
                 "data offset {offset} is not a multiple of the device's {} bytes",
                 place.align
@@ -306,7 +306,7 @@ impl Sizes {
 }
 
 fn sector_of(offset: u64) -> Result<u32> {
-    if offset % 512 != 0 {
+    if !offset.is_multiple_of(512) {
         return Err(invalid(format!("data offset {offset} is not a multiple of 512")));
     }
     u32::try_from(offset / 512)

@@ -50,7 +50,7 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_POLL: Duration = Duration::from_millis(20);
 /// The unit that is written whole or not at all.
 const SECTOR: usize = 512;
-/// Random bytes made at a time.
+/// Zeros written at a time.
 const PIECE: usize = 1 << 20;
 
 /// Write a changed LUKS2 header over the one it was loaded from (see the module head for the order). On return `loaded` is
@@ -192,7 +192,7 @@ pub fn write_material(device: &mut Blocking, offset: u64, material: &[u8]) -> Re
     device.flush()
 }
 
-/// Overwrite keyslot material with random bytes, durably: before its keyslot is taken out of the header. Once over is enough
+/// Overwrite keyslot material with noise, durably: before its keyslot is taken out of the header. Once over is enough
 /// wherever overwriting helps at all; a device that remaps sectors or keeps snapshots may keep the old ones.
 ///
 /// # Errors
@@ -202,16 +202,19 @@ pub fn destroy_material(device: &mut Blocking, offset: u64, bytes: u64) -> Resul
     device.flush()
 }
 
-/// Fill with random bytes; not flushed.
+/// Fill with noise; not flushed.
 ///
 /// # Errors
 /// Of the device.
 pub fn random_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
-    let mut piece = vec![0; PIECE];
-    pieces(offset, bytes, |at, length| {
-        random::fill(&mut piece[..length])?;
-        device.write(at, &piece[..length])
-    })
+    let mut noise = random::Noise::new()?;
+    let mut done = 0;
+    while done < bytes {
+        let piece = noise.next(bytes - done);
+        device.write(offset + done, piece)?;
+        done += piece.len() as u64;
+    }
+    Ok(())
 }
 
 /// Fill with zeros; not flushed.
@@ -219,15 +222,11 @@ pub fn random_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()>
 /// # Errors
 /// Of the device.
 pub fn zero_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
-    let piece = vec![0; PIECE];
-    pieces(offset, bytes, |at, length| device.write(at, &piece[..length]))
-}
-
-fn pieces(offset: u64, bytes: u64, mut each: impl FnMut(u64, usize) -> Result<()>) -> Result<()> {
+    let zeros = vec![0; PIECE];
     let mut done = 0;
     while done < bytes {
         let length = usize::try_from(bytes - done).unwrap_or(usize::MAX).min(PIECE);
-        each(offset + done, length)?;
+        device.write(offset + done, &zeros[..length])?;
         done += length as u64;
     }
     Ok(())

@@ -127,8 +127,10 @@ const BAD: [Bad; 46] = [
     ),
 ];
 
-/// What is odd and valid: what is changed, and what the others say; QEMU is not asked about the first.
-const ODD: [(&str, fn(&mut Bytes), bool, bool); 13] = [
+/// What is odd and valid: what is changed, and whether cryptsetup and QEMU accept it too.
+type Odd = (&'static str, fn(&mut Bytes), bool, bool);
+
+const ODD: [Odd; 13] = [
     (
         "an unknown hash is for whoever derives keys to refuse",
         |bytes| put(bytes, 72, b"nohash\0"),

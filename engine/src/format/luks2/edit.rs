@@ -40,7 +40,7 @@ impl Header {
         if !is_copy_bytes(copy_bytes) {
             return Err(invalid("size of a copy is not a power of two, 16 KiB to 4 MiB", "header"));
         }
-        if keyslots_size % AREA_ALIGN != 0 || keyslots_size > KEYSLOTS_BYTES_MAX {
+        if !keyslots_size.is_multiple_of(AREA_ALIGN) || keyslots_size > KEYSLOTS_BYTES_MAX {
             return Err(invalid("size is not a multiple of 4096 up to 128 MiB", "keyslots area"));
         }
         if segment.offset != 0 && segment.offset < 2 * copy_bytes + keyslots_size {
@@ -251,5 +251,98 @@ impl Metadata {
             .requirements
             .iter()
             .any(|name| name == "offline-reencrypt" || is_online_reencryption(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::hash::Hash;
+
+    const KDF: Kdf = Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 1000 };
+
+    /// A header with three 64-byte keyslots at the beginning of room for five.
+    fn header() -> Header {
+        let segment = Segment::crypt(16 << 20, None, "aes-xts-plain64", 4096);
+        let size = 5 * keyslot_area_bytes(64);
+        let mut header =
+            Header::new(16 << 10, size, segment, "uuid".into(), [[1; 64], [2; 64]]).expect("legal sizes");
+        let digest = Digest::pbkdf2("sha256", 1000, vec![1; 32], vec![2; 32]);
+        let digest = header.metadata.add_digest(digest, &[], &[0]).expect("room");
+        for _ in 0..3 {
+            add(&mut header, digest);
+        }
+        header
+    }
+
+    fn add(header: &mut Header, digest: u32) -> Area {
+        let area = header.free_keyslot_area(64).expect("room");
+        let keyslot = Luks2Keyslot::new(64, area, ("aes-xts-plain64", 64), "sha256", KDF, [3; 32]);
+        let id = header.metadata.free_keyslot().expect("a number");
+        header.metadata.add_keyslot(id, keyslot, digest).expect("a free number");
+        area
+    }
+
+    #[test]
+    fn areas_fill_gaps_first_and_never_reach_beyond_the_end() {
+        let mut header = header();
+        let begin = header.keyslots_offset();
+        assert_eq!(header.free_area(1).expect("room"), begin + 3 * 258_048);
+        let removed =
+            header.metadata.remove_keyslot(1).and_then(|keyslot| keyslot.area()).expect("it was there");
+        assert_eq!(header.free_area(258_048).expect("the gap"), removed.offset);
+        assert_eq!(header.free_area(258_049).expect("behind"), begin + 3 * 258_048);
+        assert_eq!(header.free_area(2 * 258_048).expect("behind"), begin + 3 * 258_048);
+        for bytes in [2 * 258_048 + 1, u64::MAX, u64::MAX - 4095] {
+            assert_eq!(header.free_area(bytes).expect_err("no room").kind(), ErrorKind::NoSpace, "{bytes}");
+        }
+        assert_eq!(add(&mut header, 0), removed);
+        for _ in 0..2 {
+            add(&mut header, 0);
+        }
+        assert_eq!(header.free_area(1).expect_err("full").kind(), ErrorKind::NoSpace);
+        header.check().expect("still valid");
+    }
+
+    #[test]
+    fn a_keyslot_goes_with_all_that_refers_to_it() {
+        let mut header = header();
+        header.metadata.tokens.insert(0, Token::keyring("description", vec![1, 2]));
+        let unbound = Digest::pbkdf2("sha256", 1000, vec![1; 32], vec![2; 32]);
+        let unbound = header.metadata.add_digest(unbound, &[], &[]).expect("room");
+        add(&mut header, unbound);
+        header.check().expect("valid");
+        assert_eq!(
+            header.metadata.remove_keyslot(3).map(|keyslot| keyslot.kind().to_owned()),
+            Some("luks2".into())
+        );
+        assert!(!header.metadata.digests.contains_key(&unbound), "it checks nothing any more");
+        for id in [0, 1, 2] {
+            assert!(header.metadata.remove_keyslot(id).is_some());
+            header.check().expect("still valid");
+        }
+        assert_eq!(header.metadata.remove_keyslot(2), None);
+        assert_eq!(header.metadata.tokens[&0].keyslots, Vec::<u32>::new());
+        // The segment still needs it.
+        assert_eq!(header.metadata.digests[&0].keyslots, Vec::<u32>::new());
+    }
+
+    #[test]
+    fn numbers_run_out() {
+        let mut metadata = header().metadata;
+        assert_eq!(metadata.free_digest().expect("room"), 1);
+        for id in 0..OBJECTS_MAX {
+            metadata.tokens.insert(id, Token::keyring("description", Vec::new()));
+        }
+        assert_eq!(metadata.free_token().expect_err("full").kind(), ErrorKind::NoSpace);
+        metadata.tokens.remove(&7);
+        assert_eq!(metadata.free_token().expect("one"), 7);
+        let keyslot = Luks2Keyslot::new(64, Area { offset: 0, size: 0 }, ("x", 64), "sha256", KDF, [3; 32]);
+        for (id, digest, kind) in
+            [(0, 0, ErrorKind::Conflict), (9, 5, ErrorKind::NotFound), (32, 0, ErrorKind::Invalid)]
+        {
+            let error = metadata.add_keyslot(id, keyslot.clone(), digest).expect_err("refused");
+            assert_eq!(error.kind(), kind, "{id}");
+        }
     }
 }

@@ -9,7 +9,7 @@
 //! | bad | bad | none |
 //!
 //! The secondary copy follows the primary. If the primary's checksum is wrong its size means nothing, and the secondary is
-//! looked for at the nine places where one can be. Two good copies with one seqid and different content cannot come of an
+//! looked for at the nine places where one can be; but not behind the header of another version of LUKS. Two good copies with one seqid and different content cannot come of an
 //! interrupted write; cryptsetup uses the primary and says nothing, here the secondary counts as damaged, too.
 
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +30,8 @@ struct Bad {
     error: Error,
     /// Magic, or more, was found.
     trace: bool,
+    /// A header of another version of LUKS: what lies behind it is of a volume that is no more.
+    foreign: bool,
     /// Its checksum is right, so its size can be believed.
     copy_bytes: Option<u64>,
     salt: [u8; 64],
@@ -43,15 +45,9 @@ pub(super) fn load(read: Read<'_>) -> Result<Loaded> {
         Ok(valid) => Some(valid.binary.copy_bytes),
         Err(bad) => bad.copy_bytes,
     };
-    // What was a LUKS2 volume once and is LUKS1 now may still hold a secondary copy, of a volume that is no more.
-    let is_luks1 = matches!(&primary, Err(bad) if bad.trace && bad.copy_bytes.is_none()) && {
-        let mut bytes = [0; 8];
-        read(0, &mut bytes)?;
-        binary::has_magic(&bytes, Copy::Primary) && binary::version(&bytes) == Some(1)
-    };
     let secondary = match at {
         Some(at) => read_copy(read, Copy::Secondary, at)?,
-        None if is_luks1 => Err(Bad::unread("not looked for: the header is LUKS1")),
+        None if matches!(&primary, Err(bad) if bad.foreign) => Err(Bad::unread("not looked for")),
         None => probe(read)?,
     };
     let loaded = choose(primary, secondary)?;
@@ -87,8 +83,13 @@ fn probe(read: Read<'_>) -> Result<Found> {
 
 /// Errors that concern the device as a whole; all others concern this copy.
 fn read_copy(read: Read<'_>, copy: Copy, offset: u64) -> Result<Found> {
-    let mut bad =
-        Bad { error: Error::new(ErrorKind::Invalid, ""), trace: false, copy_bytes: None, salt: [0; 64] };
+    let mut bad = Bad {
+        error: Error::new(ErrorKind::Invalid, ""),
+        trace: false,
+        foreign: false,
+        copy_bytes: None,
+        salt: [0; 64],
+    };
     match try_copy(read, copy, offset, &mut bad) {
         Ok(valid) => Ok(Ok(valid)),
         Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::Io) => {
@@ -103,6 +104,7 @@ fn try_copy(read: Read<'_>, copy: Copy, offset: u64, bad: &mut Bad) -> Result<Va
     let mut first = [0; BINARY_BYTES];
     read(offset, &mut first)?;
     bad.trace = binary::has_magic(&first, copy);
+    bad.foreign = bad.trace && copy == Copy::Primary && binary::version(&first) != Some(2);
     let copy_bytes = binary::check(&first, copy, offset)?;
     let bytes = usize::try_from(copy_bytes).expect("4 MiB at most");
     let mut whole = vec![0; bytes];
@@ -137,7 +139,7 @@ fn text(area: &[u8]) -> Result<&[u8]> {
 impl Bad {
     fn unread(why: &str) -> Self {
         let error = Error::new(ErrorKind::Invalid, why.to_owned());
-        Self { error, trace: false, copy_bytes: None, salt: [0; 64] }
+        Self { error, trace: false, foreign: false, copy_bytes: None, salt: [0; 64] }
     }
 
     fn health(&self) -> Health {

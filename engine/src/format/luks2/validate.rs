@@ -43,7 +43,7 @@ fn config(metadata: &Metadata) -> Result<u64> {
         .checked_add(BINARY_BYTES as u64)
         .filter(|bytes| is_copy_bytes(*bytes))
         .ok_or_else(|| invalid("no legal size of a JSON area", "config json_size"))?;
-    if config.keyslots_size % AREA_ALIGN != 0 || config.keyslots_size > KEYSLOTS_BYTES_MAX {
+    if !config.keyslots_size.is_multiple_of(AREA_ALIGN) || config.keyslots_size > KEYSLOTS_BYTES_MAX {
         return Err(invalid("not a multiple of 4096 up to 128 MiB", "config keyslots_size"));
     }
     // 2 * 4 MiB + 128 MiB at most.
@@ -123,7 +123,7 @@ fn segments(metadata: &Metadata) -> Result<()> {
 }
 
 fn one_segment(metadata: &Metadata, id: u32, segment: &Segment, at: &str) -> Result<()> {
-    if segment.offset % 512 != 0 {
+    if !segment.offset.is_multiple_of(512) {
         return Err(invalid("offset is not a multiple of 512", at));
     }
     if segment.size.is_some_and(|size| size == 0 || size % 512 != 0) {

@@ -5,8 +5,8 @@ use proto::luks::{Summary, Version};
 use super::{Patient, Report};
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks1;
 use crate::format::luks2::{COPY_BYTES, Health};
-use crate::format::{luks1, luks2};
 use crate::volume::Header;
 
 /// Magic of a second copy.
@@ -203,13 +203,4 @@ pub(super) fn sizes(header: &Header, summary: &Summary, patient: &Patient<'_>, r
             _ => {}
         }
     }
-    if let Header::Luks2(loaded) = header
-        && luks2_is_large(loaded)
-    {
-        report.note("header", "the metadata area is larger than other tools make it by default", "");
-    }
-}
-
-fn luks2_is_large(loaded: &luks2::Loaded) -> bool {
-    loaded.header.copy_bytes > *COPY_BYTES.start()
 }

@@ -92,7 +92,6 @@ fn since(requirement: &str) -> Option<&'static str> {
         "online-reencrypt-v3" => Some("2.5.0"),
         "opal" => Some("2.7.0"),
         "inline-hw-tags" => Some("2.8.0"),
-        "opal-v2" => Some("2.8.2"),
         _ => None,
     }
 }
@@ -177,7 +176,7 @@ impl Case<'_> {
         if self.no_keyslot() {
             return Err("no keyslot opens the data".to_owned());
         }
-        Ok("from Ceph 16.1 on, as the content of an image".to_owned())
+        Ok("from Ceph 16.2 on, as the content of an image".to_owned())
     }
 
     fn nbdkit(&self) -> Result<String, String> {

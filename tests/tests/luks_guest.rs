@@ -1,0 +1,135 @@
+//! The last word on a LUKS volume: dm-crypt of a real kernel, in a small virtual machine. It mounts what is in our volumes, and we read
+//! what it wrote. Where no such machine can be started the tests are skipped loudly.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tests::luks::{Shape, empty, have, secret};
+use tests::{Place, User, skip};
+
+const MIB: usize = 1 << 20;
+
+/// What to open, and the options cryptsetup and we need to do so.
+const SHAPES: [Shape; 6] = [
+    Shape::luks1(256),
+    Shape::luks1(512),
+    Shape::luks2(512, 512, "pbkdf2"),
+    Shape::luks2(512, 256, "argon2id"),
+    Shape::luks2(4096, 256, "pbkdf2"),
+    Shape::luks2(4096, 512, "argon2id"),
+];
+
+/// Runs a script with disks under a kernel that has dm-crypt, if this checkout has a neighbour that can.
+fn guest() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lies in the workspace");
+    let named = std::env::var_os("GUEST_SH").map(PathBuf::from);
+    let beside = root.join("../shared/components/guest.sh");
+    named.or(Some(beside)).filter(|path| path.is_file())
+}
+
+/// A place with a passphrase and a plaintext: a filesystem with a file.
+fn prepared() -> Option<(PathBuf, Place)> {
+    let Some(guest) = guest() else {
+        skip("no guest.sh to run a kernel with dm-crypt (name it with GUEST_SH)");
+        return None;
+    };
+    if !have(&["cryptsetup", "mke2fs"]) {
+        return None;
+    }
+    let place = Place::new(User::Me);
+    secret(&place, "pass", b"correct horse battery staple");
+    std::fs::create_dir(place.path("tree")).expect("directory");
+    std::fs::write(place.path("tree/greeting"), "read through dm-crypt\n").expect("file");
+    empty(&place, "plain", 8 * MIB);
+    let _ = place.shell("mke2fs -q -F -t ext4 -b 4096 -d @/tree @/plain").done();
+    Some((guest, place))
+}
+
+/// The n-th disk's name in the guest.
+fn disk(n: usize) -> String {
+    format!("/dev/vd{}", char::from(b'a' + u8::try_from(n).expect("a few disks")))
+}
+
+/// Runs the script; what it printed, unless the guest did not start.
+fn run(place: &Place, mut command: Command, script: &str) -> Option<String> {
+    place.write("script", script.as_bytes());
+    command.arg("-f").arg(format!("{}:pass", place.path("pass").display()));
+    let output = command.arg(place.path("script")).output().expect("guest.sh runs");
+    if output.status.code() == Some(125) {
+        skip(&format!("the guest did not start: {}", String::from_utf8_lossy(&output.stderr)));
+        return None;
+    }
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A line has to be there.
+fn says(text: &str, line: &str, about: &str) {
+    assert!(text.lines().any(|said| said == line), "{about}: no {line:?} in:\n{text}");
+}
+
+#[test]
+fn dm_crypt_mounts_what_is_in_our_volumes() {
+    let Some((guest, place)) = prepared() else { return };
+    let mut command = Command::new(guest);
+    let mut script = String::from(
+        "modprobe ext4\n\
+         check() { disk=$1; shift\n\
+         cryptsetup open --key-file pass \"$@\" $disk ours || return\n\
+         echo \"sha $disk $(sha256sum < /dev/mapper/ours | cut -d' ' -f1)\"\n\
+         mount -t ext4 -o ro /dev/mapper/ours /mnt && echo \"file $disk $(cat /mnt/greeting)\"; umount /mnt\n\
+         cryptsetup close ours; }\n",
+    );
+    for (n, shape) in SHAPES.into_iter().enumerate() {
+        let words = format!("encrypt @/plain @/ours{n} {} --key file:@/pass", shape.ours());
+        let _ = place.run(&words).done();
+        command.arg("-d").arg(place.path(&format!("ours{n}")));
+        script.push_str(&format!("check {}\n", disk(n)));
+    }
+    // The header of the last one is elsewhere.
+    let last = SHAPES.len();
+    let shape = Shape::luks2(4096, 512, "pbkdf2");
+    let _ = place
+        .run(&format!("encrypt @/plain @/detached --header @/header {} --key file:@/pass", shape.ours()))
+        .done();
+    command.arg("-d").arg(place.path("detached"));
+    command.arg("-f").arg(format!("{}:header", place.path("header").display()));
+    script.push_str(&format!("check {} --header header\n", disk(last)));
+
+    let Some(text) = run(&place, command, &script) else { return };
+    let sum = place.shell("sha256sum < @/plain").done().text();
+    let sum = sum.split_whitespace().next().expect("a sum");
+    for (n, shape) in SHAPES.into_iter().chain([shape]).enumerate() {
+        let about = format!("{shape:?}");
+        says(&text, &format!("sha {} {sum}", disk(n)), &about);
+        says(&text, &format!("file {} read through dm-crypt", disk(n)), &about);
+    }
+}
+
+#[test]
+fn we_read_what_dm_crypt_wrote() {
+    let Some((guest, place)) = prepared() else { return };
+    let mut command = Command::new(guest);
+    command.arg("-d").arg(format!("{},ro", place.path("plain").display()));
+    let mut script = String::from(
+        "write() { cryptsetup open --key-file pass $1 theirs || return\n\
+         dd if=/dev/vda of=/dev/mapper/theirs bs=1M conv=fsync 2>/dev/null && echo \"wrote $1\"\n\
+         cryptsetup close theirs; }\n",
+    );
+    for (n, shape) in SHAPES.into_iter().enumerate() {
+        let header = if shape.version == 1 { 2 * MIB } else { 16 * MIB };
+        empty(&place, &format!("theirs{n}"), header + 8 * MIB);
+        let _ = place
+            .shell(&format!("cryptsetup luksFormat {} --key-file @/pass @/theirs{n}", shape.theirs()))
+            .done();
+        command.arg("-d").arg(place.path(&format!("theirs{n}")));
+        script.push_str(&format!("write {}\n", disk(n + 1)));
+    }
+    let Some(text) = run(&place, command, &script) else { return };
+    let plain = place.read("plain");
+    for (n, shape) in SHAPES.into_iter().enumerate() {
+        says(&text, &format!("wrote {}", disk(n + 1)), &format!("{shape:?}"));
+        let _ = place.run(&format!("decrypt @/theirs{n} @/back --force --key file:@/pass")).done();
+        assert!(place.read("back") == plain, "{shape:?}");
+        let _ = place.run(&format!("verify @/plain @/theirs{n} --key file:@/pass")).done();
+    }
+}
