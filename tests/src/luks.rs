@@ -6,7 +6,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use proto::{Reply, luks};
+use proto::{Body, Reply, luks};
 use serde_json::Value;
 
 use crate::{Place, skip};
@@ -175,19 +175,24 @@ pub fn dump(place: &Place, words: &str) -> luks::Dump {
     }
 }
 
-/// Our own opinion about a volume.
+/// Our own opinion about a volume. Its exit code has to tell whether there is danger.
 ///
 /// # Panics
 /// If there is none.
 #[must_use]
 pub fn doctor(place: &Place, words: &str) -> luks::Doctor {
-    match place.answer(&format!("luks doctor {words} --json")) {
-        Reply::Luks(reply) => match *reply {
+    let ran = place.run(&format!("luks doctor {words} --json"));
+    let line = ran.lines().pop().unwrap_or_else(|| panic!("no opinion: {ran:?}"));
+    let doctor = match line.body {
+        Body::Ok(Reply::Luks(reply)) => match *reply {
             luks::Reply::Doctor(doctor) => *doctor,
             other => panic!("no opinion: {other:?}"),
         },
         other => panic!("no opinion: {other:?}"),
-    }
+    };
+    let danger = doctor.findings.iter().any(|finding| finding.severity == luks::Severity::Danger);
+    assert_eq!(ran.code, Some(i32::from(danger)), "{ran:?}");
+    doctor
 }
 
 /// Does `doctor` say that this tool opens the volume?

@@ -151,7 +151,7 @@ fn detached_headers_of_luks1_go_both_ways() {
     we_read(&place, "theirs --header @/theirs.header", &plain);
     let _ = place.run("luks open-test @/theirs --header @/theirs.header --key file:@/pass").done();
     // Without its header it is noise, and refused as such.
-    let _ = place.run("decrypt @/theirs @/never --key file:@/pass").exit(1, &["luks"]);
+    let _ = place.run("decrypt @/theirs @/never --key file:@/pass").exit(2, &["not a luks volume", "--header"]);
     assert!(!place.path("never").exists());
 }
 
@@ -237,7 +237,7 @@ fn a_damaged_header_copy_harms_nobody_and_is_repaired() {
         place.write(volume, &healthy);
         damage(&place, volume, 4096 + 8);
         damage(&place, volume, 0x4000 + 4096 + 8);
-        let _ = place.run(&format!("decrypt @/{volume} @/never --key file:@/pass")).exit(1, &["luks2"]);
+        let _ = place.run(&format!("decrypt @/{volume} @/never --key file:@/pass")).exit(2, &["luks2"]);
         assert!(!place.path("never").exists());
         // A keyslot: the right passphrase cannot be told from a wrong one.
         place.write(volume, &healthy);
@@ -267,7 +267,7 @@ fn a_volume_amid_a_reencryption_is_refused_by_name() {
         "luks add-key @/ours --key file:@/pass --new-key file:@/wrong --pbkdf pbkdf2 --pbkdf-force-iterations 1000",
         "luks change-key @/ours --key file:@/pass --new-key file:@/wrong --pbkdf pbkdf2 --pbkdf-force-iterations 1000",
     ] {
-        let _ = place.run(words).exit(1, &["online-reencrypt-v2"]);
+        let _ = place.run(words).exit(2, &["online-reencrypt-v2"]);
     }
     assert!(place.read("ours") == before && !place.path("never").exists());
     assert_eq!(dump(&place, "@/ours").summary.requirements, ["online-reencrypt-v2"]);
