@@ -151,7 +151,8 @@ fn detached_headers_of_luks1_go_both_ways() {
     we_read(&place, "theirs --header @/theirs.header", &plain);
     let _ = place.run("luks open-test @/theirs --header @/theirs.header --key file:@/pass").done();
     // Without its header it is noise, and refused as such.
-    let _ = place.run("decrypt @/theirs @/never --key file:@/pass").exit(2, &["not a luks volume", "--header"]);
+    let _ =
+        place.run("decrypt @/theirs @/never --key file:@/pass").exit(2, &["not a luks volume", "--header"]);
     assert!(!place.path("never").exists());
 }
 
