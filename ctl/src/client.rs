@@ -191,10 +191,10 @@ impl Client {
         }
     }
 
-    /// Tell the daemon that nobody waits any more, and still hear what it says to that.
-    pub fn give_up(&self) {
-        // Of a connection that has ended already there is nothing left to give up.
-        let _ = self.stream.shutdown(std::net::Shutdown::Write);
+    /// End the connection now, whoever else holds it: nobody waits for an answer any more.
+    pub fn hang_up(&self) {
+        // One that has ended already is as good.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 
     fn lost(&mut self, error: &io::Error) -> Error {

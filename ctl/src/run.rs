@@ -264,8 +264,7 @@ fn difference(info: &JobInfo, mut failure: Failure) -> Failure {
     failure
 }
 
-/// Left before the end was known.
-pub fn interrupted(message: impl Into<String>) -> Error {
+fn interrupted(message: impl Into<String>) -> Error {
     Error { exit: Exit::Interrupted, ..Error::new(ErrorKind::Cancelled, message) }
 }
 

@@ -11,7 +11,7 @@ use engine::backend::sim::image::Image;
 use engine::backend::sim::{DiskOptions, World};
 use engine::crypto::Secret;
 use engine::error::{ErrorKind, Result};
-use engine::format::luks2::{Copy, Health};
+use engine::format::luks2::Health;
 use engine::volume::backup::{self, Backup};
 use engine::volume::create::{self, NewHeader, Place};
 use engine::volume::keyslots::{self, Proof};
@@ -159,20 +159,16 @@ impl Trial<'_> {
         Explore { disks, ..Explore::new(&self.name, tests::seed(), Image::default()) }
     }
 
-    fn run(&self) -> Summary {
+    fn run(&self) {
         // As a page cache tears, and as a disk with large sectors and direct I/O does.
         let large = DiskOptions { sector_bytes: 4096, alignment: 4096, ..DiskOptions::default() };
-        let mut total = Summary::default();
         for (options, tears) in [(DiskOptions::default(), 8), (large, 4)] {
             let explore = Explore { tears, ..self.explore(options) };
             let summary = explore
                 .run(self.act, |world, case| self.judge(world, case))
                 .unwrap_or_else(|violation| panic!("{violation}"));
-            assert!(summary.events >= 2 && summary.completed > 0, "{}: {summary:?}", self.name);
-            eprintln!("{}: {summary:?}", self.name);
-            total = summary;
+            saw_something(&self.name, summary);
         }
-        total
     }
 
     /// The disk as it is found: one whole set of passphrases works; then all of it again.
@@ -220,6 +216,13 @@ impl Trial<'_> {
                 .map_err(|why| format!("not done again ({}), and {why}", error.chain())),
         }
     }
+}
+
+/// An exploration without endings would prove nothing; one case alone, as `SIM_CUT` asks for, is what it is.
+fn saw_something(name: &str, summary: Summary) {
+    eprintln!("{name}: {summary:?}");
+    let whole = std::env::var_os("SIM_CUT").is_none();
+    assert!(!whole || (summary.events >= 2 && summary.completed > 0), "{name}: {summary:?}");
 }
 
 fn nothing(_: &mut Blocking) -> Result<(), String> {
@@ -446,7 +449,7 @@ fn a_restore_over_a_ruin_can_be_done_again() {
             }
         };
         let summary = explore.run(act, judge).unwrap_or_else(|violation| panic!("{violation}"));
-        eprintln!("restore a ruined {version:?}: {summary:?}");
+        saw_something(&explore.name, summary);
     }
 }
 
@@ -468,7 +471,7 @@ fn a_saved_backup_is_whole_once_it_is_reported() {
             let saved = !case.completed || world.durable(BACKUP) == whole;
             if untouched && saved { Ok(()) } else { Err(format!("untouched {untouched}, saved {saved}")) }
         });
-        assert!(summary.unwrap_or_else(|violation| panic!("{violation}")).completed > 0);
+        saw_something(&explore.name, summary.unwrap_or_else(|violation| panic!("{violation}")));
     }
 }
 
@@ -506,8 +509,7 @@ fn a_new_header_is_there_as_a_whole_or_not_at_all() {
                 }
             };
             let summary = explore.run(act, judge).unwrap_or_else(|violation| panic!("{violation}"));
-            assert!(summary.events > 4 && summary.completed > 0);
-            eprintln!("create {version:?} on a {name} disk: {summary:?}");
+            saw_something(&explore.name, summary);
         }
     }
 }
@@ -527,7 +529,7 @@ fn an_old_header_is_gone_once_it_is_cleared() {
             if opens(&mut device, ALICE)? { Ok(()) } else { Err("the new header does not open".to_owned()) }
         };
         let summary = explore.run(act, judge).unwrap_or_else(|violation| panic!("{violation}"));
-        assert!(summary.completed > 0);
+        saw_something(&explore.name, summary);
     }
 }
 
@@ -540,10 +542,9 @@ fn caught(name: &str, volume: Image, act: &dyn Fn(&mut Blocking) -> Result<()>) 
         let one = all_open(&mut device, trial.old)? || all_open(&mut device, trial.new)?;
         if one { Ok(()) } else { Err("neither opens it".to_owned()) }
     };
-    trial
-        .explore(DiskOptions::default())
-        .run(trial.act, judge)
-        .expect_err("a wrong order of writes is found out")
+    // Many tears: that a wrong order shows is a matter of chance, and the chance of missing it must be next to none.
+    let explore = Explore { tears: 64, ..trial.explore(DiskOptions::default()) };
+    explore.run(trial.act, judge).expect_err("a wrong order of writes is found out")
 }
 
 #[test]
@@ -561,15 +562,15 @@ fn wrong_orders_of_writes_are_found_out() {
         assert_eq!(violation.message, "neither opens it");
     }
 
-    // Both copies of a LUKS2 header without a flush between them.
+    // Both copies of a LUKS2 header without a flush between them. Of a change of the counter alone nothing could be torn: a
+    // token changes the JSON too.
+    let token = json!({ "type": "test-token", "keyslots": ["0"] });
+    let changed = volume_with(Version::Luks2, &[], |device| {
+        tokens::add(device, &token, None, false).map(drop).expect("added");
+    });
     let old = volume(Version::Luks2, &[]);
     let violation = caught("both copies at once", old, &|device| {
-        let Header::Luks2(loaded) = Header::load(device)? else { panic!("LUKS2") };
-        let mut header = loaded.header.clone();
-        header.seqid += 1;
-        for copy in [Copy::Primary, Copy::Secondary] {
-            device.write(header.offset(copy), &header.to_bytes(copy)?)?;
-        }
+        device.write(0, &changed.bytes(0, 32 << 10))?;
         device.flush()
     });
     assert!(violation.message.contains("no header"), "{violation}");

@@ -27,9 +27,8 @@ LOCKS
   seconds.
 
 INTERRUPTS
-  The first Ctrl-C gives up if nothing has been written yet, and waits for the
-  daemon to say so; otherwise the change is completed. A second one leaves at
-  once, with status 130.
+  Ctrl-C leaves with status 1. Nothing is changed then, unless writing had
+  begun: what has begun is completed.
 
 EXIT STATUS
   0 done, 1 failed, or `doctor` found a danger, 2 usage,

@@ -33,7 +33,6 @@ use crate::progress::note;
 use crate::prompt;
 use crate::render::Output;
 use crate::report::{Error, Exit, Result};
-use crate::run::interrupted;
 use crate::signals::Signals;
 
 use args::{Luks, Token};
@@ -52,7 +51,10 @@ pub fn run(verb: &Luks, global: &Global) -> Result<Exit> {
     // From here on there may be something to undo, so a signal must not just end us.
     let signals = Signals::catch()?;
     let result = carry_out(verb, opened, lock.as_ref(), &mut client, signals, global);
-    if let Some(lock) = lock {
+    if let Some(lock) = lock
+        && is_heard(&result)
+    {
+        // Else our copy is closed and no more: the daemon's keeps the lock.
         lock.release();
     }
     result
@@ -127,8 +129,8 @@ fn carry_out(
     }
 }
 
-/// Ask and wait for the answer, however long a key derivation takes. A signal hangs up half-way: the daemon gives up if
-/// nothing is written yet, and says what became of it.
+/// Ask and wait for the answer, however long a key derivation takes. A signal hangs up, upon which the daemon gives up if
+/// nothing is written yet.
 fn ask(
     client: &mut Client,
     mut signals: Signals,
@@ -136,39 +138,28 @@ fn ask(
     descriptors: &[std::os::fd::BorrowedFd<'_>],
 ) -> Result<(Reply, String)> {
     let id = client.send(call, descriptors)?;
-    let mut signalled = 0;
     loop {
         if let Some(answer) = client.answer(id)? {
             let (proto::Reply::Luks(reply), text) = answer? else { return Err(out_of_turn()) };
             return Ok((*reply, text));
         }
         let woken = client.wait(Some(signals.as_fd()), None)?;
-        if woken.other {
-            let before = signalled;
-            signalled += signals.take();
-            if signalled > 1 {
-                return Err(interrupted("left at once: what has begun to be written may still be completed"));
-            }
-            if before == 0 && signalled > 0 {
-                client.give_up();
-                note("giving up; interrupt again to leave at once");
-            }
-        }
-        if woken.readable
-            && let Err(error) = client.fill()
-        {
-            // The last line and the end may have come together.
-            return match client.answer(id) {
-                Ok(Some(answer)) => {
-                    let (proto::Reply::Luks(reply), text) = answer? else { return Err(out_of_turn()) };
-                    Ok((*reply, text))
-                }
-                _ if signalled > 0 => Err(Error::new(ErrorKind::Cancelled, "given up")
-                    .hint("`cryptctl luks dump` shows the header as it is")),
-                _ => Err(error),
-            };
+        if woken.readable {
+            client.fill()?;
+        } else if woken.other && signals.take() > 0 {
+            client.hang_up();
+            return Err(Error::new(
+                ErrorKind::Cancelled,
+                "interrupted: nothing is changed, unless writing had begun; then it is completed",
+            )
+            .hint("`cryptctl luks dump` shows the header as it is"));
         }
     }
+}
+
+/// Did the daemon say how it ended? Otherwise it may still be at it.
+fn is_heard<T>(result: &Result<T>) -> bool {
+    !matches!(result, Err(error) if error.exit == Exit::Unreachable || error.failure.kind == ErrorKind::Cancelled)
 }
 
 /// Show the answer. A summary goes to standard error and is left out with `--quiet`; what was asked for is the output.

@@ -3,6 +3,8 @@
 //! Pure functions from wire objects to text. Labels, types and tokens come from the disk and are printed without control
 //! characters.
 
+use std::time::Duration;
+
 use proto::luks::{Doctor, Done, Dump, Finding, Keyslot, Repaired, Segment, Severity, Summary, Version};
 use serde_json::{Map, Value};
 
@@ -65,7 +67,7 @@ fn summary(summary: &Summary, colour: bool) -> String {
         rows.push(("subsystem", or_dash(&summary.subsystem)));
     }
     if let Some(seqid) = summary.seqid {
-        rows.push(("written", format!("{seqid} times")));
+        rows.push(("sequence", seqid.to_string()));
     }
     if let Some(bytes) = summary.metadata_bytes {
         let copies: Vec<_> = summary.copies.iter().map(|copy| printable(copy)).collect();
@@ -170,12 +172,20 @@ fn keyslots(keyslots: &[Keyslot], colour: bool) -> String {
                 keyslot.area_bytes.to_string(),
             ];
             if timed {
-                row.push(keyslot.unlock_seconds.map_or_else(|| "-".to_owned(), amount::seconds));
+                row.push(keyslot.unlock_seconds.map_or_else(|| "-".to_owned(), duration));
             }
             row
         })
         .collect();
     table(&heads, &rows, colour)
+}
+
+/// Seconds, or less of them than can be waited for.
+fn duration(seconds: f64) -> String {
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(short) if seconds < 1.0 => amount::latency(u64::try_from(short.as_nanos()).unwrap_or(u64::MAX)),
+        _ => amount::seconds(seconds),
+    }
 }
 
 fn cost(keyslot: &Keyslot) -> String {

@@ -154,6 +154,9 @@ pub fn open(verb: &Luks) -> Result<Opened> {
             let operation = Operation::HeaderBackup { file: placeholder };
             let mut opened = simple(&args.at, Access::Read, operation, &Wanted::default())?;
             let written = endpoint::inspect_header(&args.file, "FILE", &opened.volume, args.force)?;
+            if matches!(written, Sink::Open(_)) {
+                return Err(Error::usage("FILE must be a file: a backup is not written to a device"));
+            }
             opened.written = Some(written);
             Ok(opened)
         }

@@ -27,10 +27,11 @@ impl Device {
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
-    /// Bytes its filesystem has free for this user.
+    /// Bytes its filesystem has free for this user. `None`: it does not say; one without a limit (tmpfs with `size=0`) counts
+    /// no blocks at all.
     #[must_use]
     pub fn free_bytes(&self) -> Option<u64> {
-        let stat = fstatvfs(self.file()).ok()?;
+        let stat = fstatvfs(self.file()).ok().filter(|stat| stat.f_blocks > 0)?;
         stat.f_bavail.checked_mul(stat.f_frsize)
     }
 

@@ -15,7 +15,8 @@
 //! instant the old passphrase opens or the new one does, between 3 and 4 both. In a LUKS2 header step 6 also gives the new
 //! keyslot the number of the old one, with the area it has: tokens and users that know the number keep it. LUKS1 ties a number
 //! to a place, so the number changes there, and the answer says so. With no free keyslot, or no room for another area, it is
-//! refused: writing in place would for a while leave neither passphrase.
+//! refused: writing in place would for a while leave neither passphrase. (Unless the new passphrase opens a keyslot already, as a
+//! change interrupted after 3 leaves it: then 4 to 6 are what is left to do.)
 //!
 //! Erase: 1. overwrite all material (LUKS2: the whole keyslots area, and with it whatever earlier operations left behind),
 //! 2. flush, 3. header without keyslots.
@@ -175,13 +176,11 @@ pub fn change(
     if let Some(id) = keyslot {
         check_known(&header, id, device.name())?;
     }
-    let place = free_place(&header, None, device.name()).map_err(|error| {
-        error.hint(
-            "the new keyslot is made before the old one is destroyed, and there is no room for both; remove a \
-             keyslot first",
-        )
-    })?;
     let (replaced, key) = opened_by(device, &header, old, keyslot, give_up)?;
+    let place = match free_place(&header, None, device.name()) {
+        Ok(place) => place,
+        Err(full) => return finish_change(device, header, replaced, new, full, give_up),
+    };
     let (digest, priority) = match &header {
         Header::Luks1(_) => (0, PRIORITY_NORMAL),
         Header::Luks2(loaded) => {
@@ -210,6 +209,35 @@ pub fn change(
         ),
     };
     Ok(Done { keyslot: Some(keyslot), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// No keyslot is free. If the new passphrase opens another keyslot already, as a change interrupted between its two halves
+/// leaves it, only the second half is to be done.
+fn finish_change(
+    device: &mut Blocking,
+    mut header: Header,
+    replaced: u32,
+    new: &Secret,
+    full: Error,
+    give_up: GiveUp<'_>,
+) -> Result<Done> {
+    let other = match unlock::with_passphrase(device, &header, new, None, give_up) {
+        Ok(Unlocked { keyslot: Some(other), .. }) if other != replaced => other,
+        Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+        _ => {
+            return Err(full.hint(
+                "the new keyslot is made before the old one is destroyed, and there is no room for both; remove \
+                 a keyslot first",
+            ));
+        }
+    };
+    stop(give_up)?;
+    destroy(device, &mut header, replaced, None)?;
+    let warnings = vec![format!(
+        "the new passphrase opened keyslot {other} already, as after an interrupted change; keyslot {replaced} \
+         was removed"
+    )];
+    Ok(Done { keyslot: Some(other), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
 }
 
 /// The same passphrase under another KDF or cost: [`change`] to itself.

@@ -414,7 +414,7 @@ mod tests {
 
     #[test]
     fn sizes_that_contradict_are_refused() {
-        let sizes: [(Option<u64>, Option<u64>, Option<u64>, &str); 9] = [
+        for (offset, metadata, keyslots, message) in [
             (Some(290_816 - 4096), None, None, "leaves no room for the header: at least 290816"),
             (Some(0), None, None, "leaves no room"),
             (Some((16 << 20) + 512), None, None, "not a multiple of 4096"),
@@ -424,8 +424,7 @@ mod tests {
             (None, None, Some(4097), "keyslots area"),
             (None, None, Some(253_952), "one keyslot takes 258048"),
             (Some(524_288), None, Some(1 << 20), "lies within the header, which ends at 1081344"),
-        ];
-        for (offset, metadata, keyslots, message) in sizes {
+        ] {
             let plan = luks2(|new| {
                 (new.data_offset, new.metadata_bytes, new.keyslots_bytes) = (offset, metadata, keyslots);
             });

@@ -81,7 +81,7 @@ format         LUKS2
 UUID           0f8fad5b-d9cb-469f-a165-70867728950e
 label          back\u{fffd}[31mup
 subsystem      -
-written        7 times
+sequence       7
 header         2 copies of 16.00 KiB (good, checksum does not fit)
 keyslots area  15.97 MiB
 flags          allow-discards
@@ -186,6 +186,7 @@ qemu        no        reads LUKS1 only
         ),
         "{text}"
     );
+    assert_eq!((duration(0.012), duration(2.04)), ("12.00 ms".to_owned(), "2.0 s".to_owned()));
     let coloured = doctor(&report, true);
     assert!(coloured.contains("\x1b[1;31mDANGER\x1b[0m  header"), "{coloured}");
     assert!(coloured.contains("\x1b[33mweak  \x1b[0m  keyslot"), "{coloured}");
