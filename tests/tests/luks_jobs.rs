@@ -230,6 +230,16 @@ fn a_detached_header_leaves_nothing_but_ciphertext_on_the_data_device() {
         });
         assert_done(&request.run(&registry));
         assert!(std::fs::read(&back).expect("plaintext") == plain);
+        // The header alone is no volume, from a file or a stream.
+        let alone = open(Action::Decrypt).reading(&header).creating(&scratch.join("y")).refused(&registry);
+        assert_eq!(alone.0, ErrorKind::Invalid);
+        assert!(alone.1.contains("detached header"), "{}", alone.1);
+        let bytes = std::fs::read(&header).expect("header");
+        let (read, write) = rustix::pipe::pipe().expect("pipe");
+        let out = drained(read);
+        let info = open(Action::Decrypt).streaming_from(fed(bytes)).streaming_to(write).run(&registry);
+        assert!(failure(&info).1.contains("detached header"));
+        assert!(out.join().expect("drained").is_empty());
         // Without the header the data is noise.
         let (kind, message) =
             open(Action::Decrypt).reading(&path).creating(&scratch.join("x")).refused(&registry);
@@ -313,4 +323,112 @@ fn verification_finds_a_difference_at_its_place_in_the_plaintext() {
         let info = request.writing(File::open(&path).expect("open"), "volume").run(&registry);
         assert_eq!(info.outcome.expect("ended").first_difference, Some(plain.len() as u64));
     }
+}
+
+#[test]
+fn a_header_gets_its_name_after_its_data_and_not_without_it() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let source = scratch.file("plain", &noise(4 * MIB, 6));
+    let (path, header) = (scratch.join("volume"), scratch.join("header"));
+    let mut request = make(new_luks(Version::Luks2, None)).reading(&source).creating(&path).rate(4 << 20);
+    let file = detached(&mut request, &header);
+    let Some(proto::Volume { format: Format::NewLuks(new), .. }) = &mut request.submit.volume else {
+        panic!("a new volume")
+    };
+    new.header = Some(file);
+    let job = request.start(&registry).expect("accepted");
+    tests::jobs::wait_for(&registry, job, "running", |info| info.state == JobState::Running);
+    // Somebody takes the sink's name meanwhile: the job must fail at its very end.
+    std::fs::write(&path, "taken").expect("written");
+    let info = tests::jobs::wait(&registry, job);
+    assert_eq!(failure(&info).0, ErrorKind::Conflict);
+    assert!(!header.exists() && !scratch.join("header.partial").exists(), "no header to nothing");
+    assert_eq!(std::fs::read(&path).expect("theirs"), b"taken");
+}
+
+/// The same volume, saying itself where its data ends.
+fn with_fixed_size(volume: &mut [u8], size: u64) {
+    use engine::format::luks2::{Copy, load};
+    let bytes = volume.to_vec();
+    let loaded = load(&mut |offset, into| {
+        let start = usize::try_from(offset).expect("small");
+        match bytes.get(start..start + into.len()) {
+            Some(found) => into.copy_from_slice(found),
+            None => return Err(engine::error::Error::new(ErrorKind::Invalid, "beyond the end")),
+        }
+        Ok(())
+    });
+    let mut header = loaded.expect("a header").header;
+    header.metadata.segments.get_mut(&0).expect("segment 0").size = Some(size);
+    for copy in [Copy::Primary, Copy::Secondary] {
+        let bytes = header.to_bytes(copy).expect("a valid header");
+        let start = usize::try_from(header.offset(copy)).expect("small");
+        volume[start..start + bytes.len()].copy_from_slice(&bytes);
+    }
+}
+
+#[test]
+fn a_volume_that_says_where_it_ends_is_compared_to_there_and_no_further() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let plain = noise(2 * MIB, 3);
+    let path = volume(&registry, &scratch, &plain, new_luks(Version::Luks2, None));
+    let mut bytes = std::fs::read(path).expect("volume");
+    with_fixed_size(&mut bytes, MIB as u64);
+    let fixed = scratch.file("fixed", &bytes);
+    let back = scratch.join("back");
+    assert_done(&open(Action::Decrypt).reading(&fixed).creating(&back).run(&registry));
+    assert!(std::fs::read(&back).expect("plaintext") == plain[..MIB]);
+    let (read, write) = rustix::pipe::pipe().expect("pipe");
+    let out = drained(read);
+    assert_done(&open(Action::Decrypt).streaming_from(fed(bytes.clone())).streaming_to(write).run(&registry));
+    assert!(out.join().expect("drained") == plain[..MIB]);
+
+    let half = scratch.file("half", &plain[..MIB]);
+    for (source, stream, equal) in [
+        (&half, false, true),
+        (&half, true, true),
+        (&scratch.join("plain"), false, false),
+        (&scratch.join("plain"), true, false),
+    ] {
+        for volume_streams in [false, true] {
+            let mut request = open(Action::Verify);
+            request = if stream {
+                request.streaming_from(fed(std::fs::read(source).expect("plain")))
+            } else {
+                request.reading(source)
+            };
+            request = if volume_streams {
+                request.streaming_to(fed(bytes.clone()))
+            } else {
+                request.writing(File::open(&fixed).expect("open"), "fixed")
+            };
+            let info = request.run(&registry);
+            let found = info.outcome.as_ref().and_then(|outcome| outcome.first_difference);
+            assert_eq!(found, (!equal).then_some(MIB as u64), "{stream} {volume_streams} {:?}", info.outcome);
+        }
+    }
+}
+
+#[test]
+fn a_paused_job_neither_hashes_nor_writes() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let source = scratch.file("plain", &noise(MIB, 6));
+    let (hold, silent) = rustix::pipe::pipe().expect("pipe");
+    // Its header never comes until it is let go.
+    let path = volume(&registry, &scratch, &noise(MIB, 6), new_luks(Version::Luks2, None));
+    let back = scratch.join("back");
+    let job = open(Action::Decrypt).streaming_from(hold).creating(&back).start(&registry).expect("accepted");
+    registry.pause(job).expect("paused");
+    let bytes = std::fs::read(&path).expect("volume");
+    let feeder = std::thread::spawn(move || File::from(silent).write_all(&bytes));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let info = registry.show(job).expect("known");
+    assert_eq!((info.state, info.progress.done_bytes), (JobState::Paused, 0));
+    registry.resume(job).expect("resumed");
+    assert_done(&tests::jobs::wait(&registry, job));
+    feeder.join().expect("feeder").expect("all of it was taken");
+    assert!(std::fs::read(&back).expect("plaintext") == std::fs::read(source).expect("plain"));
 }

@@ -10,6 +10,7 @@
 //! Hashing takes seconds by design, so the job's own thread does it, where it can be watched and cancelled.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature};
@@ -19,6 +20,7 @@ use crate::job::commit::Names;
 use crate::job::geometry::Geometry;
 use crate::job::state::Job;
 use crate::pipeline::segment::{Segment, Segments};
+use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, Transfer, UNIT_BYTES_MAX};
 use crate::volume::create::{self, NewHeader, Place};
 use crate::volume::{Header, capture, store, unlock};
@@ -75,13 +77,25 @@ fn header_device(detached: Option<&Arc<Device>>, end: &End) -> Result<Blocking> 
 ///
 /// # Errors
 /// As [`Header::load`] and [`Header::data_areas`]; `Conflict`: somebody is writing it.
-pub fn look(device: &Device) -> Result<Geometry> {
+pub fn look(device: &Device, detached: bool) -> Result<Geometry> {
     device.disable_direct();
     let mut blocking = Blocking::open(device.file().clone(), device.name(), 1)?;
     let lock = store::lock(device.file(), device.name(), false)?;
     let header = Header::load(&mut blocking)?;
     drop(lock);
-    Geometry::new(header.data_areas()?)
+    geometry_of(&header, detached).map_err(|error| error.at(device.name()))
+}
+
+/// Where the data lies by this header.
+fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
+    let geometry = Geometry::new(header.data_areas()?)?;
+    if detached {
+        return Ok(geometry);
+    }
+    geometry.behind(match header {
+        Header::Luks1(header) => header.backup_bytes(),
+        Header::Luks2(loaded) => loaded.header.backup_bytes(),
+    })
 }
 
 impl Encrypted {
@@ -103,20 +117,31 @@ impl Encrypted {
         }
     }
 
-    /// All data is durable: write what makes it a volume. Returns the name of a detached header to be made visible.
+    /// All data is durable: write what makes it a volume, durably.
     ///
     /// # Errors
     /// Of the device.
     pub fn finish(&mut self, transfer: &Transfer) -> Result<()> {
         let Self::New(new) = self else { return Ok(()) };
         let Some(header) = new.made.take() else { return Ok(()) };
-        let detached = new.detached.as_ref();
-        header.write(&mut header_device(detached.map(|(device, _)| device), &transfer.sink)?)?;
-        if let Some((device, Some(names))) = detached {
-            device.sync_all()?;
-            names.commit(&**device.file())?;
-        }
-        Ok(())
+        let detached = new.detached.as_ref().map(|(device, _)| device);
+        header.write(&mut header_device(detached, &transfer.sink)?)?;
+        detached.map_or(Ok(()), |device| device.sync_all())
+    }
+
+    /// The data has its name: give a detached header its own. Whatever becomes of that, it is not removed any more: the data
+    /// is nothing without it.
+    ///
+    /// # Errors
+    /// It could not be renamed; says where it is.
+    pub fn commit(&mut self) -> Result<()> {
+        let Self::New(new) = self else { return Ok(()) };
+        let Some((device, Some(names))) = new.detached.take() else { return Ok(()) };
+        names.commit(&**device.file()).map_err(|error| {
+            let what =
+                format!("the data is whole and in place, its header still has its partial name ({names:?})");
+            Error::new(error.kind(), what).at(device.name()).because(error)
+        })
     }
 
     /// The job did not succeed: a new detached header goes.
@@ -130,18 +155,11 @@ impl Encrypted {
     }
 }
 
-/// The side that holds ciphertext.
-fn encrypted_of<'a>(transfer: &Transfer, [source, sink]: [&'a Device; 2]) -> &'a Device {
+/// What stands on the side that holds ciphertext, of what stands on both.
+fn encrypted_of<T>(transfer: &Transfer, [source, sink]: [T; 2]) -> T {
     match transfer.work.encrypted_side() {
-        crate::pipeline::slot::Side::Source => source,
-        crate::pipeline::slot::Side::Sink => sink,
-    }
-}
-
-fn end_of(transfer: &Transfer) -> &End {
-    match transfer.work.encrypted_side() {
-        crate::pipeline::slot::Side::Source => &transfer.source,
-        crate::pipeline::slot::Side::Sink => &transfer.sink,
+        Side::Source => source,
+        Side::Sink => sink,
     }
 }
 
@@ -153,18 +171,23 @@ impl Open {
             let captured = capture::capture(side.name(), &mut take)?;
             (captured.device, captured.header, captured.bytes)
         } else {
-            let mut device = header_device(self.detached.as_ref(), end_of(transfer))?;
+            let mut device = header_device(
+                self.detached.as_ref(),
+                encrypted_of(transfer, [&transfer.source, &transfer.sink]),
+            )?;
             let file = self.detached.as_deref().unwrap_or(side).file();
             let lock = store::lock(file, device.name(), false)?;
             let header = Header::load(&mut device)?;
             drop(lock);
             (device, header, 0)
         };
-        let geometry = Geometry::new(header.data_areas()?)?;
+        let geometry =
+            geometry_of(&header, self.detached.is_some()).map_err(|error| error.at(device.name()))?;
         if self.seen.as_ref().is_some_and(|seen| *seen != geometry) {
             let what = "the header was changed while the job waited";
             return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
         }
+        wait_while_paused(job, transfer)?;
         let secret = self.secret.take().expect("a job begins once");
         let unlocked = match self.kind {
             proto::luks::Secret::Passphrase => {
@@ -175,14 +198,14 @@ impl Open {
         if let Some(keyslot) = unlocked.keyslot {
             tracing::info!("job {} opened keyslot {keyslot}", job.id);
         }
-        if side.is_stream() {
-            self.be_in_order(&geometry, transfer, side, taken, &mut take)?;
-        }
         if transfer.is_verify()
             && let (Some(total), Some(has)) = (transfer.plan.end(), geometry.fixed_bytes())
             && total > has
         {
             transfer.differs_at(has);
+        }
+        if side.is_stream() {
+            self.be_in_order(&geometry, transfer, side, taken, &mut take)?;
         }
         set_segments(transfer, &geometry, kernel, &unlocked.key)
     }
@@ -203,10 +226,7 @@ impl Open {
                 .at(side.name())
                 .hint("pass it as a file or device instead of a stream"));
         }
-        let Some(rest) = geometry.offset().checked_sub(taken) else {
-            let what = "the header in the stream says that its data is elsewhere (it is a detached header)";
-            return Err(Error::new(ErrorKind::Invalid, what).at(side.name()));
-        };
+        let rest = geometry.offset().checked_sub(taken).expect("the data lies behind the header");
         capture::skip(side.name(), rest, take)?;
         if let Some(total) = geometry.fixed_bytes() {
             transfer.plan.end_at(total);
@@ -218,12 +238,10 @@ impl Open {
 impl New {
     fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
+        wait_while_paused(job, transfer)?;
         let header = create::make(&self.wish, &self.place, &passphrase, self.volume_key.take())?;
         drop(passphrase);
-        for warning in &header.warnings {
-            tracing::info!("job {}: {warning}", job.id);
-        }
-        job.check_cancelled()?;
+        wait_while_paused(job, transfer)?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
         let detached = self.detached.as_ref().map(|(device, _)| device);
@@ -241,9 +259,24 @@ impl New {
         if on_device {
             header.clear(&mut header_device(detached, &transfer.sink)?)?;
         }
+        if detached.is_some() && side.nature() == Nature::Block {
+            create::clear_old(&mut header_device(None, &transfer.sink)?)?;
+        }
         self.made = Some(header);
         Ok(())
     }
+}
+
+/// How often a paused job looks whether it may go on.
+const PAUSE_POLL: Duration = Duration::from_millis(100);
+
+/// A job that is paused neither hashes nor writes.
+fn wait_while_paused(job: &Job, transfer: &Transfer) -> Result<()> {
+    while transfer.gate.is_paused() {
+        job.check_cancelled()?;
+        std::thread::sleep(PAUSE_POLL);
+    }
+    job.check_cancelled()
 }
 
 /// What lies in front of the data of a stream whose header is elsewhere.

@@ -21,6 +21,13 @@ impl Geometry {
         let Some((last, others)) = areas.split_last() else {
             return Err(Error::new(ErrorKind::Invalid, "the volume has no data area"));
         };
+        // No device is larger than a file offset can say: nothing below overflows.
+        let end = |area: &DataArea| area.offset.checked_add(area.size.unwrap_or(0));
+        let total = areas.iter().try_fold(0_u64, |sum, area| sum.checked_add(area.size.unwrap_or(0)));
+        let fits = |end: Option<u64>| end.is_some_and(|end| i64::try_from(end).is_ok());
+        if !areas.iter().all(|area| fits(end(area))) || !fits(total) {
+            return Err(Error::new(ErrorKind::Invalid, "a data area of the volume ends beyond any device"));
+        }
         let endless = others.iter().any(|area| area.size.is_none_or(|size| size == 0));
         if endless || last.size == Some(0) {
             return Err(Error::new(ErrorKind::Invalid, "a data area of the volume has no bytes"));
@@ -64,6 +71,19 @@ impl Geometry {
     #[must_use]
     pub fn unit_bytes(&self) -> u32 {
         self.areas.last().map_or(1, DataArea::unit_bytes)
+    }
+
+    /// The same, for a volume whose header lies in front of its data and ends at `header_end`.
+    ///
+    /// # Errors
+    /// `Invalid`: an area inside the header, as in a detached header that is taken for the volume.
+    pub fn behind(self, header_end: u64) -> Result<Self> {
+        if self.areas.iter().any(|area| area.offset < header_end) {
+            let what = "the header says that its data is elsewhere: it is a detached header";
+            return Err(Error::new(ErrorKind::Invalid, what)
+                .hint("name the file with the data, and this one with --header"));
+        }
+        Ok(self)
     }
 
     /// Where the data begins on the encrypted side.

@@ -179,7 +179,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         transfer.set_segments(segments);
     }
     transfer.gate.set_rate(bytes_per_second);
-    let mut warnings = Vec::new();
+    let mut warnings = opened.warnings;
     if tuning.direct == Some(true) && (align.source == 1 || align.sink == 1) {
         warnings.push("direct I/O was asked for, but not both ends can do it".to_owned());
     }
@@ -204,6 +204,8 @@ struct Opened {
     geometry: Option<Geometry>,
     /// Of a volume without a header.
     segments: Option<Segments>,
+    /// Worth telling the user.
+    warnings: Vec<String>,
 }
 
 fn open_volume(
@@ -228,6 +230,7 @@ fn open_volume(
                 encrypted: Encrypted::Raw,
                 geometry: Some(Geometry::whole(DataArea { offset: 0, size: None, cipher: Some(area) })),
                 segments: Some(Segments::one(cipher, layout.unit_bytes, 0)),
+                warnings: Vec::new(),
             })
         }
         Format::Luks(_) if work == Work::Encrypt => {
@@ -244,8 +247,8 @@ fn open_volume(
             };
             let geometry = match (&detached, side.is_stream()) {
                 (None, true) => None,
-                (Some(device), _) => Some(encrypted::look(device)?),
-                (None, false) => Some(encrypted::look(side)?),
+                (Some(device), _) => Some(encrypted::look(device, true)?),
+                (None, false) => Some(encrypted::look(side, false)?),
             };
             let opened = encrypted::Open {
                 detached,
@@ -254,15 +257,25 @@ fn open_volume(
                 kind: open.secret,
                 secret: Some(key),
             };
-            Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None })
+            Ok(Opened {
+                encrypted: Encrypted::Open(Box::new(opened)),
+                geometry,
+                segments: None,
+                warnings: Vec::new(),
+            })
         }
         Format::NewLuks(_) if work != Work::Encrypt => {
             Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))
         }
         Format::NewLuks(new) => {
             let new = new_luks(new, side, key, owner, descriptors)?;
-            let geometry = Geometry::whole(create::plan(&new.wish, &new.place)?);
-            Ok(Opened { encrypted: Encrypted::New(Box::new(new)), geometry: Some(geometry), segments: None })
+            let planned = create::plan(&new.wish, &new.place)?;
+            Ok(Opened {
+                encrypted: Encrypted::New(Box::new(new)),
+                geometry: Some(Geometry::whole(planned.data)),
+                segments: None,
+                warnings: planned.warnings,
+            })
         }
     }
 }

@@ -168,7 +168,14 @@ fn buffered(prepared: &Prepared) -> impl Iterator<Item = (&Device, Side)> {
         .map(|(device, _, side)| (&**device, side))
 }
 
-/// See the write order in [`crate::job::commit::Names::commit`].
+/// The end of a job that wrote, in this order (steps 3 to 5 of a new file are those of [`crate::job::commit::Names::commit`]):
+///
+/// 1. all data is written (the transfer has ended) and a file has its final length;
+/// 2. flush: the data is durable;
+/// 3. the header of a new volume, durable by its own order: one that is there has its data behind it;
+/// 4. the last look for a cancellation: what has a name, or is whole on a device, is not taken back;
+/// 5. the sink's name; 6. the name of a detached header. A crash between the two leaves whole data, and its whole header
+///    under its partial name; the other way round it could leave a replaced header without its data.
 fn make_durable(job: &Job, prepared: &mut Prepared) -> Result<()> {
     job.set_state(JobState::Flushing);
     let sink = &prepared.sink;
@@ -179,18 +186,18 @@ fn make_durable(job: &Job, prepared: &mut Prepared) -> Result<()> {
     let start = Instant::now();
     sink.sync_all()?;
     job.check_cancelled()?;
-    // Behind the data and its flush: a header that is there has its data behind it.
     prepared.encrypted.finish(transfer)?;
-    sink.sync_all()?;
+    if prepared.names.is_some() {
+        job.check_cancelled()?;
+    }
     drop_rest(prepared);
     let mut record = StageRecord::default();
     record.record(&transfer.counters[0], Stage::Flush, start.elapsed(), 0);
     job.add_record(&record);
-    job.check_cancelled()?;
     if let Some(names) = &prepared.names {
         names.commit(&**sink.file())?;
     }
-    Ok(())
+    prepared.encrypted.commit()
 }
 
 /// A job that did not succeed leaves nothing that looks whole.
@@ -231,6 +238,9 @@ fn verdict(job: &Job, prepared: &Prepared) -> Result<Ending> {
         } else {
             sink.nature() == Nature::File && prepared.volume_bytes.is_some_and(|bytes| bytes > expected)
         };
+        // A volume may say itself where it ends: then the source was not asked whether it does, too.
+        let source = &prepared.source;
+        let longer = longer || source.is_stream() && source.has_more(&|| job.is_cancelled())?;
         job.check_cancelled()?;
         if longer {
             transfer.differs_at(expected);

@@ -63,14 +63,45 @@ pub struct Place {
     pub align: u32,
 }
 
+/// A wish that can be fulfilled.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// Where the data will be.
+    pub data: DataArea,
+    /// Worth telling the user.
+    pub warnings: Vec<String>,
+}
+
 /// Check the wish without making anything: sizes, names, cipher, where the data will begin. Cheap: no key derivation.
 ///
 /// # Errors
 /// `Invalid`, `Unsupported`, `NoSpace`: one clear sentence.
-pub fn plan(new: &New, place: &Place) -> Result<DataArea> {
+pub fn plan(new: &New, place: &Place) -> Result<Planned> {
     let plan = Plan::new(new, place)?;
     Kdf::check_wish(&new.kdf, plan.kdf, plan.hash)?;
-    Ok(plan.data)
+    Ok(Planned { data: plan.data, warnings: plan.warnings })
+}
+
+/// Make a LUKS header at the start of `device`, or what is left of one, unusable, durably; other content stays. For a device
+/// that gets new data, but whose new header is elsewhere.
+///
+/// # Errors
+/// Of the device.
+pub fn clear_old(device: &mut Blocking) -> Result<()> {
+    let mut first = [0; BINARY_BYTES];
+    match device.read(0, &mut first) {
+        Ok(()) if luks1::Header::is_here(&first) || luks2::is_here(&first) => {
+            store::zero_fill(device, 0, BINARY_BYTES as u64)?;
+        }
+        Ok(()) => {}
+        // Too short for a header.
+        Err(error) if error.kind() == ErrorKind::Invalid => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    for offset in secondary_offsets(device)? {
+        store::zero_fill(device, offset, BINARY_BYTES as u64)?;
+    }
+    device.flush()
 }
 
 /// Make the header: random volume key (or the one given), calibrated KDF, digest, first keyslot. Takes seconds.
