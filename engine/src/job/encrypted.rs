@@ -47,6 +47,8 @@ pub struct Open {
     pub kind: proto::luks::Secret,
     /// It; taken when it is used.
     pub secret: Option<Secret>,
+    /// Bytes of plaintext, once the header is read, if it says so itself.
+    pub fixed_bytes: Option<u64>,
 }
 
 /// A new volume to be made.
@@ -114,6 +116,15 @@ impl Encrypted {
             Self::Raw => Ok(()),
             Self::Open(open) => open.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
             Self::New(new) => new.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
+        }
+    }
+
+    /// Bytes of plaintext that the header of an open volume says there are.
+    #[must_use]
+    pub fn fixed_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Open(open) => open.fixed_bytes,
+            Self::Raw | Self::New(_) => None,
         }
     }
 
@@ -187,6 +198,7 @@ impl Open {
             let what = "the header was changed while the job waited";
             return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
         }
+        self.fixed_bytes = geometry.fixed_bytes();
         wait_while_paused(job, transfer)?;
         let secret = self.secret.take().expect("a job begins once");
         let unlocked = match self.kind {
@@ -199,10 +211,13 @@ impl Open {
             tracing::info!("job {} opened keyslot {keyslot}", job.id);
         }
         if transfer.is_verify()
-            && let (Some(total), Some(has)) = (transfer.plan.end(), geometry.fixed_bytes())
-            && total > has
+            && let Some(has) = self.fixed_bytes
         {
-            transfer.differs_at(has);
+            match transfer.plan.end() {
+                Some(total) if total > has => transfer.differs_at(has),
+                // What a stream has beyond it is asked in the end.
+                _ => transfer.plan.end_at(has),
+            }
         }
         if side.is_stream() {
             self.be_in_order(&geometry, transfer, side, taken, &mut take)?;

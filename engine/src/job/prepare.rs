@@ -256,6 +256,7 @@ fn open_volume(
                 keyslot: open.keyslot,
                 kind: open.secret,
                 secret: Some(key),
+                fixed_bytes: None,
             };
             Ok(Opened {
                 encrypted: Encrypted::Open(Box::new(opened)),
