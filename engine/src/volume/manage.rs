@@ -16,7 +16,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature, Purpose};
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::read_secret;
+use crate::key::Descriptors;
 use crate::volume::backup::{self, Backup};
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
@@ -36,7 +36,7 @@ pub struct Caller<'a> {
 /// Whatever is wrong; nothing that opens the volume was changed.
 pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_>) -> Result<Reply> {
     let Request { volume, header, lock_fd, operation } = request;
-    let mut sent = Descriptors(descriptors.into_iter().map(Some).collect());
+    let mut sent = Descriptors::new(descriptors);
     let only_reads = only_reads(&operation);
     // Held, not looked at: the caller has locked it, and it stays locked until the last duplicate is closed.
     let lock_file = lock_fd.map(|index| sent.take(index, "lock file")).transpose()?;
@@ -90,36 +90,12 @@ fn only_reads(operation: &Operation) -> bool {
     }
 }
 
-/// Descriptors of a request, each to be used once.
-struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    fn take(&mut self, index: u32, what: &str) -> Result<OwnedFd> {
-        let place = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
-        place.and_then(Option::take).ok_or_else(|| {
-            let what = format!("descriptor {index} ({what}) was not sent, or is named twice");
-            Error::new(ErrorKind::Invalid, what)
-        })
-    }
-
-    fn secret(&mut self, index: u32, what: &str) -> Result<Secret> {
-        read_secret(self.take(index, what)?, proto::MAX_SECRET)
-    }
-
-    fn proof(&mut self, index: u32, kind: Kind) -> Result<Proof> {
-        let secret = self.secret(index, "key")?;
-        Ok(match kind {
-            Kind::Passphrase => Proof::Passphrase(secret),
-            Kind::VolumeKey => Proof::VolumeKey(secret),
-        })
-    }
-
-    fn finish(&self) -> Result<()> {
-        if self.0.iter().any(Option::is_some) {
-            return Err(Error::new(ErrorKind::Invalid, "more descriptors were sent than the request names"));
-        }
-        Ok(())
-    }
+fn proof(sent: &mut Descriptors, index: u32, kind: Kind) -> Result<Proof> {
+    let secret = sent.secret(index, "key")?;
+    Ok(match kind {
+        Kind::Passphrase => Proof::Passphrase(secret),
+        Kind::VolumeKey => Proof::VolumeKey(secret),
+    })
 }
 
 /// A new file: empty, and how it gets its name.
@@ -213,10 +189,10 @@ impl Prepared {
                 new,
             },
             Operation::OpenTest { key_fd, secret, keyslot } => {
-                Self::OpenTest { proof: sent.proof(key_fd, secret)?, keyslot }
+                Self::OpenTest { proof: proof(sent, key_fd, secret)?, keyslot }
             }
             Operation::AddKey { key_fd, secret, new_key_fd, keyslot, kdf } => Self::Add {
-                proof: sent.proof(key_fd, secret)?,
+                proof: proof(sent, key_fd, secret)?,
                 new: sent.secret(new_key_fd, "new key")?,
                 keyslot,
                 kdf,
