@@ -1,8 +1,9 @@
 //! A request of the wire carried out.
 //!
 //! Here descriptors become devices and secrets, all of them before anything is done: a request that names a descriptor that was not
-//! sent, or fewer than were sent, changes nothing. The header file is locked for the whole operation (shared by what only
-//! reads, exclusive otherwise), and so is the caller's lock file kept open; the operations read the header under that lock.
+//! sent, or fewer than were sent, changes nothing. The header file is locked (shared by what only reads, exclusive otherwise)
+//! while its header is read or written, but not while keys are derived: what derives keys locks for itself, the rest is
+//! carried out under a lock taken here. The caller's lock file stays open, and so locked, for the whole operation.
 //! Header I/O goes through the page cache: what other programs of this machine write is seen, and no alignment is asked.
 //!
 //! This module refuses to open names, to ask back, and to decide: what loses data needs the flag of the request that says so.
@@ -33,7 +34,8 @@ pub struct Caller<'a> {
 /// Carry out one header operation. Blocks for seconds.
 ///
 /// # Errors
-/// Whatever is wrong; nothing that opens the volume was changed.
+/// Whatever is wrong. Then nothing that opens the volume was changed, but for a change of a passphrase whose second half failed:
+/// that error says that the new one opens the volume already.
 pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_>) -> Result<Reply> {
     let Request { volume, header, lock_fd, operation } = request;
     let mut sent = Descriptors::new(descriptors);
@@ -60,7 +62,14 @@ pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_
     let reply = if let Prepared::Format { new, target, key, volume_key } = operation {
         format(&place, &new, target, &key, volume_key, caller)
     } else {
-        let held = store::lock(Arc::clone(place.header()?.file()), place.header()?.name(), !only_reads)?;
+        let held = match &operation {
+            Prepared::Backup(_) | Prepared::Restore { .. } | Prepared::Plain(_) => {
+                let target = place.header()?;
+                Some(store::lock(Arc::clone(target.file()), target.name(), !only_reads)?)
+            }
+            // They derive keys, or measure how long that takes.
+            _ => None,
+        };
         let reply = run(&place, operation, caller);
         drop(held);
         reply
@@ -349,17 +358,19 @@ fn format(
         align: data.and_then(Device::direct_alignment).unwrap_or(512),
     };
     create::plan(new, &room)?;
-    // A file made for this header is empty; one that holds a header already is locked against those who use it.
-    let committed = target.as_ref().is_some_and(|target| target.commit.is_some());
-    let held = if let (Some(target), true) = (&target, committed) {
+    // A file made for this header is empty; one that holds a header already is locked against those who use it, once all is
+    // derived.
+    let committed = target.as_ref().filter(|target| target.commit.is_some());
+    if let Some(target) = committed {
         target.check_empty()?;
-        None
-    } else {
-        Some(store::lock(Arc::clone(header.file()), header.name(), true)?)
-    };
+    }
     stop(caller.give_up)?;
     let made = create::make(new, &room, key, volume_key)?;
     stop(caller.give_up)?;
+    let held = match committed {
+        Some(_) => None,
+        None => Some(store::lock(Arc::clone(header.file()), header.name(), true)?),
+    };
     let mut device = blocking(header)?;
     made.clear(&mut device)?;
     made.write(&mut device)?;
