@@ -320,7 +320,8 @@ fn a_change_that_fails_in_its_second_half_says_that_the_new_passphrase_opens_alr
         let mut named = 0;
         for nth in 1.. {
             let world = disk(volume(version, &others));
-            let fault = Fault { disk: VOLUME, on: On::Write, when: When::Nth(nth), effect: Effect::Fail(EIO) };
+            let fault =
+                Fault { disk: VOLUME, on: On::Write, when: When::Nth(nth), effect: Effect::Fail(EIO) };
             world.inject(fault);
             let mut device = world.blocking(VOLUME, "volume").expect("blocking");
             let wish = cheap(version);

@@ -351,10 +351,13 @@ fn format(
         let what = "volume and detached header are the same file or device";
         return Err(Error::new(ErrorKind::Invalid, what).at(header.name()));
     }
+    // A volume in a file has the size it was given: its data ends there, and a format does not make it grow. A detached header
+    // is as long as it needs to be.
+    let header_capacity = if target.is_some() { capacity(header) } else { header.size() };
     let room = create::Place {
         detached: target.is_some(),
-        header_capacity: capacity(header),
-        data_capacity: data.and_then(capacity),
+        header_capacity,
+        data_capacity: data.and_then(Device::size),
         align: data.and_then(Device::direct_alignment).unwrap_or(512),
     };
     create::plan(new, &room)?;
