@@ -17,7 +17,7 @@ use crate::job::Owner;
 use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
-use crate::key::read_secret;
+use crate::key::Descriptors;
 use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
 use crate::pipeline::segment::Segments;
@@ -77,28 +77,6 @@ impl Prepared {
     }
 }
 
-/// Descriptors of a request, each to be used once.
-struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    fn take(&mut self, index: u32, what: &str) -> Result<OwnedFd> {
-        let place = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
-        place.and_then(Option::take).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("descriptor {index} ({what}) was not sent, or is named twice"),
-            )
-        })
-    }
-
-    fn finish(self) -> Result<()> {
-        if self.0.iter().any(Option::is_some) {
-            return Err(Error::new(ErrorKind::Invalid, "more descriptors were sent than the request names"));
-        }
-        Ok(())
-    }
-}
-
 fn required<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| Error::new(ErrorKind::Invalid, format!("the request has no {what}")))
 }
@@ -115,7 +93,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             "a rate of 0 bytes per second never ends; pause the job instead",
         ));
     }
-    let mut descriptors = Descriptors(descriptors.into_iter().map(Some).collect());
+    let mut descriptors = Descriptors::new(descriptors);
     let source_wanted = required(source, "source")?;
     let sink_wanted = required(sink, "sink")?;
     let volume = required(volume, "volume")?;
@@ -132,7 +110,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
         None => None,
     };
-    let key = read_secret(descriptors.take(volume.key_fd, "key")?, proto::MAX_SECRET)?;
+    let key = descriptors.secret(volume.key_fd, "key")?;
     let work = match action {
         Action::Encrypt => Work::Encrypt,
         Action::Decrypt => Work::Decrypt,
@@ -315,7 +293,7 @@ fn new_luks(
         }
     };
     let volume_key = match wish.volume_key_fd {
-        Some(fd) => Some(read_secret(descriptors.take(fd, "volume key")?, proto::MAX_SECRET)?),
+        Some(fd) => Some(descriptors.secret(fd, "volume key")?),
         None => None,
     };
     let capacity = |device: &Device| (device.nature() == Nature::Block).then(|| device.size()).flatten();

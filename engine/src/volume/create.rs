@@ -54,9 +54,9 @@ pub struct NewHeader {
 pub struct Place {
     /// The header goes into a file or device of its own.
     pub detached: bool,
-    /// Bytes of the device that takes the header, if it cannot grow.
+    /// Bytes of the device or file that takes the header, if it is not to grow.
     pub header_capacity: Option<u64>,
-    /// Bytes of the device that takes the data, if it cannot grow.
+    /// Bytes of the device or file that takes the data, if it is not to grow.
     pub data_capacity: Option<u64>,
     /// Block size of the data device. The data unit's default is 4096 (LUKS1: 512) whatever it is; a device whose size is not a
     /// multiple of 4096 gets 512.

@@ -17,7 +17,6 @@
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
 //! | `manage` | a request of the wire carried out |
-//! | `random` | random bytes |
 
 pub mod area;
 pub mod backup;

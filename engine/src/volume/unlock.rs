@@ -19,8 +19,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::af::STRIPES;
 use crate::format::luks2::metadata::{Digest, Keyslot, Metadata, SegmentKind};
 use crate::format::{luks1, luks2};
-use crate::volume::Header;
 use crate::volume::area::{Wrapping, material_bytes};
+use crate::volume::{Header, store};
 
 /// An open volume.
 #[derive(Debug)]
@@ -46,7 +46,8 @@ const KEY_BYTES_MAX: usize = 512;
 /// Shortest digest that is one, bytes: that of LUKS1 headers.
 const DIGEST_BYTES_MIN: usize = 20;
 
-/// Try `secret` on the keyslots (or on `only` that one), the preferred ones first. `give_up` is asked between attempts.
+/// Try `secret` on the keyslots (or on `only` that one), the preferred ones first. `give_up` is asked between attempts. The caller
+/// holds no lock of the device's descriptor: each area is read under one.
 ///
 /// # Errors
 /// `WrongKey`: [`WRONG_KEY`], whatever the reason; `NotFound`: the keyslot asked for is not in use or does not open the data, or
@@ -323,7 +324,11 @@ impl<'a> Attempt<'a> {
         self.wrapping.cipher.check_key_bytes(self.wrapping.area_key_bytes)?;
         payable(&self.wrapping.kdf, self.wrapping.area_key_bytes)?;
         let mut material = vec![0; material_bytes(self.key_bytes)];
-        if let Err(error) = device.read(self.offset, &mut material) {
+        // Locked as the header was, and no longer than this: not while keys are derived.
+        let held = store::lock_device(device, false)?;
+        let read = device.read(self.offset, &mut material);
+        drop(held);
+        if let Err(error) = read {
             tracing::debug!("keyslot material cannot be read: {}", error.chain());
             material.fill(0);
         }
