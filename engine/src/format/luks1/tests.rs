@@ -326,7 +326,8 @@ fn repair_turns_a_keyslot_off_only_beside_one_that_stays() {
         assert_eq!(error.kind(), ErrorKind::Invalid);
         assert!(error.chain().contains("no keyslot would be in use"), "{}", error.chain());
         let mut beside = header();
-        beside.keyslots[5] = Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
+        beside.keyslots[5] =
+            Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
         let mut bytes = beside.to_bytes();
         bytes[record(0)] ^= 1;
         bytes[record(0) + field.start..record(0) + field.end].fill(0);
@@ -338,7 +339,8 @@ fn repair_turns_a_keyslot_off_only_beside_one_that_stays() {
     }
     // Material where it cannot be: it is turned off, its salt kept, and the others open again.
     let mut beside = header();
-    beside.keyslots[5] = Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
+    beside.keyslots[5] =
+        Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
     let mut bytes = beside.to_bytes();
     bytes[record(0)] ^= 1;
     bytes[record(0) + 40..record(1)].fill(0xff);
