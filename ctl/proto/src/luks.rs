@@ -138,7 +138,7 @@ pub struct KdfWish {
     /// pbkdf2: its hash; default that of the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
-    /// Milliseconds one attempt shall take here; default 2000.
+    /// Milliseconds one attempt shall take here, 1..=60000; default 2000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iter_time_ms: Option<u32>,
     /// Iterations (pbkdf2: at least 1000) or time cost (argon2: at least 4) instead of a measurement.

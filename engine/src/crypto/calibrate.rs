@@ -8,19 +8,23 @@ use std::time::Duration;
 use proto::ErrorKind;
 use proto::luks::{KdfKind, KdfWish};
 
-use super::argon::{self, Cost};
+use super::argon::{self, Cost, Turn};
 use super::hash::Hash;
 use super::kdf::{
-    ARGON2_LANES_MAX, ARGON2_MEMORY_KIB_MAX, ARGON2_MEMORY_KIB_MIN, ARGON2_TIME_MIN, Argon2Kind, Kdf,
-    PBKDF2_ITERATIONS_MIN, pbkdf2,
+    ARGON2_LANES_MAX, ARGON2_MEMORY_KIB_MAX, ARGON2_MEMORY_KIB_MIN, ARGON2_TIME_MIN, Argon2Kind,
+    DERIVATION_MAX, Kdf, PBKDF2_ITERATIONS_MIN, pbkdf2,
 };
 use super::room;
 use crate::error::{Error, Result};
 
 /// Default of `iter_time_ms`, as cryptsetup.
 const ITER_TIME_MS: u32 = 2000;
-/// Longest `iter_time_ms`: ten minutes.
-const ITER_TIME_MS_MAX: u32 = 600_000;
+/// Longest `iter_time_ms`: half of [`DERIVATION_MAX`], so that what is made here opens here on a slower day.
+const ITER_TIME_MS_MAX: u32 = 60_000;
+/// PBKDF2 iterations never worth an estimate: less than a minute on any machine.
+const ITERATIONS_CHEAP: u32 = 20_000_000;
+/// Argon2 passes times KiB never worth an estimate: 64 passes over 1 GiB.
+const ARGON2_CHEAP: u64 = 64 << 20;
 /// Default of `memory_kib`, as cryptsetup.
 const MEMORY_KIB: u32 = 1 << 20;
 /// Memory of the first measurement, and of [`estimate`]: larger than the caches that would flatter it.
@@ -43,15 +47,26 @@ enum Checked {
 }
 
 /// See [`Kdf::calibrate`].
-pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes: usize) -> Result<Kdf> {
+pub(super) fn calibrate(
+    wish: &KdfWish,
+    default: KdfKind,
+    hash: Hash,
+    key_bytes: usize,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Kdf> {
     match checked(wish, default, hash)? {
-        Checked::Known(kdf) => Ok(kdf),
+        Checked::Known(kdf) => {
+            // A keyslot nobody could open here, and a derivation that everybody would have to wait for.
+            kdf.payable(key_bytes)?;
+            Ok(kdf)
+        }
         Checked::Pbkdf2 { hash, target } => {
             Ok(Kdf::Pbkdf2 { hash, iterations: pbkdf2_iterations(hash, key_bytes, target) })
         }
         Checked::Argon2 { most, target } => {
+            let _turn = Turn::wait(give_up)?;
             let Cost { kind, time, memory_kib, lanes } = search(most, target, |cost| {
-                with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
+                with_room(key_bytes, |out| argon::run(cost, PASSPHRASE, &SALT, out))
             })?;
             Ok(Kdf::Argon2 { kind, time, memory_kib, lanes })
         }
@@ -211,6 +226,29 @@ fn pbkdf2_time(hash: Hash, key_bytes: usize, repeats: u32, sample: Duration) -> 
     (least.as_secs_f64() / f64::from(iterations)).max(1e-12)
 }
 
+/// See [`Kdf::payable`].
+pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Duration) -> Result<()> {
+    let cheap = match kdf {
+        Kdf::Pbkdf2 { iterations, .. } => *iterations <= ITERATIONS_CHEAP,
+        Kdf::Argon2 { time, memory_kib, .. } => u64::from(*time) * u64::from(*memory_kib) <= ARGON2_CHEAP,
+    };
+    if cheap {
+        return Ok(());
+    }
+    let estimate = estimate();
+    if estimate <= DERIVATION_MAX {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Limit,
+        format!(
+            "the key derivation would take about {} minutes, and at most {} are spent on one",
+            estimate.as_secs() / 60,
+            DERIVATION_MAX.as_secs() / 60
+        ),
+    ))
+}
+
 /// See [`Kdf::estimate`].
 pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
     let seconds = match *kdf {
@@ -298,8 +336,39 @@ mod tests {
         assert_eq!(memory_cap(MEMORY_KIB, None), PROBE_KIB / 2);
     }
 
+    #[test]
+    fn what_takes_longer_than_two_minutes_is_not_begun() {
+        let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
+        let takes = |kdf, seconds| payable(&kdf, || Duration::from_secs(seconds));
+        let cheap = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 64, memory_kib: 1 << 20, lanes: 1 };
+        let dear = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 65, memory_kib: 1 << 20, lanes: 1 };
+        for kdf in [pbkdf2(ITERATIONS_CHEAP), cheap] {
+            payable(&kdf, || panic!("not worth an estimate")).expect("cheap");
+        }
+        for kdf in [pbkdf2(ITERATIONS_CHEAP + 1), dear] {
+            takes(kdf, 120).expect("just so");
+            let error = takes(kdf, 301).expect_err("too long");
+            assert_eq!(error.kind(), ErrorKind::Limit);
+            assert!(error.chain().contains("about 5 minutes"), "{}", error.chain());
+        }
+    }
+
     fn asked(wish: &KdfWish) -> Result<Kdf> {
-        calibrate(wish, KdfKind::Argon2id, Hash::Sha256, 64)
+        calibrate(wish, KdfKind::Argon2id, Hash::Sha256, 64, &|| false)
+    }
+
+    #[test]
+    fn a_wished_cost_that_nobody_could_pay_is_refused_and_a_measurement_can_be_given_up() {
+        let weeks = KdfWish {
+            iterations: Some(u32::MAX),
+            memory_kib: Some(1 << 20),
+            lanes: Some(1),
+            ..KdfWish::default()
+        };
+        assert_eq!(asked(&weeks).expect_err("weeks").kind(), ErrorKind::Limit);
+        let _turn = Turn::wait(&|| false).expect("nobody said to give up");
+        let given_up = calibrate(&KdfWish::default(), KdfKind::Argon2id, Hash::Sha256, 64, &|| true);
+        assert_eq!(given_up.expect_err("given up").kind(), ErrorKind::Cancelled);
     }
 
     #[test]
@@ -312,8 +381,8 @@ mod tests {
         let wish =
             KdfWish { kind, iterations: Some(1000), hash: Some("SHA512".into()), ..KdfWish::default() };
         assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha512, iterations: 1000 });
-        let wish = KdfWish { kind, iterations: Some(u32::MAX), ..KdfWish::default() };
-        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: u32::MAX });
+        let wish = KdfWish { kind, iterations: Some(5_000_000), ..KdfWish::default() };
+        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 5_000_000 });
     }
 
     #[test]

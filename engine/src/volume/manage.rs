@@ -382,7 +382,7 @@ fn format(
         Some(store::lock(Arc::clone(header.file()), header.name(), true)?)
     };
     stop(caller.give_up)?;
-    let made = create::make(new, &room, key, volume_key)?;
+    let made = create::make_unless(new, &room, key, volume_key, caller.give_up)?;
     stop(caller.give_up)?;
     let mut device = blocking(header)?;
     made.clear(&mut device)?;
