@@ -321,7 +321,7 @@ fn verification_finds_a_difference_at_its_place_in_the_plaintext() {
 /// A derivation that takes some seconds, running on a thread of its own: argon2 by anybody else waits for it.
 fn long_derivation() -> std::thread::JoinHandle<()> {
     let cost = |time| Kdf::Argon2 { kind: Argon2Kind::Argon2id, time, memory_kib: 32 << 10, lanes: 1 };
-    let pass = cost(1).estimate(64).as_secs_f64();
+    let pass = cost(1).estimate(64).expect("memory").as_secs_f64();
     let time = (1..=10_000).find(|&time| f64::from(time) * pass >= 6.0).expect("no machine is so fast");
     let holder = std::thread::spawn(move || {
         cost(time).derive(b"of another", &[9; 16], &mut [0; 64]).expect("derives");

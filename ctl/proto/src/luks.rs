@@ -442,7 +442,7 @@ pub struct Keyslot {
     /// Bytes of its area.
     #[serde(default)]
     pub area_bytes: u64,
-    /// `doctor`: seconds one attempt is estimated to take here.
+    /// `doctor`: seconds one attempt is estimated to take here; absent where that cannot be measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unlock_seconds: Option<f64>,
 }

@@ -227,7 +227,7 @@ fn pbkdf2_time(hash: Hash, key_bytes: usize, repeats: u32, sample: Duration) -> 
 }
 
 /// See [`Kdf::payable`].
-pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Duration) -> Result<()> {
+pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Result<Duration>) -> Result<()> {
     let cheap = match kdf {
         Kdf::Pbkdf2 { iterations, .. } => *iterations <= ITERATIONS_CHEAP,
         Kdf::Argon2 { time, memory_kib, .. } => u64::from(*time) * u64::from(*memory_kib) <= ARGON2_CHEAP,
@@ -235,7 +235,10 @@ pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Duration) -> Result<
     if cheap {
         return Ok(());
     }
-    let estimate = estimate();
+    let estimate = estimate().map_err(|error| {
+        Error::new(ErrorKind::Limit, "the key derivation is a costly one, and its time cannot be measured")
+            .because(error)
+    })?;
     if estimate <= DERIVATION_MAX {
         return Ok(());
     }
@@ -250,7 +253,15 @@ pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Duration) -> Result<
 }
 
 /// See [`Kdf::estimate`].
-pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
+pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Result<Duration> {
+    estimate_by(kdf, key_bytes, |probe| with_room(key_bytes, |out| argon::run(probe, PASSPHRASE, &SALT, out)))
+}
+
+fn estimate_by(
+    kdf: &Kdf,
+    key_bytes: usize,
+    measure: impl FnOnce(Cost) -> Result<Duration>,
+) -> Result<Duration> {
     let seconds = match *kdf {
         Kdf::Pbkdf2 { hash, iterations } => {
             pbkdf2_time(hash, key_bytes, 1, Duration::from_millis(5)) * f64::from(iterations)
@@ -261,14 +272,10 @@ pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
             let lanes = lanes.clamp(1, ARGON2_LANES_MAX);
             let probe = Cost { kind, time: passes, memory_kib: memory, lanes };
             let factor = f64::from(time) * f64::from(memory_kib) / volume(probe);
-            match with_room(key_bytes, |out| argon::run(probe, PASSPHRASE, &SALT, out)) {
-                Ok(took) => took.as_secs_f64() * factor,
-                // No memory even for that: no derivation, no time.
-                Err(_) => 0.0,
-            }
+            measure(probe)?.as_secs_f64() * factor
         }
     };
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    Ok(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
 }
 
 #[cfg(test)]
@@ -339,7 +346,7 @@ mod tests {
     #[test]
     fn what_takes_longer_than_two_minutes_is_not_begun() {
         let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
-        let takes = |kdf, seconds| payable(&kdf, || Duration::from_secs(seconds));
+        let takes = |kdf, seconds| payable(&kdf, || Ok(Duration::from_secs(seconds)));
         let cheap = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 64, memory_kib: 1 << 20, lanes: 1 };
         let dear = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 65, memory_kib: 1 << 20, lanes: 1 };
         for kdf in [pbkdf2(ITERATIONS_CHEAP), cheap] {
@@ -351,6 +358,16 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Limit);
             assert!(error.chain().contains("about 5 minutes"), "{}", error.chain());
         }
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_not_taken_for_cheap() {
+        let dear = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: u32::MAX, memory_kib: 1 << 20, lanes: 1 };
+        let estimate = || estimate_by(&dear, 64, |_| Err(Error::new(ErrorKind::Limit, "no threads")));
+        assert_eq!(estimate().expect_err("unknown").kind(), ErrorKind::Limit);
+        let error = payable(&dear, estimate).expect_err("unknown");
+        assert_eq!(error.kind(), ErrorKind::Limit);
+        assert!(error.chain().contains("cannot be measured: no threads"), "{}", error.chain());
     }
 
     fn asked(wish: &KdfWish) -> Result<Kdf> {
@@ -424,6 +441,7 @@ mod tests {
 
     #[test]
     fn an_estimate_grows_with_the_cost() {
+        let estimate = |kdf: &Kdf, key_bytes| estimate(kdf, key_bytes).expect("there is memory for it");
         let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
         assert!(estimate(&pbkdf2(100_000_000), 64) > 20 * estimate(&pbkdf2(1_000_000), 64));
         let argon2 = |time| Kdf::Argon2 { kind: Argon2Kind::Argon2id, time, memory_kib: 32, lanes: 1 };

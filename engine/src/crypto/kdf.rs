@@ -152,8 +152,10 @@ impl Kdf {
     }
 
     /// What one derivation is expected to take here, from a short measurement (tens of milliseconds).
-    #[must_use]
-    pub fn estimate(&self, key_bytes: usize) -> Duration {
+    ///
+    /// # Errors
+    /// `Limit`: it is not known, for there is no memory or no thread to measure with.
+    pub fn estimate(&self, key_bytes: usize) -> Result<Duration> {
         calibrate::estimate(self, key_bytes)
     }
 }
