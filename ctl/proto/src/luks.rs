@@ -144,7 +144,8 @@ pub struct KdfWish {
     /// Iterations (pbkdf2: at least 1000) or time cost (argon2: at least 4) instead of a measurement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iterations: Option<u32>,
-    /// argon2: most memory, KiB, 32..=4194304; default 1 GiB, at most half of what this machine has.
+    /// argon2: most memory, KiB, 32..=4194304; default 1 GiB, at most half of what this machine has. For want of
+    /// memory no keyslot gets less than 64 MiB: only if so little is named here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_kib: Option<u32>,
     /// argon2: lanes, 1..=4; default 4, at most the CPUs there are.

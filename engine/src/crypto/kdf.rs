@@ -126,12 +126,13 @@ impl Kdf {
     }
 
     /// A cost for a new keyslot that meets the wish on this machine, measured now: for `iter_time_ms`, default 2000; memory at
-    /// most half of what machine and cgroup have; lanes at most the CPUs this process may use. `hash`: of pbkdf2 unless the wish
+    /// most half of what machine and cgroup have, and what of it is free; lanes at most the CPUs this process may use. `hash`: of pbkdf2 unless the wish
     /// names one. `kind` absent: `default`. Measurements of argon2 wait for derivations that run, and while they do `give_up` is
     /// asked.
     ///
     /// # Errors
-    /// `Invalid`: a wish outside the bounds; `Unsupported`: an unknown hash; `Limit`: a wish that is not [`Kdf::payable`] here;
+    /// `Invalid`: a wish outside the bounds; `Unsupported`: an unknown hash; `Limit`: a wish that is not [`Kdf::payable`] here, or
+    /// less memory than 64 MiB (or than wished, if that is less);
     /// `Cancelled`.
     pub fn calibrate(
         wish: &KdfWish,
