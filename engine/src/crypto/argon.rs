@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use proto::ErrorKind;
+use rayon::ThreadPool;
 use rayon::prelude::*;
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap_anonymous, munmap};
 use rustix::process::{Resource, getrlimit};
@@ -123,10 +124,10 @@ pub(super) fn run(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) ->
     let done = pool.install(|| {
         let done = argon.hash_password_into_with_memory(passphrase, salt, out, memory.blocks());
         wipe(memory.blocks());
-        burn_stack();
         done
     });
     let worked: Duration = pool.broadcast(|_| thread_time()).into_iter().sum();
+    burn_stacks(&pool);
     done.map_err(refused)?;
     let at_once = u32::try_from(cpus()).unwrap_or(u32::MAX).min(cost.lanes);
     Ok(worked / at_once)
@@ -135,6 +136,12 @@ pub(super) fn run(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) ->
 /// In parts, so that all threads of the pool it is called on wipe.
 fn wipe(blocks: &mut [Block]) {
     blocks.par_chunks_mut(4096).for_each(|part| part.iter_mut().for_each(Zeroize::zeroize));
+}
+
+/// Of every thread: each had a lane, whose blocks passed through its frames. What is done with stacks that the kernel hands on is
+/// the kernel's business, but they are mapped for a while after their threads.
+fn burn_stacks(pool: &ThreadPool) {
+    pool.broadcast(|_| burn_stack());
 }
 
 /// CPUs that can work at once for this process: by affinity and by the cgroup's quota.
@@ -213,6 +220,8 @@ impl Drop for Memory {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     const SMALL: Cost = Cost { kind: Argon2Kind::Argon2id, time: 1, memory_kib: 32, lanes: 4 };
@@ -267,6 +276,33 @@ mod tests {
         memory.blocks().iter_mut().for_each(|block| block.as_mut().fill(7));
         wipe(memory.blocks());
         assert!(memory.blocks().iter().all(|block| block.as_ref().iter().all(|&word| word == 0)));
+    }
+
+    /// What a lane's frames may leave behind, and where.
+    #[inline(never)]
+    fn leave_on_the_stack() -> u64 {
+        let left = [0xA5_u8; 1024];
+        std::hint::black_box(&left).as_ptr() as u64
+    }
+
+    #[test]
+    fn the_stacks_of_all_lanes_are_burnt() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().expect("threads");
+        // Not through references: those frames are gone, the memory is not.
+        let own = std::fs::File::open("/proc/self/mem").expect("Linux");
+        let traces = |places: &[u64]| {
+            let is_there = |place: &u64| {
+                let mut bytes = [0; 1024];
+                own.read_exact_at(&mut bytes, *place).expect("a stack of a thread that waits");
+                // The frames of what ran since may have taken some of it.
+                bytes.windows(16).any(|part| part == [0xA5; 16])
+            };
+            places.iter().filter(|place| is_there(place)).count()
+        };
+        let places = pool.broadcast(|_| leave_on_the_stack());
+        assert_eq!(traces(&places), 4, "the test looks at the right places");
+        burn_stacks(&pool);
+        assert_eq!(traces(&places), 0);
     }
 
     #[test]
