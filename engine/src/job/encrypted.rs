@@ -254,13 +254,14 @@ impl New {
     fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
         wait_while_paused(job, transfer)?;
-        let header = create::make(&self.wish, &self.place, &passphrase, self.volume_key.take())?;
+        let give_up = || job.is_cancelled();
+        let key = self.volume_key.take();
+        let header = create::make_unless(&self.wish, &self.place, &passphrase, key, &give_up)?;
         drop(passphrase);
         wait_while_paused(job, transfer)?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
         let detached = self.detached.as_ref().map(|(device, _)| device);
-        let give_up = || job.is_cancelled();
         let mut put = |piece: &[u8]| side.write_in_order(piece, &give_up);
         // Nothing can be put in front of a stream later.
         if side.is_stream() && detached.is_none() {

@@ -402,7 +402,7 @@ fn opened_by(
     give_up: GiveUp<'_>,
 ) -> Result<(u32, Secret)> {
     let opened = match only {
-        Some(id) => unlock::keyslot(device, header, id, secret)?,
+        Some(id) => unlock::keyslot_unless(device, header, id, secret, give_up)?,
         None => unlock::with_passphrase(device, header, secret, None, give_up)?,
     };
     let keyslot =
@@ -558,7 +558,7 @@ impl Addition<'_> {
             let what = format!("no new keyslots are made with {}, which is only read", cipher.name());
             return Err(Error::new(ErrorKind::Unsupported, what).at(name));
         }
-        let kdf = Kdf::calibrate(self.wish, KdfKind::Pbkdf2, hash, key.len())?;
+        let kdf = Kdf::calibrate(self.wish, KdfKind::Pbkdf2, hash, key.len(), self.give_up)?;
         let Kdf::Pbkdf2 { iterations, .. } = kdf else {
             return Err(Error::new(ErrorKind::Internal, "LUKS1 has no KDF but pbkdf2"));
         };
@@ -566,7 +566,7 @@ impl Addition<'_> {
         let mut salt = [0; SALT_BYTES];
         random::fill(&mut salt)?;
         let wrapping = Wrapping { kdf, salt: &salt, cipher, area_key_bytes: key.len(), af_hash: hash };
-        let material = wrapping.wrap(new, key)?;
+        let material = wrapping.wrap_unless(new, key, self.give_up)?;
         let mut after = header.clone();
         let slot = &mut after.keyslots[self.place as usize];
         *slot = luks1::Keyslot { active: true, iterations, salt, stripes: af::STRIPES, ..*slot };
@@ -578,7 +578,7 @@ impl Addition<'_> {
         let key_size = u32::try_from(key.len()).unwrap_or(u32::MAX);
         let area = loaded.header.free_keyslot_area(key_size)?;
         let hash = Hash::from_name(&loaded.header.metadata.digests[&self.digest].hash)?;
-        let kdf = Kdf::calibrate(self.wish, KdfKind::Argon2id, hash, AREA_KEY_BYTES as usize)?;
+        let kdf = Kdf::calibrate(self.wish, KdfKind::Argon2id, hash, AREA_KEY_BYTES as usize, self.give_up)?;
         stop(self.give_up)?;
         let mut salt = [0; SALT_BYTES];
         random::fill(&mut salt)?;
@@ -598,7 +598,7 @@ impl Addition<'_> {
             area_key_bytes: AREA_KEY_BYTES as usize,
             af_hash: hash,
         };
-        let material = wrapping.wrap(new, key)?;
+        let material = wrapping.wrap_unless(new, key, self.give_up)?;
         stop(self.give_up)?;
         Ok(Made { offset: area.offset, material, after: Header::Luks2(Box::new(next)) })
     }

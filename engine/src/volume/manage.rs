@@ -368,7 +368,7 @@ fn format(
         target.check_empty()?;
     }
     stop(caller.give_up)?;
-    let made = create::make(new, &room, key, volume_key)?;
+    let made = create::make_unless(new, &room, key, volume_key, caller.give_up)?;
     stop(caller.give_up)?;
     let held = match committed {
         Some(_) => None,
