@@ -130,7 +130,8 @@ EXAMPLES
       --sector-size 4096 --iv-large-sectors
 
 EXIT STATUS
-  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable,
+  0 done, 1 failed, damaged header, cancelled or refused,
+  2 usage or no LUKS header, 3 daemon unreachable,
   4 wrong key or damaged data";
 
 /// `verify --help`.
@@ -148,7 +149,8 @@ EXAMPLES
   cryptctl verify disk.img disk.enc --format raw --key file:raw.key
 
 EXIT STATUS
-  0 equal, 1 failed, 2 usage, 3 daemon unreachable,
+  0 equal, 1 failed, cancelled or damaged header,
+  2 usage or no LUKS header, 3 daemon unreachable,
   4 wrong key or damaged data, 5 they differ";
 
 /// `job --help`.

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
 use tests::luks::{CHEAP_PBKDF2, empty, secret};
-use tests::{Place, User, as_each_user, is_root, skip};
+use tests::{Place, User, as_each_user, is_root, loop_device, skip};
 
 const MIB: usize = 1 << 20;
 
@@ -39,6 +39,33 @@ fn data_that_a_large_header_would_overwrite_is_refused_and_kept() {
         let _ = place.run(&format!("{words} --force")).done();
         file.read_exact_at(&mut byte, at).expect("read");
         assert_ne!(&byte, b"!", "{options}: what was refused is what would have been overwritten");
+    }
+}
+
+#[test]
+fn a_device_that_holds_data_without_a_signature_is_refused_too() {
+    let place = place(User::Me);
+    let Some(device) = loop_device(32 << 20) else { return };
+    let path = device.path().display();
+    let file = OpenOptions::new().read(true).write(true).open(device.path()).expect("open");
+    let at = 5 << 20;
+    let words = format!("luks format {path} --key file:@/one {CHEAP_PBKDF2}");
+    empty(&place, "far", MIB);
+    let detached = format!("luks format @/far --header {path} --key file:@/one {CHEAP_PBKDF2}");
+    for words in [&words, &detached] {
+        file.write_all_at(b"!", at).expect("write");
+        file.sync_all().expect("sync");
+        let _ = place.run(words).exit(1, &["holds data", "--force"]);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("read");
+        assert_eq!(&byte, b"!", "{words}");
+        let _ = place.run(&format!("{words} --force")).done();
+        let _ = place.run(words).exit(1, &["holds a LUKS volume", "--force"]);
+        file.write_all_at(&vec![0; 32 * MIB], 0).expect("write");
+        file.sync_all().expect("sync");
+        let _ = place.run(words).done();
+        file.write_all_at(&vec![0; 32 * MIB], 0).expect("write");
+        file.sync_all().expect("sync");
     }
 }
 

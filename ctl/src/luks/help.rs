@@ -18,7 +18,8 @@ KEYS
   newline at its end too, as with `cryptsetup --key-file`; at most 8 MiB. A
   new passphrase that ends in a newline is warned about. The line typed at a
   prompt ends before the newline. --volume-key names the volume key itself:
-  raw bytes, or hexadecimal digits.
+  raw bytes, or hexadecimal digits. A key longer than a pipe may hold
+  (/proc/sys/fs/pipe-max-size) goes through memory that may be swapped out.
 
 LOCKS
   While a header is read or changed, cryptsetup's lock is held: of a block
@@ -52,7 +53,7 @@ Makes a new LUKS header with one keyslot on an existing file or block device.
 Only the header is written. What stood in the data area before is not overwritten: read through the new volume it is \
 noise, and to whoever has the device it is still what it was. `cryptctl encrypt` makes header and data in one go.
 
-Everything up to where the data begins is overwritten. Unless that is zeros, VOLUME is refused without --force; so is a \
+Everything up to where the data begins is overwritten. Unless that, and the first 16 MiB, is zeros, VOLUME is refused without --force; so is a \
 device with a known signature anywhere, and an existing header file. A device in use always is. Of a file nobody knows who \
 uses it: a job that reads it, or a mapping through a loop device, does not keep it from being formatted, nor from `erase`.";
 
