@@ -138,7 +138,7 @@ pub struct Decrypt {
 #[derive(Debug, Args)]
 pub struct Verify {
     #[command(flatten)]
-    pub ends: Ends,
+    pub ends: Compared,
     #[command(flatten)]
     pub volume: VolumeArgs,
     #[command(flatten)]
@@ -160,6 +160,17 @@ pub struct Ends {
     pub sink: PathBuf,
 }
 
+/// The two ends of `verify`, as typed.
+#[derive(Debug, Args)]
+pub struct Compared {
+    /// The plaintext: a file, a block device or `-`
+    #[arg(value_name = "SRC")]
+    pub source: PathBuf,
+    /// The encrypted volume: a file, a block device or `-`
+    #[arg(value_name = "DST")]
+    pub sink: PathBuf,
+}
+
 /// The encrypted side of `encrypt`.
 #[derive(Debug, Args)]
 pub struct NewVolumeArgs {
@@ -175,7 +186,8 @@ pub struct NewVolumeArgs {
     /// bytes or as hexadecimal digits (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N`
     /// reads an inherited descriptor to its end. `prompt` asks on the terminal, twice for a new key; its line ends
     /// before the newline. `keyring:NAME` is a `user` key in the session or user keyring. The key travels to the daemon
-    /// through a pipe: it is never in an argument, the environment or JSON.
+    /// through a pipe: it is never in an argument, the environment or JSON. A key longer than
+    /// /proc/sys/fs/pipe-max-size (usually 1 MiB) goes through memory that the kernel may swap out, unless you are root.
     #[arg(long, value_name = "REF", help_heading = "Volume")]
     pub key: KeyText,
     #[command(flatten)]
@@ -190,10 +202,9 @@ pub struct NewVolumeArgs {
 pub struct VolumeArgs {
     /// Format of the encrypted side [default: LUKS, of the version its header tells]
     ///
-    /// `luks1` and `luks2` mean the same here: LUKS, whichever version is found. `raw` is dm-crypt plain: no header, so
-    /// the parameters of the raw format must be those it was encrypted with.
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    pub format: Option<FormatName>,
+    /// `raw` is dm-crypt plain: no header, so the parameters of the raw format must be those it was encrypted with.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FoundFormat::Luks, hide_default_value = true)]
+    pub format: FoundFormat,
     /// Where the key is: file:PATH, fd:N, prompt or keyring:NAME
     ///
     /// For LUKS it names a passphrase: every byte of it, a newline at the end too, as with `cryptsetup --key-file`; at
@@ -201,7 +212,8 @@ pub struct VolumeArgs {
     /// digits (a newline may follow them). `file:PATH` warns when others may read the file. `fd:N` reads an inherited
     /// descriptor to its end. `prompt` asks on the terminal; its line ends before the newline. `keyring:NAME` is a `user`
     /// key in the session or user keyring. The key travels to the daemon through a pipe: it is never in an argument,
-    /// the environment or JSON.
+    /// the environment or JSON. A key longer than
+    /// /proc/sys/fs/pipe-max-size (usually 1 MiB) goes through memory that the kernel may swap out, unless you are root.
     #[arg(long, value_name = "REF", required_unless_present = "volume_key", conflicts_with = "volume_key")]
     pub key: Option<KeyText>,
     /// Where the volume key of a LUKS volume is: no passphrase is needed then
@@ -300,6 +312,15 @@ pub enum FormatName {
     Luks2,
     /// LUKS version 1
     Luks1,
+    /// dm-crypt plain, no header
+    Raw,
+}
+
+/// Of a volume there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FoundFormat {
+    /// LUKS, of the version its header tells
+    Luks,
     /// dm-crypt plain, no header
     Raw,
 }

@@ -54,7 +54,9 @@ enum Identity {
     Other,
 }
 
-/// A header is for its owner: who has it can guess at the passphrases.
+/// A bare header or a backup is for its owner: it is small, outlives the passphrases that were removed since, and has no
+/// other use than to open the volume. The header inside a volume is as readable as the volume, which is copied and backed
+/// up by other accounts, and whose mode is the user's to choose (`umask`).
 const HEADER_MODE: u32 = 0o600;
 
 impl End {
@@ -64,6 +66,11 @@ impl End {
             Identity::Device { rdev } => Some(rdev),
             Identity::File { .. } | Identity::Other => None,
         }
+    }
+
+    /// Is this what `metadata` is of, under whatever name?
+    pub fn is(&self, metadata: &std::fs::Metadata) -> bool {
+        same(self.identity, identity_of(metadata))
     }
 
     /// Is it a regular file?

@@ -25,17 +25,20 @@ SIZES
 
 EXIT STATUS
   0    done
-  1    the job failed, was cancelled or was refused
-  2    usage: the command line, or something this version cannot do
+  1    what was asked failed, was cancelled or was refused; a header is
+       damaged; or what there is to say could not be written
+  2    usage: the command line, something this version cannot do, or no
+       LUKS header where there should be one
   3    no daemon could be reached, or it went away
   4    wrong key or damaged data
   5    verification found a difference
   130  left at once: on a second interrupt, at the key prompt, or from
        `job watch`, whose job goes on
 
-  The first interrupt (Ctrl-C, SIGTERM, SIGHUP) cancels the job, waits until
-  it is undone, and ends with status 1. So does, with --json, a reader of the
-  events that goes away.
+  The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of encrypt, decrypt, verify
+  and bench cancels the job, waits until it is undone, and ends with status 1.
+  So does, with --json, a reader of the events that goes away. What it does to
+  a change of a header, `cryptctl luks --help` tells.
 
 FILES
   $XDG_RUNTIME_DIR/cryptd/cryptd.sock
@@ -118,8 +121,8 @@ EXAMPLES
     cryptctl decrypt /dev/vdb - --key prompt | tar -x
     ssh host cat vol.luks | cryptctl decrypt - disk.img --key file:vol.key
 
-  With a header backup, where the volume's own header is damaged:
-    cryptctl luks header-backup vol.luks vol.header
+  With a header backup, made when all was well, where the volume's own
+  header is damaged now:
     cryptctl decrypt vol.luks disk.img --header vol.header --key prompt
 
   Raw, with the parameters it was encrypted with:
@@ -127,7 +130,8 @@ EXAMPLES
       --sector-size 4096 --iv-large-sectors
 
 EXIT STATUS
-  0 done, 1 failed, cancelled or refused, 2 usage, 3 daemon unreachable,
+  0 done, 1 failed, damaged header, cancelled or refused,
+  2 usage or no LUKS header, 3 daemon unreachable,
   4 wrong key or damaged data";
 
 /// `verify --help`.
@@ -145,7 +149,8 @@ EXAMPLES
   cryptctl verify disk.img disk.enc --format raw --key file:raw.key
 
 EXIT STATUS
-  0 equal, 1 failed, 2 usage, 3 daemon unreachable,
+  0 equal, 1 failed, cancelled or damaged header,
+  2 usage or no LUKS header, 3 daemon unreachable,
   4 wrong key or damaged data, 5 they differ";
 
 /// `job --help`.
@@ -204,7 +209,7 @@ EXIT STATUS
 pub const DAEMON: &str = "\
 Starts, stops or describes the daemon.
 
-Starting is rarely needed: encrypt, decrypt, verify and bench start a daemon when none answers, unless --no-start.";
+Starting is rarely needed: encrypt, decrypt, verify, bench and luks start a daemon when none answers, unless --no-start.";
 
 /// The end of `daemon --help`.
 pub const DAEMON_AFTER: &str = "\

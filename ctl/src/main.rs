@@ -73,8 +73,9 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Verb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "cryptctl", &mut script);
-            Output::new(false).text(&String::from_utf8_lossy(&script));
-            Ok(Exit::Done)
+            let mut output = Output::new(false);
+            output.text(&String::from_utf8_lossy(&script));
+            output.end().map(|()| Exit::Done)
         }
         Verb::Man { dir } => man_pages(dir),
     }
@@ -89,9 +90,16 @@ fn man_pages(dir: &Path) -> Result<Exit> {
 /// Show help or the version, or say what is wrong with the command line; with `--json` also as an object.
 fn mistyped(error: &clap::Error, args: impl Iterator<Item = OsString>) -> Exit {
     if !error.use_stderr() {
-        // A reader that has gone is no error.
-        let _ = error.print();
-        return Exit::Done;
+        use std::io::Write;
+        return match error.print().and_then(|()| std::io::stdout().flush()) {
+            // A reader that has gone is no error.
+            Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => {
+                let failed = Error::io("cannot write", "standard output", failed);
+                let _ = writeln!(std::io::stderr(), "{failed}");
+                failed.exit
+            }
+            _ => Exit::Done,
+        };
     }
     let options: Vec<OsString> = args.take_while(|arg| arg != "--").collect();
     if options.iter().any(|arg| arg == "--json") {

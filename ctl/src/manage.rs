@@ -40,7 +40,9 @@ pub fn daemon(verb: &Daemon, global: &Global) -> Result<Exit> {
             let (mut client, new) = launch::start(global, *idle_exit)?;
             if global.json {
                 let (_, text) = client.call(Call::Hello {}, &[])?;
-                Output::new(false).line(&text);
+                let mut output = Output::new(false);
+                output.line(&text);
+                output.end()?;
             } else if !global.quiet {
                 let how = if new { "started" } else { "is running already" };
                 note(&format!("cryptd {how}, process {}", client.hello.pid));
@@ -54,8 +56,9 @@ pub fn daemon(verb: &Daemon, global: &Global) -> Result<Exit> {
 fn stop(mut client: Client, now: bool, global: &Global) -> Result<Exit> {
     let (reply, text) = client.call(Call::Shutdown { now }, &[])?;
     let Reply::ShuttingDown { jobs } = reply else { return Err(out_of_turn()) };
+    let mut output = Output::new(false);
     if global.json {
-        Output::new(false).line(&text);
+        output.line(&text);
     } else if jobs > 0 && !global.quiet {
         note(&format!(
             "cryptd leaves when {jobs} running job{} ended",
@@ -64,7 +67,7 @@ fn stop(mut client: Client, now: bool, global: &Global) -> Result<Exit> {
     }
     // It closes its connections when it leaves, so a new daemon can be started as soon as this returns.
     client.wait_for_end();
-    Ok(Exit::Done)
+    output.end().map(|()| Exit::Done)
 }
 
 fn ask(global: &Global, call: Call) -> Result<Exit> {
@@ -73,7 +76,7 @@ fn ask(global: &Global, call: Call) -> Result<Exit> {
     let (reply, text) = client.call(call, &[])?;
     if global.json {
         output.line(&text);
-        return Ok(Exit::Done);
+        return output.end().map(|()| Exit::Done);
     }
     let colour = output.colour();
     output.text(&match reply {
@@ -85,5 +88,5 @@ fn ask(global: &Global, call: Call) -> Result<Exit> {
             return Err(out_of_turn());
         }
     });
-    Ok(Exit::Done)
+    output.end().map(|()| Exit::Done)
 }

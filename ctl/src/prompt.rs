@@ -18,10 +18,7 @@ use crate::signals::Signals;
 
 /// Ask; the answer is at most the capacity of `answer`, what is typed beyond is counted as one byte too many.
 pub fn ask(question: &str, answer: &mut Zeroizing<Vec<u8>>) -> Result<()> {
-    let mut tty = File::options().read(true).write(true).open("/dev/tty").map_err(|error| {
-        Error::io("cannot ask for the key", "/dev/tty", error)
-            .hint("there is no terminal: use --key file:PATH, fd:N or keyring:NAME")
-    })?;
+    let mut tty = terminal("the key is to be asked for")?;
     let wrap = |error: std::io::Error| Error::io("cannot ask for the key", "/dev/tty", error);
     // From the first change of the terminal on, a signal must not end us before it is put back.
     let mut signals = Signals::catch()?;
@@ -40,14 +37,23 @@ pub fn ask(question: &str, answer: &mut Zeroizing<Vec<u8>>) -> Result<()> {
     result
 }
 
-/// Ask something whose answer is no secret. `None`: there is no terminal to ask on.
-pub fn question(text: &str) -> Result<Option<String>> {
-    let Ok(mut tty) = File::options().read(true).write(true).open("/dev/tty") else { return Ok(None) };
+/// Ask something whose answer is no secret. `why`: what is to be asked, for the refusal where there is no terminal.
+pub fn question(why: &str, text: &str) -> Result<String> {
+    let mut tty = terminal(why)?;
     let wrap = |error: std::io::Error| Error::io("cannot ask", "/dev/tty", error);
     tty.write_all(text.as_bytes()).map_err(wrap)?;
     let mut answer = String::new();
     std::io::BufReader::new(tty.take(4096)).read_line(&mut answer).map_err(wrap)?;
-    Ok(Some(answer.trim().to_owned()))
+    Ok(answer.trim().to_owned())
+}
+
+/// The terminal. To ask where there is none is a mistake in the command line, whatever is to be asked.
+fn terminal(why: &str) -> Result<File> {
+    File::options().read(true).write(true).open("/dev/tty").map_err(|error| {
+        let reason = proto::errno::describe(&error);
+        Error::usage(format!("{why}, and there is no terminal to ask on: /dev/tty: {reason}"))
+            .hint("name the key's place: file:PATH, fd:N or keyring:NAME")
+    })
 }
 
 struct Restore {

@@ -8,19 +8,21 @@ use proto::{Action, BenchRow, JobInfo, JobState, Stats, Status};
 
 use crate::amount;
 use crate::progress::{describe, percent};
-use crate::report::printable;
+use crate::report::{Error, Result, printable};
 
-/// Where results go. A reader that has gone is no error: `cryptctl job list | head` ends in peace.
+/// Where results go. A reader that has gone is no error: `cryptctl job list | head` ends in peace. Any other failure to write
+/// is kept for [`Output::end`]: a dump that is not there must not look like one that is empty.
+///
+/// Standard output that was closed before we began cannot be told from /dev/null, which Rust opens in its place.
 pub struct Output {
     to_stderr: bool,
-    gone: bool,
-    unread: bool,
+    failed: Option<io::Error>,
 }
 
 impl Output {
     /// Standard output, or standard error when standard output carries a volume.
     pub fn new(to_stderr: bool) -> Self {
-        Self { to_stderr, gone: false, unread: false }
+        Self { to_stderr, failed: None }
     }
 
     /// Colour is for terminals, and only where it is wanted (no-color.org).
@@ -36,7 +38,7 @@ impl Output {
 
     /// Text with its newlines.
     pub fn text(&mut self, text: &str) {
-        if self.gone {
+        if self.failed.is_some() {
             return;
         }
         let result = if self.to_stderr {
@@ -45,13 +47,26 @@ impl Output {
             let mut stdout = io::stdout().lock();
             stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
         };
-        self.gone = result.is_err();
-        self.unread = result.is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
+        self.failed = result.err();
     }
 
     /// Its reader has gone. Any other failure to write is not a wish to end.
     pub fn is_unread(&self) -> bool {
-        self.unread
+        self.failed.as_ref().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// Everything is written, or nobody is left to read it.
+    ///
+    /// # Errors
+    /// `Io` or `NoSpace`: some of it could not be.
+    pub fn end(self) -> Result<()> {
+        let place = if self.to_stderr { "standard error" } else { "standard output" };
+        match self.failed {
+            Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Error::io("cannot write", place, error))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

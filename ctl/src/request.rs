@@ -4,6 +4,7 @@
 //! changes nothing; `create` makes the `.partial` and takes the key's pipe, and must be followed by the request.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use proto::{Action, Format, Submit, Tuning, Volume};
 
@@ -40,7 +41,8 @@ pub struct Prepared {
     pub partials: Vec<PartialFile>,
 }
 
-/// Files that hold plaintext are for their owner; ciphertext is for everybody the umask allows.
+/// Files that hold plaintext are for their owner. Ciphertext is for everybody the umask allows, with a header in front of it too:
+/// a volume is what other accounts copy and back up. (A bare header is not: see `endpoint`.)
 const PLAINTEXT_MODE: u32 = 0o600;
 const CIPHERTEXT_MODE: u32 = 0o666;
 
@@ -71,7 +73,7 @@ pub fn verify(args: &Verify) -> Result<Opened> {
     if endpoint::is_dash(&args.ends.source) && endpoint::is_dash(&args.ends.sink) {
         return Err(Error::usage("SRC and DST cannot both be standard input"));
     }
-    refuse_shared_stdin(&args.ends, &wanted, true)?;
+    refuse_shared_stdin(&[&args.ends.source, &args.ends.sink], &wanted)?;
     let source = endpoint::open_readable(&args.ends.source, "SRC")?;
     let sink = endpoint::open_readable(&args.ends.sink, "DST")?;
     endpoint::refuse_same_ends(&source, &sink)?;
@@ -107,7 +109,7 @@ fn write_volume(
     (force, keep_partial): (bool, bool),
     mode: u32,
 ) -> Result<Opened> {
-    refuse_shared_stdin(ends, &wanted, false)?;
+    refuse_shared_stdin(&[&ends.source], &wanted)?;
     let making = submit.action == Action::Encrypt;
     let source = endpoint::open_readable(&ends.source, "SRC")?;
     let sink = endpoint::inspect_sink(&ends.sink, &source, force, mode)?;
@@ -155,9 +157,9 @@ fn tuning(moving: &Moving) -> Tuning {
     }
 }
 
-fn refuse_shared_stdin(ends: &Ends, wanted: &Wanted, sink_is_read: bool) -> Result<()> {
-    let volume_on_stdin = endpoint::is_dash(&ends.source) || sink_is_read && endpoint::is_dash(&ends.sink);
-    if volume_on_stdin && wanted.reads_stdin() {
+/// `read`: the ends that are read.
+fn refuse_shared_stdin(read: &[&PathBuf], wanted: &Wanted) -> Result<()> {
+    if read.iter().any(|path| endpoint::is_dash(path)) && wanted.reads_stdin() {
         return Err(Error::usage("standard input cannot carry both the volume and the key")
             .hint("pass the key through another descriptor: --key fd:3 3< KEYFILE"));
     }
@@ -352,7 +354,7 @@ mod tests {
         assert_eq!((header_commit.name.as_str(), header_commit.partial.as_str()), ("head", "head.partial"));
         use std::os::unix::fs::MetadataExt;
         let mode = std::fs::metadata(dir.path().join("head.partial")).expect("created").mode();
-        assert_eq!(mode & 0o077, 0, "{mode:o}: whoever has a header can guess at passphrases");
+        assert_eq!(mode & 0o077, 0, "{mode:o}: a bare header is its owner's");
         assert_eq!(partials.len(), 2);
         partials.iter().for_each(PartialFile::refused);
         assert!(!dir.path().join("head.partial").exists() && !dir.path().join("out.partial").exists());
@@ -361,11 +363,16 @@ mod tests {
     #[test]
     fn an_existing_volume_is_luks_unless_called_raw() {
         let dir = tempfile::tempdir().expect("dir");
-        for flag in ["", " --format luks1", " --format luks2"] {
+        for flag in ["", " --format luks"] {
             let (submit, ..) =
                 sent(dir.path(), &format!("decrypt @/in @/out --key file:@/key --key-slot 3 --force{flag}"));
             let Some(Volume { format: Format::Luks(open), .. }) = submit.volume else { panic!("not LUKS") };
             assert_eq!(open, luks::Open { header: None, keyslot: Some(3), secret: luks::Secret::Passphrase });
+        }
+        // What the header tells is not asked for, and so cannot be asked for in vain.
+        for words in ["decrypt a b --format luks1", "verify a b --format luks2"] {
+            let words = ["cryptctl"].into_iter().chain(words.split(' ')).chain(["--key", "prompt"]);
+            assert_eq!(Cli::try_parse_from(words).expect_err("no such format").exit_code(), 2);
         }
         std::fs::write(dir.path().join("head"), "h").expect("write");
         for verb in ["decrypt @/in @/new", "verify @/in @/key"] {

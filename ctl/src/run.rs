@@ -54,7 +54,8 @@ fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
         Err(error) if detach => Err(unheard(error, &partials)),
         Err(error) => Err(abandoned(error, &partials)),
     };
-    ended.map_err(|error| error.doubted(doubt))
+    let exit = ended.map_err(|error| error.doubted(doubt))?;
+    output.end().map(|()| exit)
 }
 
 /// Run a measurement.
@@ -72,7 +73,8 @@ pub fn bench_job(client: Client, submit: Submit, global: &Global) -> Result<Exit
     {
         output.text(&render::bench(&outcome.bench, output.colour()));
     }
-    end_of(&info)
+    let exit = end_of(&info)?;
+    output.end().map(|()| exit)
 }
 
 /// Watch somebody's job to its end. A signal ends the watching, not the job.
@@ -83,7 +85,10 @@ pub fn watch_job(client: Client, job: JobId, global: &Global) -> Result<Exit> {
     match run.watch(job, &mut output) {
         // Nobody is left to be told.
         Err(_) if output.is_unread() => Ok(Exit::Done),
-        result => finish(&result?, &[], global),
+        result => {
+            let exit = finish(&result?, &[], global)?;
+            output.end().map(|()| exit)
+        }
     }
 }
 

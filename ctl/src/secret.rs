@@ -2,8 +2,10 @@
 //!
 //! Bytes are held in zeroized buffers that never grow (a growing buffer leaves copies behind). They leave this
 //! process only through a pipe that is full and closed before the request is sent: pipe memory never reaches swap, and no
-//! argument, environment or JSON holds a key. What no pipe can hold goes through a sealed memfd. No message tells a secret
-//! or its length; the length expected may be told.
+//! argument, environment or JSON holds a key. What no pipe can hold, which for others than root is more than
+//! /proc/sys/fs/pipe-max-size (1 MiB unless changed), goes through a sealed memfd, whose pages the kernel may swap out: to
+//! lock them they would have to be mapped, which is unsafe code, and cryptsetup takes key files of up to 8 MiB. The help of
+//! `--key` says so. No message tells a secret or its length; the length expected may be told.
 //!
 //! A volume key has a known length, and may be written in hexadecimal. A passphrase is every byte of what is referred
 //! to, a newline at its end too, as with `cryptsetup --key-file`; only at a prompt the newline ends it.
@@ -277,6 +279,13 @@ fn cannot_read(at: &KeyRef, error: impl Into<io::Error>) -> Error {
 }
 
 impl Secret {
+    /// Are both the same bytes? How long it takes tells nothing of where they differ.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let different =
+            self.bytes.iter().zip(other.bytes.iter()).fold(0, |all, (one, two)| all | (one ^ two));
+        self.bytes.len() == other.bytes.len() && std::hint::black_box(different) == 0
+    }
+
     /// What the daemon takes: the read end of a pipe that holds it all and whose write end is closed; or a sealed memfd, when
     /// no pipe of this user may be that large.
     pub fn into_fd(self) -> Result<OwnedFd> {

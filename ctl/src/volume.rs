@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use proto::{Format, Raw, TweakKind, luks};
 
-use crate::args::{FormatName, Iv, NewVolumeArgs, RawArgs, VolumeArgs};
+use crate::args::{FormatName, FoundFormat, Iv, NewVolumeArgs, RawArgs, VolumeArgs};
 use crate::luks::args::Version;
 use crate::luks::new;
 use crate::report::{Error, Result};
@@ -80,7 +80,7 @@ fn raw_to_make(args: &NewVolumeArgs) -> Result<Wanted> {
 
 /// `decrypt`, `verify`: a volume there is. Which version of LUKS it is, only its header tells.
 pub fn to_open(args: &VolumeArgs) -> Result<Wanted> {
-    if args.format == Some(FormatName::Raw) {
+    if args.format == FoundFormat::Raw {
         let luks_only = [
             ("--header", args.header.is_some()),
             ("--volume-key", args.volume_key.is_some()),
@@ -100,7 +100,7 @@ pub fn to_open(args: &VolumeArgs) -> Result<Wanted> {
         (Some(key), None) => ((key.parse("--key")?, "--key"), luks::Secret::Passphrase),
         (None, None) => return Err(Error::usage("--key is missing")),
     };
-    let format = if args.format == Some(FormatName::Raw) {
+    let format = if args.format == FoundFormat::Raw {
         Format::Raw(raw(&args.raw, args.key_size.as_deref(), args.sector_size.as_deref()))
     } else {
         Format::Luks(luks::Open { header: None, keyslot: args.key_slot, secret })

@@ -157,8 +157,8 @@ pub struct KdfWish {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// The volume: opened for reading by what only reads (`dump`, `open_test`, `header_backup`, `token_list`, `doctor`), else
-    /// for reading and writing. With a detached header: the file with the data, if given at all.
+    /// The volume: opened for reading by what only reads (`dump`, `open_test`, `header_backup`, `token_list`, `doctor`,
+    /// `repair` as a dry run), else for reading and writing. With a detached header: the file with the data, if given at all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volume: Option<File>,
     /// A detached header, opened like `volume` would be.

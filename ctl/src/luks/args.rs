@@ -78,7 +78,7 @@ pub struct Format {
     pub key: KeyText,
     #[command(flatten)]
     pub new: NewArgs,
-    /// Format what holds data already: a known signature, a file that is not empty, an existing header file
+    /// Format what holds data already: anything but zeros, a known signature, an existing header file
     #[arg(long)]
     pub force: bool,
 }
@@ -98,7 +98,8 @@ pub struct NewArgs {
     /// Write the header to this file or block device instead of in front of the data
     ///
     /// A new file is written as FILE.partial and takes its name when it is whole, as DST does. It is readable by you
-    /// alone: whoever has it can guess at your passphrase.
+    /// alone, unlike a whole volume, whose mode follows the umask: choose that so that nobody can guess at your passphrase
+    /// who should not.
     #[arg(long, value_name = "FILE")]
     pub header: Option<PathBuf>,
     /// Use this volume key instead of a random one: file:PATH, fd:N, prompt or keyring:NAME

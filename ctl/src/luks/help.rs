@@ -18,7 +18,8 @@ KEYS
   newline at its end too, as with `cryptsetup --key-file`; at most 8 MiB. A
   new passphrase that ends in a newline is warned about. The line typed at a
   prompt ends before the newline. --volume-key names the volume key itself:
-  raw bytes, or hexadecimal digits.
+  raw bytes, or hexadecimal digits. A key longer than a pipe may hold
+  (/proc/sys/fs/pipe-max-size) goes through memory that may be swapped out.
 
 LOCKS
   While a header is read or changed, cryptsetup's lock is held: of a block
@@ -31,8 +32,9 @@ INTERRUPTS
   begun: what has begun is completed.
 
 EXIT STATUS
-  0 done, 1 failed, or `doctor` found a danger, 2 usage,
-  3 daemon unreachable, 4 wrong key or damaged data
+  0 done, 1 failed, a damaged header, or `doctor` found a danger,
+  2 usage or no LUKS header, 3 daemon unreachable,
+  4 wrong key or damaged data: which of the two, nobody can tell
 
 EXAMPLES
   Make a volume, give it a second passphrase, and keep a copy of its header:
@@ -51,8 +53,9 @@ Makes a new LUKS header with one keyslot on an existing file or block device.
 Only the header is written. What stood in the data area before is not overwritten: read through the new volume it is \
 noise, and to whoever has the device it is still what it was. `cryptctl encrypt` makes header and data in one go.
 
-A file that is not empty where the header goes, a device with a known signature, and an existing header file are refused \
-without --force; a device in use always is.";
+Everything up to where the data begins is overwritten. Unless that, and the first 16 MiB, is zeros, VOLUME is refused without --force; so is a \
+device with a known signature anywhere, and an existing header file. A device in use always is. Of a file nobody knows who \
+uses it: a job that reads it, or a mapping through a loop device, does not keep it from being formatted, nor from `erase`.";
 
 /// The end of `luks format --help`
 pub const FORMAT_AFTER: &str = "\
@@ -63,7 +66,7 @@ EXAMPLES
 
   A header in a file of its own, so that the device holds nothing but data:
     cryptctl luks format /dev/vdb --header vdb.header --key file:vdb.key
-    cryptctl encrypt - /dev/vdb --header other.header --key file:vdb.key
+    sudo cryptsetup open /dev/vdb vol --header vdb.header --key-file vdb.key
 
   LUKS1, for programs that know no other:
     cryptctl luks format vol.luks --format luks1 --key file:vol.key \\
@@ -87,7 +90,8 @@ EXAMPLES
   cryptctl luks dump vol.header
 
 EXIT STATUS
-  0 done, 1 failed, 2 usage or no LUKS header, 3 daemon unreachable";
+  0 done, 1 failed or damaged, 2 usage or no LUKS header,
+  3 daemon unreachable";
 
 /// `luks open-test --help`
 pub const OPEN_TEST: &str = "\
@@ -103,15 +107,18 @@ EXAMPLES
     echo 'keyslot 2 is up to date'
 
 EXIT STATUS
-  0 it opens, 1 failed, 2 usage, 3 daemon unreachable,
-  4 wrong key or damaged data";
+  0 it opens, 1 failed or damaged, 2 usage or no LUKS header,
+  3 daemon unreachable, 4 wrong key or damaged data";
 
 /// `luks add-key --help`
 pub const ADD_KEY: &str = "\
 Adds a passphrase in a free keyslot. One that opens the volume is needed, or the volume key.
 
 The volume key stays what it is: whoever had a passphrase once may have kept the volume key, and removing the \
-passphrase does not take that away.";
+passphrase does not take that away.
+
+A new passphrase that is the one given with --key is warned about. Whether it opens yet another keyslot is not looked for, \
+which would take as long as unlocking each; `open-test` does.";
 
 /// The end of `luks add-key --help`
 pub const ADD_KEY_AFTER: &str = "\
@@ -127,7 +134,8 @@ EXAMPLES
       --pbkdf pbkdf2 --pbkdf-force-iterations 1000
 
 EXIT STATUS
-  0 done, 1 failed or no keyslot free, 2 usage, 3 daemon unreachable,
+  0 done, 1 failed, damaged or no keyslot free,
+  2 usage or no LUKS header, 3 daemon unreachable,
   4 wrong key or damaged data";
 
 /// `luks remove-key --help`
@@ -147,8 +155,8 @@ EXAMPLES
   cryptctl luks remove-key vol.luks --key-slot 3 --key prompt
 
 EXIT STATUS
-  0 done, 1 failed or refused, 2 usage, 3 daemon unreachable,
-  4 wrong key or damaged data";
+  0 done, 1 failed, damaged or refused, 2 usage or no LUKS header,
+  3 daemon unreachable, 4 wrong key or damaged data";
 
 /// `luks change-key --help`
 pub const CHANGE_KEY: &str = "\
@@ -164,15 +172,18 @@ EXAMPLES
     --key-slot 1
 
 EXIT STATUS
-  0 done, 1 failed, 2 usage, 3 daemon unreachable,
-  4 wrong key or damaged data";
+  0 done, 1 failed or damaged, 2 usage or no LUKS header,
+  3 daemon unreachable, 4 wrong key or damaged data";
 
 /// `luks convert-kdf --help`
 pub const CONVERT_KDF: &str = "\
 Keeps a passphrase, but derives its key in another way, or at another cost.
 
-Without options: what a new keyslot would get here, argon2id that takes two seconds. Worth it when a volume moves to a \
-faster or a much smaller machine, or when a program knows only pbkdf2.";
+Without options: what a new keyslot would get here, argon2id that takes two seconds, or with LUKS1 pbkdf2, which is all \
+that LUKS1 has. Worth it when a volume moves to a faster or a much smaller machine, or when a program knows only pbkdf2.
+
+As with `change-key`, a new keyslot is made before the old one is destroyed, so one must be free. With LUKS2 it gets the old \
+one's number; with LUKS1 its number is another.";
 
 /// The end of `luks convert-kdf --help`
 pub const CONVERT_KDF_AFTER: &str = "\
@@ -181,8 +192,8 @@ EXAMPLES
   cryptctl luks convert-kdf vol.luks --key prompt --pbkdf-memory 65536
 
 EXIT STATUS
-  0 done, 1 failed, 2 usage, 3 daemon unreachable,
-  4 wrong key or damaged data";
+  0 done, 1 failed or damaged, 2 usage or no LUKS header,
+  3 daemon unreachable, 4 wrong key or damaged data";
 
 /// `luks header-backup --help`
 pub const HEADER_BACKUP: &str = "\
@@ -198,7 +209,8 @@ EXAMPLES
   cryptctl decrypt /dev/vdb disk.img --header vdb.header --key prompt
 
 EXIT STATUS
-  0 done, 1 failed, 2 usage, 3 daemon unreachable";
+  0 done, 1 failed or damaged, 2 usage or no LUKS header,
+  3 daemon unreachable";
 
 /// `luks header-restore --help`
 pub const HEADER_RESTORE: &str = "\
@@ -214,14 +226,15 @@ EXAMPLES
     cryptctl luks header-restore vol.luks vol.header
 
 EXIT STATUS
-  0 done, 1 failed or refused, 2 usage, 3 daemon unreachable";
+  0 done, 1 failed, damaged or refused, 2 usage or FILE is no header,
+  3 daemon unreachable";
 
 /// `luks erase --help`
 pub const ERASE: &str = "\
 Destroys every keyslot: the quick way to make a whole volume unreadable.
 
 The data stays, encrypted with a volume key that nobody has any more, unless there is a header backup. Asks on the \
-terminal first, naming volume and UUID, unless --yes-destroy-all-keys.";
+terminal first, naming volume and UUID, unless --yes-destroy-all-keys. A file that a job is reading meanwhile is not spared.";
 
 /// The end of `luks erase --help`
 pub const ERASE_AFTER: &str = "\
@@ -230,7 +243,9 @@ EXAMPLES
   cryptctl luks erase /dev/vdb --yes-destroy-all-keys
 
 EXIT STATUS
-  0 done, 1 failed or not confirmed, 2 usage, 3 daemon unreachable";
+  0 done, 1 failed, damaged or not confirmed,
+  2 usage, no terminal to ask on, or no LUKS header,
+  3 daemon unreachable";
 
 /// `luks token --help`
 pub const TOKEN: &str = "\
@@ -254,7 +269,8 @@ EXAMPLES
     cryptctl luks token remove vol.luks --token-id 1
 
 EXIT STATUS
-  0 done, 1 failed or no such token, 2 usage, 3 daemon unreachable";
+  0 done, 1 failed, damaged or no such token,
+  2 usage or no LUKS header, 3 daemon unreachable";
 
 /// `luks repair --help`
 pub const REPAIR: &str = "\
@@ -262,17 +278,18 @@ Repairs a header as far as that can be done without guessing.
 
 LUKS2: a damaged or obsolete copy of the header is written anew from the good one. LUKS1: what is known to go wrong in \
 its fields is corrected. With --dry-run it is only said what would be done. Damaged keyslots cannot be repaired, only \
-restored from a backup: make one before you repair anything.";
+restored from a backup that was made while they were whole. Keep a copy of the bytes before you repair anything; \
+`header-backup` copies only headers that can be read.";
 
 /// The end of `luks repair --help`
 pub const REPAIR_AFTER: &str = "\
 EXAMPLES
   cryptctl luks repair vol.luks --dry-run
-  cryptctl luks header-backup vol.luks before.header &&
-    cryptctl luks repair vol.luks
+  head -c 16M vol.luks > before.bytes && cryptctl luks repair vol.luks
 
 EXIT STATUS
-  0 done or nothing to do, 1 failed, 2 usage, 3 daemon unreachable";
+  0 done or nothing to do, 1 failed or beyond repair,
+  2 usage or no LUKS header, 3 daemon unreachable";
 
 /// `luks doctor --help`
 pub const DOCTOR: &str = "\
@@ -291,5 +308,5 @@ EXAMPLES
   done
 
 EXIT STATUS
-  0 no danger found, 1 danger found, or failed, 2 usage or no LUKS header,
-  3 daemon unreachable";
+  0 no danger found, 1 danger found, damaged or failed,
+  2 usage or no LUKS header, 3 daemon unreachable";

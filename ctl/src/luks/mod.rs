@@ -66,7 +66,7 @@ fn settle(opened: &mut Opened, client: &mut Client) -> Result<()> {
         return Ok(());
     }
     let (request, descriptors) = opened.preliminary();
-    let (reply, _) = client.call(Call::Luks(Box::new(request)), &descriptors)?;
+    let (reply, _) = client.call(Call::Luks(Box::new(request)), &descriptors).map_err(in_our_words)?;
     drop(descriptors);
     let proto::Reply::Luks(reply) = reply else { return Err(out_of_turn()) };
     let Reply::Dump(dump) = *reply else { return Err(out_of_turn()) };
@@ -81,11 +81,12 @@ fn confirm_erasing(name: &str, dump: &Dump) -> Result<()> {
         "Every keyslot of {name} (UUID {}) will be destroyed. Without a header backup nobody reads its data again.",
         dump.summary.uuid
     ));
-    match prompt::question(&format!("{text}\nType YES to go on: "))? {
-        Some(answer) if answer == "YES" => Ok(()),
-        Some(_) => Err(Error::new(ErrorKind::Cancelled, format!("{name} was left as it is"))),
-        None => Err(Error::usage("erase asks first, and there is no terminal to ask on")
-            .hint("--yes-destroy-all-keys does it without asking")),
+    let answer = prompt::question("erase asks first", &format!("{text}\nType YES to go on: "))
+        .map_err(|error| error.hint("--yes-destroy-all-keys does it without asking"))?;
+    if answer == "YES" {
+        Ok(())
+    } else {
+        Err(Error::new(ErrorKind::Cancelled, format!("{name} was left as it is")))
     }
 }
 
@@ -124,9 +125,31 @@ fn carry_out(
         Err(error) => {
             // The daemon undid what it had; what it could not, we can.
             partials.iter().filter_map(PartialFile::abandon).for_each(|what| note(&what));
-            Err(error.doubted(doubt))
+            Err(in_our_words(error).doubted(doubt))
         }
     }
+}
+
+/// What the daemon advises without knowing our options, and the option that does it.
+const ADVICE: [(&str, &str); 4] = [
+    ("say that the last one may go", "use --last-key-destroy-data"),
+    (
+        "say that it may be another's to restore it all the same",
+        "--replace-other-header restores it all the same",
+    ),
+    ("say that it may be replaced", "use --token-replace"),
+    // Right for a job; no verb here has a format without a header.
+    ("a volume without a header is opened with --format raw and its cipher; ", ""),
+];
+
+/// A refusal whose hint names our options.
+fn in_our_words(mut error: Error) -> Error {
+    if let Some(hint) = &mut error.failure.hint {
+        for (said, option) in ADVICE {
+            *hint = hint.replace(said, option);
+        }
+    }
+    error
 }
 
 /// Ask and wait for the answer, however long a key derivation takes. A signal hangs up, upon which the daemon gives up if
@@ -205,7 +228,7 @@ fn show(verb: &Luks, reply: &Reply, text: &str, global: &Global) -> Result<Exit>
         {
             Ok(Exit::Failed)
         }
-        _ => Ok(Exit::Done),
+        _ => output.end().map(|()| Exit::Done),
     }
 }
 

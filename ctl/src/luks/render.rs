@@ -127,7 +127,12 @@ fn segments(segments: &[Segment], colour: bool) -> String {
                 segment.offset.to_string(),
                 segment.size.map_or_else(|| "to the end".to_owned(), |bytes| bytes.to_string()),
                 if_encrypted(printable(&segment.cipher)),
-                if segment.key_bits == 0 { "-".to_owned() } else { segment.key_bits.to_string() },
+                match segment.key_bits {
+                    // LUKS2 tells it nowhere but in the keyslots.
+                    0 if encrypted => "unknown".to_owned(),
+                    0 => "-".to_owned(),
+                    bits => bits.to_string(),
+                },
                 if_encrypted(segment.data_unit.to_string()),
                 if_encrypted(segment.tweak_offset.to_string()),
                 dashed(&segment.flags),

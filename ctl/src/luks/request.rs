@@ -6,9 +6,12 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use proto::ErrorKind;
 use proto::luks::{self, Operation, Request};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use crate::endpoint::{self, Access, End, Sink};
 use crate::luks::args::{At, Erase, Luks, Token, TokenAdd};
@@ -88,14 +91,17 @@ pub fn open(verb: &Luks) -> Result<Opened> {
             };
             let refs = wanted.parse()?;
             let volume = endpoint::open_volume(&args.volume, "VOLUME", Access::Replace)?;
-            let written = match &args.new.header {
-                Some(path) => Some(endpoint::inspect_header(path, "--header", &volume, args.force)?),
-                None if args.force => None,
-                None => {
-                    refuse_content(&volume)?;
-                    None
+            let header_path = args.new.header.as_deref();
+            let written = header_path.map(|path| new_header(path, &volume, args.force)).transpose()?;
+            if !args.force {
+                let end = overwritten(&header);
+                match &written {
+                    // With the header elsewhere, nothing is written to the volume.
+                    Some(Sink::Open(end_of_header)) => refuse_content(end_of_header, end)?,
+                    Some(Sink::New(_)) => {}
+                    None => refuse_content(&volume, end)?,
                 }
-            };
+            }
             let operation = Operation::Format { new: Box::new(header), key_fd: 0 };
             let mut opened = Opened::new(volume, operation);
             opened.written = written;
@@ -185,8 +191,8 @@ pub fn open(verb: &Luks) -> Result<Opened> {
         }
         Luks::Token(Token::List(at)) => simple(at, Access::Read, Operation::TokenList {}, &Wanted::default()),
         Luks::Repair(args) => {
-            let operation = Operation::Repair { dry_run: args.dry_run };
-            simple(&args.at, Access::Change, operation, &Wanted::default())
+            let access = if args.dry_run { Access::Read } else { Access::Change };
+            simple(&args.at, access, Operation::Repair { dry_run: args.dry_run }, &Wanted::default())
         }
         Luks::Doctor(args) => {
             let wanted = Wanted { key: args.key.as_ref(), ..Wanted::default() };
@@ -262,35 +268,59 @@ impl Wanted<'_> {
     }
 }
 
-/// A file is formatted without a word if it is nothing but zeros where a header goes; a device, if nothing known is on it.
-fn refuse_content(volume: &End) -> Result<()> {
-    let file = volume.fd.try_clone().map(File::from);
-    let file = file.map_err(|error| Error::io("cannot inspect", &volume.name, error))?;
+/// Where a new header is to be written, if not in front of the data.
+fn new_header(path: &Path, volume: &End, force: bool) -> Result<Sink> {
+    if std::fs::metadata(path).is_ok_and(|found| volume.is(&found)) {
+        return Err(Error::usage(format!("--header: {} is VOLUME itself", path.display()))
+            .hint("leave --header out to have the header in front of the data"));
+    }
+    endpoint::inspect_header(path, "--header", volume, force)
+}
+
+/// The end of what `format` writes from byte 0 on, in bytes, never less: everything up to the data, which the daemon puts at
+/// 16 MiB or before unless it is told other sizes.
+fn overwritten(new: &luks::New) -> u64 {
+    const USUAL: u64 = 16 << 20;
+    let copies = 2 * new.metadata_bytes.unwrap_or(0);
+    USUAL.max(new.data_offset.unwrap_or(0)).max(copies + new.keyslots_bytes.unwrap_or(0))
+}
+
+/// What will be written over must be zeros, all of it: a volume with its header elsewhere, or a raw one, has no signature. A
+/// device may have one at its end as well, which tells what the whole is.
+fn refuse_content(target: &End, end: u64) -> Result<()> {
+    let file = target.fd.try_clone().map(File::from);
+    let file = file.map_err(|error| Error::io("cannot inspect", &target.name, error))?;
     let holds = |what: &str| {
-        Error::new(ErrorKind::Conflict, format!("{} holds {what}", volume.name))
+        Error::new(ErrorKind::Conflict, format!("{} holds {what}", target.name))
             .hint("--force makes a volume of it; what it holds is lost")
     };
-    if volume.is_file() {
-        let zeros = is_zero(&file).map_err(|error| Error::io("cannot read", &volume.name, error))?;
-        if zeros {
-            return Ok(());
-        }
-        // The refusal stands whether or not the content has a name.
-        let found = signature::probe(&file, &volume.name).ok().flatten();
-        return Err(holds(found.as_deref().unwrap_or("data")));
+    let zeros = is_zero(&file, end).map_err(|error| Error::io("cannot read", &target.name, error))?;
+    if zeros && target.is_file() {
+        return Ok(());
     }
-    match signature::probe(&file, &volume.name)? {
-        Some(found) => Err(holds(&found)),
-        None => Ok(()),
+    match signature::probe(&file, &target.name) {
+        Ok(Some(found)) => Err(holds(&found)),
+        // The refusal stands whether or not the content has a name.
+        _ if !zeros => Err(holds("data")),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
-/// Are the first 16 MiB, where a header of the usual size goes, zeros or a hole?
-fn is_zero(file: &File) -> std::io::Result<bool> {
-    let mut chunk = vec![0; 64 << 10];
+/// Are the bytes before `end` zeros, or holes, as far as there are any?
+fn is_zero(file: &File, end: u64) -> std::io::Result<bool> {
+    let mut chunk = vec![0; 1 << 20];
     let mut offset = 0;
-    while offset < 16 << 20 {
-        match file.read_at(&mut chunk, offset) {
+    while offset < end {
+        // Holes need not be read. Who cannot tell them has none: a device, some filesystems.
+        match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+            Ok(data) => offset = data,
+            Err(Errno::NXIO) if file.metadata()?.is_file() => return Ok(true),
+            Err(_) => {}
+        }
+        let most = end.saturating_sub(offset).min(1 << 20);
+        let most = usize::try_from(most).expect("a chunk");
+        match file.read_at(&mut chunk[..most], offset) {
             Ok(0) => break,
             Ok(count) if chunk[..count].iter().any(|byte| *byte != 0) => return Ok(false),
             Ok(count) => offset += u64::try_from(count).expect("a chunk"),
@@ -338,6 +368,14 @@ impl Opened {
         self.doubt = self.key.as_mut().and_then(|key| key.doubt.take());
         // One file may be both the old and the new key's place.
         self.warnings.dedup();
+        if let (Operation::AddKey { .. }, Some(key), Some(new)) = (&self.operation, &self.key, &self.new_key)
+            && key.is_same_as(new)
+        {
+            self.warnings.push(
+                "the new passphrase is the one that opens the volume already: it gets a second keyslot"
+                    .to_owned(),
+            );
+        }
         Ok(self)
     }
 

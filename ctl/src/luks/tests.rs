@@ -99,6 +99,35 @@ fn a_wrong_key_ends_with_four_and_the_newline_explains_it() {
 }
 
 #[test]
+fn a_refusal_names_the_option_that_allows_it() {
+    let dir = tempfile::tempdir().expect("dir");
+    let volume = "a volume without a header is opened with --format raw and its cipher; a detached header is named with --header";
+    for (args, said, shown) in [
+        (
+            "remove-key @/vol --key-slot 0",
+            "add another passphrase first, or say that the last one may go",
+            "add another passphrase first, or use --last-key-destroy-data",
+        ),
+        (
+            "header-restore @/vol @/key",
+            "only if it belongs to it; say that it may be another's to restore it all the same",
+            "only if it belongs to it; --replace-other-header restores it all the same",
+        ),
+        (
+            "token add @/vol --key-ref file:/k --key-slot 0 --token-id 1",
+            "say that it may be replaced, or leave the number out",
+            "use --token-replace, or leave the number out",
+        ),
+        ("dump @/vol", volume, "a detached header is named with --header"),
+    ] {
+        let refusal =
+            format!(r#"{{"v":1,"id":2,"error":{{"kind":"conflict","message":"m","hint":"{said}"}}}}"#);
+        let error = against(dir.path(), args, &[HELLO, &refusal], 0).0.expect_err("refused");
+        assert_eq!(error.failure.hint.as_deref(), Some(shown), "{args}");
+    }
+}
+
+#[test]
 fn an_answer_to_another_question_is_not_shown_as_if_it_fitted() {
     let dir = tempfile::tempdir().expect("dir");
     let tokens = reply(2, r#"{"tokens":{}}"#);

@@ -3,17 +3,24 @@
 //! The fields of ours and their rules are the daemon's to define and to check; what can be wrong in what was typed is said here,
 //! without repeating it: it may be the passphrase itself.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::endpoint;
 use crate::report::{Error, Result};
 
-/// A token is part of a request line, and of a header's JSON.
-const MAX_TOKEN: u64 = 48 << 10;
+/// Longest text that is read: no token larger than a request line gets to the daemon. How much the header has room for, the
+/// daemon says.
+const MAX_TEXT: u64 = proto::MAX_LINE as u64;
+/// Most values inside one another in a token, itself counted: with the two objects it stands in these are the 32 that
+/// cryptsetup reads in a header. Of a header with more it knows nothing any longer.
+const MAX_LEVELS: usize = 30;
 
 /// A calendar day as `YYYY-MM-DD`: the Unix time of its beginning, UTC.
 pub fn parse_date(text: &str) -> Result<u64, String> {
@@ -93,16 +100,21 @@ pub fn read(path: &Path) -> Result<Value> {
     } else {
         Box::new(File::open(path).map_err(failed)?)
     };
-    from.take(MAX_TOKEN + 1).read_to_end(&mut text).map_err(failed)?;
+    from.take(MAX_TEXT + 1).read_to_end(&mut text).map_err(failed)?;
     parse(&text, &shown.to_string())
 }
 
 fn parse(text: &[u8], shown: &str) -> Result<Value> {
     let cannot = |why: String| Error::usage(format!("{shown}: {why}"));
-    if u64::try_from(text.len()).map_or(true, |length| length > MAX_TOKEN) {
-        return Err(cannot(format!("a token is at most {} KiB", MAX_TOKEN >> 10)));
+    if u64::try_from(text.len()).map_or(true, |length| length > MAX_TEXT) {
+        return Err(cannot(format!("longer than the {MAX_TEXT} bytes of a request")));
     }
     let value: Value = serde_json::from_slice(text).map_err(|error| cannot(format!("not JSON: {error}")))?;
+    // What one reader takes the first of and another the last is not stored at all.
+    serde_json::from_slice::<NamedOnce>(text).map_err(|error| cannot(error.to_string()))?;
+    if levels(&value) > MAX_LEVELS {
+        return Err(cannot(format!("more than {MAX_LEVELS} values inside one another")));
+    }
     let hint = r#"such as {"type":"NAME","keyslots":["0"],…}"#;
     let Some(object) = value.as_object() else {
         return Err(cannot("not a JSON object".to_owned()).hint(hint));
@@ -111,6 +123,74 @@ fn parse(text: &[u8], shown: &str) -> Result<Value> {
         return Err(cannot("a token needs a `type` that is text".to_owned()).hint(hint));
     }
     Ok(value)
+}
+
+/// Values inside one another, the outermost counted. The parser has bounded them.
+fn levels(value: &Value) -> usize {
+    let inner = match value {
+        Value::Array(list) => list.iter().map(levels).max(),
+        Value::Object(object) => object.values().map(levels).max(),
+        _ => None,
+    };
+    1 + inner.unwrap_or(0)
+}
+
+/// Any JSON value in which no object has a name twice.
+struct NamedOnce;
+
+impl<'de> Deserialize<'de> for NamedOnce {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NamedOnceVisitor)
+    }
+}
+
+struct NamedOnceVisitor;
+
+impl<'de> Visitor<'de> for NamedOnceVisitor {
+    type Value = NamedOnce;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_unit<E>(self) -> Result<NamedOnce, E> {
+        Ok(NamedOnce)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<NamedOnce, A::Error> {
+        while list.next_element::<NamedOnce>()?.is_some() {}
+        Ok(NamedOnce)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<NamedOnce, A::Error> {
+        let mut names = HashSet::new();
+        while let Some((name, NamedOnce)) = object.next_entry::<String, NamedOnce>()? {
+            if !names.insert(name) {
+                return Err(A::Error::custom("an object has a name twice"));
+            }
+        }
+        Ok(NamedOnce)
+    }
 }
 
 /// Our own token: `key_ref` names where the passphrase of `keyslots` is kept since `now`, `rotate_by` the Unix time by
@@ -242,8 +322,41 @@ mod tests {
             let error = parse(bad.as_bytes(), "t").expect_err(bad);
             assert_eq!(error.exit as u8, 2, "{error}");
         }
-        let long = format!(r#"{{"type":"x","keyslots":[],"y":"{}"}}"#, "z".repeat(48 << 10));
-        assert!(parse(long.as_bytes(), "t").expect_err("long").to_string().contains("at most 48 KiB"));
+        let long = format!(r#"{{"type":"x","keyslots":[],"y":"{}"}}"#, "z".repeat(proto::MAX_LINE));
+        assert!(parse(long.as_bytes(), "t").expect_err("long").to_string().contains("longer than the 65536"));
+    }
+
+    #[test]
+    fn a_name_that_stands_twice_is_refused_wherever_it_stands() {
+        for bad in [
+            r#"{"type":"x","keyslots":[],"type":"y"}"#,
+            r#"{"type":"x","a":[1,{"b":1.5e3,"c":null,"b":2}]}"#,
+            r#"{"type":"x","a":{"b":{},"\u0062":-1}}"#,
+        ] {
+            let error = parse(bad.as_bytes(), "t").expect_err(bad);
+            assert!(error.to_string().contains("t: an object has a name twice"), "{error}");
+            assert_eq!(error.exit as u8, 2, "{error}");
+        }
+        let good = r#"{"type":"x","a":{"type":true},"b":[{"c":1},{"c":"y"},-3,1.5,null]}"#;
+        assert!(parse(good.as_bytes(), "t").is_ok());
+    }
+
+    #[test]
+    fn a_token_is_no_deeper_than_cryptsetup_reads() {
+        let nested = |arrays: usize, inmost: &str| {
+            let (open, close) = ("[".repeat(arrays), "]".repeat(arrays));
+            parse(format!(r#"{{"type":"x","n":{open}{inmost}{close}}}"#).as_bytes(), "t")
+        };
+        // As cryptsetup 2.6 and its json-c have it: a value in the inmost array is a level too.
+        for (arrays, inmost, good) in
+            [(28, "1", true), (29, "", true), (29, "1", false), (30, "", false), (60, "", false)]
+        {
+            assert_eq!(nested(arrays, inmost).is_ok(), good, "{arrays} {inmost:?}");
+        }
+        let error = nested(30, "").expect_err("deep");
+        assert!(error.to_string().contains("more than 30 values inside one another"), "{error}");
+        assert!(nested(100_000, "").expect_err("deeper").to_string().contains("longer than"));
+        assert!(nested(20_000, "").expect_err("deep").to_string().contains("not JSON"));
     }
 
     #[test]

@@ -85,6 +85,7 @@ fn only_reads(operation: &Operation) -> bool {
         | Operation::OpenTest { .. }
         | Operation::HeaderBackup { .. }
         | Operation::TokenList {}
+        | Operation::Repair { dry_run: true }
         | Operation::Doctor { .. } => true,
         Operation::Format { .. }
         | Operation::AddKey { .. }
@@ -95,7 +96,7 @@ fn only_reads(operation: &Operation) -> bool {
         | Operation::Erase { .. }
         | Operation::TokenAdd { .. }
         | Operation::TokenRemove { .. }
-        | Operation::Repair { .. } => false,
+        | Operation::Repair { dry_run: false } => false,
     }
 }
 

@@ -127,6 +127,15 @@ no keyslot is in use: only the volume key or a header backup opens it
 }
 
 #[test]
+fn the_size_of_a_key_that_no_keyslot_tells_is_unknown() {
+    let mut header = luks2().summary;
+    header.segments[0].key_bits = 0;
+    let text = summary(&header, false);
+    assert!(text.contains("CIPHER               KEY  UNIT"), "{text}");
+    assert!(text.contains("aes-xts-plain64  unknown  4096"), "{text}");
+}
+
+#[test]
 fn a_segment_that_is_not_encrypted_has_no_cipher() {
     let mut header = luks2().summary;
     header.requirements = vec!["online-reencrypt-v2".into()];

@@ -80,6 +80,7 @@ fn a_look_is_read_only_and_a_change_is_not() {
         ("token remove @/vol --token-id 0", true),
         ("token add @/vol --key-ref file:/k --key-slot 0", true),
         ("repair @/vol", true),
+        ("repair @/vol --dry-run", false),
         ("format @/vol --key file:@/key", true),
     ] {
         let opened = typed(dir.path(), args).unwrap_or_else(|error| panic!("{args}: {error}"));
@@ -203,6 +204,62 @@ fn what_holds_data_is_formatted_only_when_told_so() {
 }
 
 #[test]
+fn all_that_will_be_overwritten_is_looked_at() {
+    const MIB: u64 = 1 << 20;
+    let dir = place();
+    let file = File::create_new(dir.path().join("far")).expect("create");
+    file.set_len(300 * MIB).expect("size");
+    let holds = |args: &str| {
+        let args = format!("format @/far --key file:@/key {args}");
+        match typed(dir.path(), &args) {
+            Ok(_) => false,
+            Err(error) => {
+                assert!(error.to_string().contains("far holds data\nhint: --force"), "{args}: {error}");
+                assert_eq!(error.exit as u8, 1, "{args}: {error}");
+                true
+            }
+        }
+    };
+    for (at, options, kept) in [
+        (16 * MIB - 1, "", true),
+        (16 * MIB, "", false),
+        (16 * MIB, "--luks2-keyslots-size 128M", true),
+        (128 * MIB + (32 << 10) - 1, "--luks2-metadata-size 16k --luks2-keyslots-size 128M", true),
+        (128 * MIB + (32 << 10), "--luks2-metadata-size 16k --luks2-keyslots-size 128M", false),
+        (136 * MIB - 1, "--luks2-metadata-size 4M --luks2-keyslots-size 128M", true),
+        (64 * MIB - 1, "--data-offset 64M", true),
+        (64 * MIB, "--data-offset 64M", false),
+        (64 * MIB - 1, "--format luks1 --data-offset 64M", true),
+        (299 * MIB, "--data-offset 1G", true),
+        (64 * MIB - 1, "--data-offset 64M --force", false),
+        (0, "--header @/fresh", false),
+    ] {
+        file.write_all_at(&[1], at).expect("write");
+        assert_eq!(holds(options), kept, "a byte at {at}, {options:?}");
+        // Not a hole any more, and zeros all the same.
+        file.write_all_at(&[0], at).expect("write");
+        assert!(!holds(options), "zeros at {at}, {options:?}");
+    }
+}
+
+#[test]
+fn one_passphrase_in_two_keyslots_is_told_of() {
+    let dir = place();
+    std::fs::write(dir.path().join("longer"), "older").expect("write");
+    for (args, told) in [
+        ("add-key @/vol --key file:@/key --new-key file:@/key", true),
+        ("add-key @/vol --key file:@/key --new-key file:@/new", false),
+        ("add-key @/vol --key file:@/key --new-key file:@/longer", false),
+        ("add-key @/vol --volume-key file:@/vk --new-key file:@/key", false),
+        ("change-key @/vol --key file:@/key --new-key file:@/key", false),
+    ] {
+        let opened = typed(dir.path(), args).unwrap_or_else(|error| panic!("{args}: {error}"));
+        let found = opened.warnings.iter().any(|warning| warning.contains("gets a second keyslot"));
+        assert_eq!(found, told, "{args}: {:?}", opened.warnings);
+    }
+}
+
+#[test]
 fn what_is_not_a_file_with_a_header_is_refused_by_name() {
     let dir = place();
     for (args, words, status) in [
@@ -218,7 +275,7 @@ fn what_is_not_a_file_with_a_header_is_refused_by_name() {
         ("header-backup @/vol @/head", "exists and is not empty", 1),
         ("header-restore @/vol @/vol", "is both source and sink", 2),
         ("header-restore @/vol @/none", "no such file", 1),
-        ("format @/vol --key file:@/key --header @/vol", "is both source and sink", 2),
+        ("format @/vol --key file:@/key --header @/vol", "is VOLUME itself", 2),
     ] {
         let error = refused(dir.path(), args);
         assert!(error.to_string().contains(words), "{args}: {error}");
