@@ -460,8 +460,9 @@ pub struct Repaired {
 /// What there is to say about a volume.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Doctor {
-    /// The header in short, with unlock times.
-    pub summary: Summary,
+    /// The header in short, with unlock times; absent where none can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<Summary>,
     /// Header copies, re-encryption state, weak settings, conventions: worst first.
     pub findings: Vec<Finding>,
     /// Who can open it, and why not.

@@ -75,22 +75,31 @@ fn header_device(detached: Option<&Arc<Device>>, end: &End) -> Result<Blocking> 
     }
 }
 
-/// Where the data of an existing volume lies, by its header on a device that can be read by offset, with writers of it kept out.
+/// Where the data of an existing volume lies, by its header on a device that can be read by offset, with writers of it kept out; and
+/// the volume's UUID.
 ///
 /// # Errors
 /// As [`Header::load`] and [`Header::data_areas`]; `Conflict`: somebody is writing it.
-pub fn look(device: &Device, detached: bool) -> Result<Geometry> {
+pub fn look(device: &Device, detached: bool) -> Result<(Geometry, String)> {
     device.disable_direct();
     let mut blocking = Blocking::open(device.file().clone(), device.name(), 1)?;
     let lock = store::lock(device.file(), device.name(), false)?;
     let header = Header::load(&mut blocking)?;
     drop(lock);
-    geometry_of(&header, detached).map_err(|error| error.at(device.name()))
+    let geometry = geometry_of(&header, detached).map_err(|error| error.at(device.name()))?;
+    Ok((geometry, header.uuid().to_owned()))
+}
+
+/// The UUID of the header that `device` itself begins with, if it has one that can be read.
+pub fn own_uuid(device: &Device) -> Option<String> {
+    let mut blocking =
+        Blocking::open(device.file().clone(), device.name(), device.direct_alignment().unwrap_or(1)).ok()?;
+    Header::load(&mut blocking).ok().map(|header| header.uuid().to_owned())
 }
 
 /// Where the data lies by this header.
 fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
-    let geometry = Geometry::new(header.data_areas()?)?;
+    let geometry = header.data_areas().and_then(Geometry::new).map_err(Error::as_damage)?;
     if detached {
         return Ok(geometry);
     }

@@ -123,7 +123,10 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     refuse_same(&source, &sink, &opened.encrypted)?;
     let geometry = opened.geometry.as_ref();
 
-    let sizes = check_sizes(work, &source, &sink, geometry, &tuning)?;
+    let is_luks = opened.segments.is_none();
+    // Without a header it is the caller who says what the volume is like.
+    let sizes = check_sizes(work, &source, &sink, geometry, &tuning)
+        .map_err(|error| if is_luks && work == Work::Decrypt { error.as_damage() } else { error })?;
     let new_file = action != Action::Verify && is_file(&sink);
     if new_file && sink.size() != Some(0) {
         // A replacement is written beside the old file, see `Names`; nothing is ever written over.
@@ -158,6 +161,11 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     }
     transfer.gate.set_rate(bytes_per_second);
     let mut warnings = opened.warnings;
+    if is_luks && work == Work::Decrypt && sizes.volume == Some(0) {
+        warnings.push(
+            "the volume has no data: it ends where its data begins, as a header backup does".to_owned(),
+        );
+    }
     if tuning.direct == Some(true) && (align.source == 1 || align.sink == 1) {
         warnings.push("direct I/O was asked for, but not both ends can do it".to_owned());
     }
@@ -223,11 +231,25 @@ fn open_volume(
                 }
                 None => None,
             };
-            let geometry = match (&detached, side.is_stream()) {
+            let seen = match (&detached, side.is_stream()) {
                 (None, true) => None,
                 (Some(device), _) => Some(encrypted::look(device, true)?),
                 (None, false) => Some(encrypted::look(side, false)?),
             };
+            let mut warnings = Vec::new();
+            // Legal: data behind an old header that another, detached one replaces. More often a mistake.
+            if let (Some(header), Some((_, uuid))) = (&detached, &seen)
+                && !side.is_stream()
+                && encrypted::own_uuid(side).is_some_and(|own| own != *uuid)
+            {
+                warnings.push(format!(
+                    "{} has a LUKS header of its own, with another UUID than {}: if the two do not belong together, what comes \
+                     out is noise",
+                    side.name(),
+                    header.name()
+                ));
+            }
+            let geometry = seen.map(|(geometry, _)| geometry);
             let opened = encrypted::Open {
                 detached,
                 seen: geometry.clone(),
@@ -236,12 +258,7 @@ fn open_volume(
                 secret: Some(key),
                 fixed_bytes: None,
             };
-            Ok(Opened {
-                encrypted: Encrypted::Open(Box::new(opened)),
-                geometry,
-                segments: None,
-                warnings: Vec::new(),
-            })
+            Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None, warnings })
         }
         Format::NewLuks(_) if work != Work::Encrypt => {
             Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))

@@ -91,9 +91,9 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
     let held = store::lock_device(device, false)?;
     let header = match Header::load(device) {
         Ok(header) => header,
-        Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported) => {
-            let summary = damage::ruins(device, error, &mut report)?;
-            return Ok(Doctor { summary, findings: report.sorted(), tools: tools::of_ruins() });
+        Err(error) if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported) => {
+            damage::ruins(device, error, patient.header_bytes, &mut report)?;
+            return Ok(Doctor { summary: None, findings: report.sorted(), tools: tools::of_ruins() });
         }
         Err(error) => return Err(error),
     };
@@ -111,5 +111,5 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
         keyslot.unlock_seconds = settings::unlock_seconds(&header, keyslot.id);
     }
     let tools = tools::judge(&header, &summary, patient.is_detached, convention.as_ref());
-    Ok(Doctor { summary, findings: report.sorted(), tools })
+    Ok(Doctor { summary: Some(summary), findings: report.sorted(), tools })
 }

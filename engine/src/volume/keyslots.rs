@@ -431,7 +431,6 @@ fn opens_one_of(
         }
     }
     Err(Error::new(ErrorKind::WrongKey, WRONG_KEY)
-        .at(device.name())
         .hint("with a keyslot named, the passphrase must be of another one that stays"))
 }
 

@@ -52,7 +52,7 @@ pub struct Backup<'a> {
 /// Put a backup back (see the module head for the order). `capacity`: bytes of the header device, if it cannot grow.
 ///
 /// # Errors
-/// `Invalid`: the backup is damaged or of the wrong length. `Unsupported`: it is of a volume in re-encryption, or has other
+/// `Damaged`: the backup is damaged or of the wrong length. `Unsupported`: it is of a volume in re-encryption, or has other
 /// requirements. `Conflict`: it differs from what is on the volume in a way that decides over the data, or cannot be put back without
 /// risk, and `allow_other` is not set. `NoSpace`: the device is too small. Else of the devices.
 pub fn restore(
@@ -70,7 +70,7 @@ pub fn restore(
     }
     let old = match Header::load(device) {
         Ok(header) => Some(header),
-        Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported) => None,
+        Err(error) if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported) => None,
         Err(error) => return Err(error),
     };
     let differences = match &old {
@@ -126,7 +126,7 @@ impl Backup<'_> {
         let name = self.file.name().to_owned();
         let header = Header::load(self.file).map_err(|error| {
             if error.kind() == ErrorKind::Unsupported {
-                Error::new(ErrorKind::Invalid, "not a LUKS header backup").at(&name).because(error)
+                Error::new(ErrorKind::Damaged, "not a LUKS header backup").at(&name).because(error)
             } else {
                 error
             }
@@ -142,12 +142,12 @@ impl Backup<'_> {
         let needed = header_bytes(&header);
         if self.file_bytes < needed {
             let what = format!("the backup is cut off: {} bytes of {needed}", self.file_bytes);
-            return Err(Error::new(ErrorKind::Invalid, what).at(&name));
+            return Err(Error::new(ErrorKind::Damaged, what).at(&name));
         }
         if self.file_bytes > needed.saturating_add(SLACK) {
             let what =
                 format!("not a header backup: {} bytes where its header says {needed}", self.file_bytes);
-            return Err(Error::new(ErrorKind::Invalid, what).at(&name));
+            return Err(Error::new(ErrorKind::Damaged, what).at(&name));
         }
         Ok(header)
     }
