@@ -497,5 +497,5 @@ fn a_lock_keeps_others_out_and_ends_with_its_holder() {
     let exclusive = store::lock(file(), "volume", true).expect("locked");
     refusal(store::lock_within(file(), "volume", false, soon), ErrorKind::Conflict, &["locked"]);
     drop(exclusive);
-    store::lock_within(file(), "volume", false, soon).expect("free again");
+    drop(store::lock_within(file(), "volume", false, soon).expect("free again"));
 }
