@@ -333,7 +333,7 @@ fn a_change_that_fails_in_its_second_half_says_that_the_new_passphrase_opens_alr
                 break;
             };
             assert_eq!(error.kind(), ErrorKind::Io);
-            let says = error.chain().contains(&"opens keyslot 3, but keyslot 0");
+            let says = error.chain().contains("opens keyslot 3, but keyslot 0");
             // Of LUKS2, the header with the new keyslot may be there before its second copy fails to be written.
             assert!(!says || is_new, "{version:?}, write {nth}: {}", error.chain());
             named += u32::from(says);
