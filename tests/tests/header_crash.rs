@@ -486,6 +486,38 @@ fn a_restored_header_opens_with_the_set_of_before_or_of_the_backup() {
     }
 }
 
+/// LUKS1, with these keyslots and no other.
+fn only(slots: &[(&str, u32)]) -> Image {
+    volume_with(Version::Luks1, slots, |device| {
+        if slots.iter().all(|(_, id)| *id != 0) {
+            keyslots::remove(device, None, Some(0), false, &stay).map(drop).expect("removed");
+        }
+    })
+}
+
+#[test]
+fn a_luks1_restore_keeps_what_opens_across_both_sectors() {
+    // Keyslots of the backup, keyslots of the volume. Of 6 a part, and all of 7, lie in the second sector.
+    let cases: [(&[(&'static str, u32)], &[(&'static str, u32)]); 9] = [
+        (&[(ALICE, 1)], &[(CAROL, 6)]),
+        (&[(ALICE, 1)], &[(CAROL, 7)]),
+        (&[(ALICE, 6)], &[(CAROL, 1)]),
+        (&[(ALICE, 7)], &[(CAROL, 1)]),
+        (&[(ALICE, 6)], &[(CAROL, 6)]),
+        (&[(ALICE, 7)], &[(CAROL, 7)]),
+        (&[(ALICE, 6)], &[(CAROL, 7)]),
+        (&[(ALICE, 7)], &[(CAROL, 6)]),
+        (&[(ALICE, 6), (BOB, 7)], &[(CAROL, 6), ("dave's passphrase", 7)]),
+    ];
+    for (backup, now) in cases {
+        let names = |slots: &[(&'static str, u32)]| slots.iter().map(|slot| slot.0).collect::<Vec<_>>();
+        let (new, old) = (names(backup), names(now));
+        let act = |world: &World| restore(world, false);
+        let trial = trial(format!("restore {backup:?} over {now:?}"), only(now), &act, [&old, &new, &old]);
+        Trial { backup: Some(backup_of(&only(backup))), ..trial }.run();
+    }
+}
+
 #[test]
 fn a_restore_over_a_ruin_can_be_done_again() {
     for version in VERSIONS {

@@ -1,4 +1,5 @@
-//! The write orders of header changes. Every change of a header that exists goes through here.
+//! The write orders of header changes. Every header that is written goes through here: changed ones, and those that take the
+//! place of others (new ones, repaired ones, backups), for which the caller has judged what is there.
 //!
 //! What is assumed of a device: between two flushes it may write sectors in any order, in part or not at all; a sector of
 //! 512 bytes is written as a whole or not at all; after a flush everything before it is durable. What is promised: whenever
@@ -28,7 +29,8 @@
 //! 2. When keyslot 6 comes into use: sector 1, flush, sector 0, flush; its state is written when the rest of it is durable.
 //! 3. Otherwise: sector 0, flush, sector 1, flush; its state is gone before the rest of it.
 //!
-//! A sector that does not change is not written.
+//! A header that takes the place of another may change several keyslots at once, so neither order need be right: see
+//! [`luks1_order`], and the head of `backup::restore` for the way round. A sector that does not change is not written.
 //!
 //! # Material
 //! Nothing is written into a keyslot's place before the header was read once more and is the one that was loaded: the first
@@ -122,14 +124,28 @@ pub fn write_luks2(device: &mut Blocking, loaded: &mut Loaded) -> Result<()> {
     })?;
     renew_salts(&mut next)?;
     // Both are made before the first is written: what does not fit changes nothing.
-    let order = write_order(&loaded.health);
-    let copies = [next.header.to_bytes(order[0])?, next.header.to_bytes(order[1])?];
-    for (copy, bytes) in order.into_iter().zip(copies) {
-        device.write(next.header.offset(copy), &bytes)?;
-        device.flush()?;
-    }
+    let copies = [next.header.to_bytes(Copy::Primary)?, next.header.to_bytes(Copy::Secondary)?];
+    put_luks2(device, &next.header, &copies, &loaded.health)?;
     next.health = [Health::Good, Health::Good];
     *loaded = next;
+    Ok(())
+}
+
+/// Write both copies of a LUKS2 header over whatever is there, with the same order: first the one that `health`, of the
+/// header to go, says may be lost. To put a backup back; the caller has judged what is there.
+///
+/// # Errors
+/// Of the device.
+pub fn put_luks2(
+    device: &mut Blocking,
+    header: &luks2::Header,
+    copies: &[Vec<u8>; 2],
+    health: &[Health; 2],
+) -> Result<()> {
+    for copy in write_order(health) {
+        device.write(header.offset(copy), &copies[index(copy)])?;
+        device.flush()?;
+    }
     Ok(())
 }
 
@@ -212,8 +228,8 @@ pub fn write_luks1(device: &mut Blocking, before: &luks1::Header, after: &luks1:
     put_luks1(device, &bytes, &after.to_bytes(), straddler_comes)
 }
 
-/// Write a LUKS1 header over whatever is there, with the same order of sectors: sector 0 last. For a new volume, whose
-/// magic must not be there before the rest is, and to put a backup back.
+/// Write a LUKS1 header over whatever is there, sector 0 last. For a new volume, whose magic must not be there before the rest
+/// is, and for a repair.
 ///
 /// # Errors
 /// Of the device.
@@ -221,6 +237,49 @@ pub fn replace_luks1(device: &mut Blocking, header: &luks1::Header) -> Result<()
     let mut bytes = [0; luks1::HEADER_BYTES];
     device.read(0, &mut bytes)?;
     put_luks1(device, &bytes, &header.to_bytes(), true)
+}
+
+/// The sector of a LUKS1 header to be written first, with its flush, when one takes the place of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// The one with keyslots 0 to 5 and a part of 6.
+    Sector0,
+    /// The one with the rest.
+    Sector1,
+}
+
+/// An order of sectors in which every keyslot in use of `old`, or every one of `new`, opens between the two: that half of
+/// each is a valid header with the whole of one of these sets. `None`: there is no such order.
+#[must_use]
+pub fn luks1_order(old: &luks1::Header, new: &luks1::Header) -> Option<First> {
+    let (before, after) = (old.to_bytes(), new.to_bytes());
+    let between = |sector0: &[u8], sector1: &[u8]| {
+        luks1::Header::parse(&[&sector0[..SECTOR], &sector1[SECTOR..]].concat()).ok()
+    };
+    let keeps = |between: Option<luks1::Header>, whole: &luks1::Header| {
+        between.is_some_and(|between| {
+            let pairs = || between.keyslots.iter().zip(&whole.keyslots);
+            let same = pairs().all(|(half, keyslot)| !keyslot.active || half == keyslot);
+            same && luks1::Header { keyslots: whole.keyslots, ..between.clone() } == *whole
+        })
+    };
+    if keeps(between(&before, &after), old) {
+        Some(First::Sector1)
+    } else if keeps(between(&after, &before), new) {
+        Some(First::Sector0)
+    } else {
+        None
+    }
+}
+
+/// [`replace_luks1`] in an order of [`luks1_order`].
+///
+/// # Errors
+/// Of the device.
+pub fn replace_luks1_from(device: &mut Blocking, header: &luks1::Header, first: First) -> Result<()> {
+    let mut bytes = [0; luks1::HEADER_BYTES];
+    device.read(0, &mut bytes)?;
+    put_luks1(device, &bytes, &header.to_bytes(), first == First::Sector1)
 }
 
 fn put_luks1(

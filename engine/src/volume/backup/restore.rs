@@ -8,15 +8,20 @@
 //!    interim place, which neither header uses (LUKS2: any gap of the keyslots area; LUKS1: the place of a keyslot that is
 //!    free in both). 2. Flush.
 //! 3. The new header; if there are interim places, with these in it. LUKS2: copy by copy with a flush after each, first the copy
-//!    that was not good, if one was not; the interim header counts higher than both. LUKS1: sector 1, flush, sector 0, flush.
+//!    that was not good, if one was not; the interim header counts higher than both. LUKS1: sector by sector with a flush after
+//!    each, in an order of [`store::luks1_order`].
 //! 4. If there are interim places: their material into its own places, flush, and the new header as it is in the backup, likewise.
 //! 5. What the new header does not use, from the backup, which overwrites material that only the old header used. Flush.
 //!
 //! Before 3 the volume opens with all passphrases of the old header, after 3 with all of the new one. Within 3 a LUKS2 volume
 //! opens with one set or the other, and whichever copy wins, its material is whole, because nothing has been written over a place
-//! of either. LUKS1 has no second copy: between its two sectors keyslots 6 and 7 of the old header may not open; 0 to 5
-//! do. A backup whose counter (seqid) is lower than the volume's loses to the old copy until both copies are written; that is the
-//! old set, whole.
+//! of either. A backup whose counter (seqid) is lower than the volume's loses to the old copy until both copies are written; that is
+//! the old set, whole.
+//!
+//! LUKS1 has no second copy, but two sectors, and keyslots 6 and 7 in the second. When only one of the headers uses these, or
+//! both alike, there is an order in which the volume opens with one set or the other between the sectors too: second sector
+//! first if the old header does not use what changes there, else last. When both use them, there is none; then those of the
+//! new header wait in interim places 0 to 5, so that the interim header does not use them.
 //!
 //! This order needs something to be careful with and room to be careful in. Without (no readable header, another version or
 //! another size of the LUKS2 metadata, no room for interim places, a keyslot of unknown type in the way) the only order left is: 1. the
@@ -354,7 +359,32 @@ fn plan(device: &mut Blocking, file: &mut Blocking, old: &Header, new: &Header) 
             written.push(material);
         }
     }
-    Ok(arrange(old, new, &written))
+    let (Header::Luks1(old_header), Header::Luks1(new_header)) = (old, new) else {
+        return Ok(arrange(old, new, &written, Ways::Any));
+    };
+    let is_safe = |moves: &Vec<Move>| {
+        let interim = luks1_interim(new_header, moves);
+        store::luks1_order(old_header, &interim).is_some()
+            && store::luks1_order(&interim, new_header).is_some()
+    };
+    if let Some(moves) = arrange(old, new, &written, Ways::Any).filter(is_safe) {
+        return Ok(Some(moves));
+    }
+    // Those of the second sector that change wait in the first, also where the material is there already.
+    for material in materials(new) {
+        let id = material.keyslot as usize;
+        let changes =
+            is_in_second_sector(material.keyslot) && old_header.keyslots[id] != new_header.keyslots[id];
+        if changes && !written.contains(&material) {
+            written.push(material);
+        }
+    }
+    Ok(arrange(old, new, &written, Ways::FirstSector).filter(is_safe))
+}
+
+/// Of LUKS1 keyslots: a part of the record or all of it.
+fn is_in_second_sector(keyslot: u32) -> bool {
+    keyslot >= 6
 }
 
 /// Is the same on the device and in the backup?
@@ -379,16 +409,26 @@ fn is_there(device: &mut Blocking, file: &mut Blocking, place: Place) -> Result<
     Ok(true)
 }
 
+/// Which interim places will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ways {
+    /// Any, for the material that needs one.
+    Any,
+    /// LUKS1: those of keyslots in the first sector, also for all material of keyslots in the second.
+    FirstSector,
+}
+
 /// Find interim places for the material whose own place the old header uses.
-fn arrange(old: &Header, new: &Header, written: &[Material]) -> Option<Vec<Move>> {
+fn arrange(old: &Header, new: &Header, written: &[Material], ways: Ways) -> Option<Vec<Move>> {
     let old_places: Vec<Place> = materials(old).iter().map(|material| material.place).collect();
     let mut taken: Vec<Place> = materials(new).iter().map(|material| material.place).collect();
     taken.extend(&old_places);
     let mut moves = Vec::new();
     for &material in written {
-        let blocked = old_places.iter().any(|place| place.meets(material.place));
+        let blocked = old_places.iter().any(|place| place.meets(material.place))
+            || (ways == Ways::FirstSector && is_in_second_sector(material.keyslot));
         let interim = if blocked {
-            let found = if material.can_move { find_interim(new, material, &taken) } else { None };
+            let found = if material.can_move { find_interim(new, material, &taken, ways) } else { None };
             let (keyslot, place) = found?;
             taken.push(place);
             Some((keyslot, place))
@@ -400,11 +440,11 @@ fn arrange(old: &Header, new: &Header, written: &[Material]) -> Option<Vec<Move>
     Some(moves)
 }
 
-fn find_interim(new: &Header, material: Material, taken: &[Place]) -> Option<(u32, Place)> {
+fn find_interim(new: &Header, material: Material, taken: &[Place], ways: Ways) -> Option<(u32, Place)> {
     match new {
         Header::Luks1(header) => (0..)
             .zip(&header.keyslots)
-            .filter(|(_, slot)| !slot.active)
+            .filter(|(keyslot, slot)| !slot.active && (ways == Ways::Any || !is_in_second_sector(*keyslot)))
             .map(|(keyslot, slot)| (keyslot, luks1_place(header, slot)))
             .find(|(_, place)| !taken.iter().any(|other| other.meets(*place))),
         Header::Luks2(loaded) => {
@@ -440,8 +480,9 @@ fn put_back(
         Header::Luks2(loaded) => loaded.health.clone(),
         Header::Luks1(_) => [Health::Good, Health::Good],
     };
+    let mut now = None;
     if moves.iter().any(|step| step.interim.is_some()) {
-        write_interim(device, old, new, moves, &health)?;
+        now = write_interim(device, old, new, moves, &health)?;
         health = [Health::Good, Health::Good];
         // 4.
         for Move { material, .. } in moves.iter().filter(|step| step.interim.is_some()) {
@@ -449,30 +490,48 @@ fn put_back(
         }
         device.flush()?;
     }
-    write_header(device, backup, new, &health)?;
+    match (old, new) {
+        (Header::Luks1(old), Header::Luks1(new)) => step_luks1(device, now.as_ref().unwrap_or(old), new)?,
+        _ => write_header(device, backup, new, &health)?,
+    }
     // 5.
     copy_rest(device, backup, new)
 }
 
-/// The new header with the interim places in it.
+/// One LUKS1 header over another, in an order that keeps one set of keyslots whole.
+fn step_luks1(device: &mut Blocking, from: &luks1::Header, to: &luks1::Header) -> Result<()> {
+    let first = store::luks1_order(from, to)
+        .ok_or_else(|| Error::new(ErrorKind::Internal, "no careful order of sectors").at(device.name()))?;
+    store::replace_luks1_from(device, to, first)
+}
+
+/// The new header with its moved keyslots where they wait.
+fn luks1_interim(new: &luks1::Header, moves: &[Move]) -> luks1::Header {
+    let mut header = new.clone();
+    for step in moves {
+        let Some((to, _)) = step.interim else { continue };
+        let (from, to) = (step.material.keyslot as usize, to as usize);
+        let material_sector = header.keyslots[to].material_sector;
+        header.keyslots[to] = luks1::Keyslot { material_sector, ..new.keyslots[from] };
+        header.keyslots[from].active = false;
+    }
+    header
+}
+
+/// The new header with the interim places in it; LUKS1: what it is.
 fn write_interim(
     device: &mut Blocking,
     old: &Header,
     new: &Header,
     moves: &[Move],
     health: &[Health; 2],
-) -> Result<()> {
+) -> Result<Option<luks1::Header>> {
     let interims = moves.iter().filter_map(|step| Some((step.material.keyslot, step.interim?)));
     match (old, new) {
-        (_, Header::Luks1(new)) => {
-            let mut header = (**new).clone();
-            for (from, (to, _)) in interims {
-                let (from, to) = (from as usize, to as usize);
-                let material_sector = header.keyslots[to].material_sector;
-                header.keyslots[to] = luks1::Keyslot { material_sector, ..new.keyslots[from] };
-                header.keyslots[from].active = false;
-            }
-            store::replace_luks1(device, &header)
+        (Header::Luks1(old), Header::Luks1(new)) => {
+            let interim = luks1_interim(new, moves);
+            step_luks1(device, old, &interim)?;
+            Ok(Some(interim))
         }
         (Header::Luks2(old), Header::Luks2(new)) => {
             let mut header = new.header.clone();
@@ -486,11 +545,10 @@ fn write_interim(
                 Error::new(ErrorKind::Invalid, "the header's write counter is at its end").at(device.name())
             })?;
             let copies = [header.to_bytes(Copy::Primary)?, header.to_bytes(Copy::Secondary)?];
-            write_copies(device, new, copies, health)
+            store::put_luks2(device, &new.header, &copies, health)?;
+            Ok(None)
         }
-        (Header::Luks1(_), Header::Luks2(_)) => {
-            Err(Error::new(ErrorKind::Internal, "an interim header over another version"))
-        }
+        _ => Err(Error::new(ErrorKind::Internal, "an interim header over another version")),
     }
 }
 
@@ -506,31 +564,9 @@ fn write_header(
         Header::Luks2(loaded) => {
             let copies =
                 [backup.luks2_copy(loaded, Copy::Primary)?, backup.luks2_copy(loaded, Copy::Secondary)?];
-            write_copies(device, loaded, copies, health)
+            store::put_luks2(device, &loaded.header, &copies, health)
         }
     }
-}
-
-/// Copy by copy, the one first that may be lost.
-fn write_copies(
-    device: &mut Blocking,
-    new: &Loaded,
-    copies: [Vec<u8>; 2],
-    health: &[Health; 2],
-) -> Result<()> {
-    let mut order = [Copy::Primary, Copy::Secondary];
-    if health[0] == Health::Good && health[1] != Health::Good {
-        order.reverse();
-    }
-    for copy in order {
-        let bytes = match copy {
-            Copy::Primary => &copies[0],
-            Copy::Secondary => &copies[1],
-        };
-        device.write(new.header.offset(copy), bytes)?;
-        device.flush()?;
-    }
-    Ok(())
 }
 
 /// What lies behind the header and is no material in use.
@@ -580,7 +616,7 @@ mod tests {
 
     fn interims(old: &[usize], new: &[usize]) -> Option<Vec<(u32, Option<u32>)>> {
         let (old, new) = (header(old), header(new));
-        let moves = arrange(&old, &new, &materials(&new))?;
+        let moves = arrange(&old, &new, &materials(&new), Ways::Any)?;
         Some(moves.iter().map(|step| (step.material.keyslot, step.interim.map(|(to, _)| to))).collect())
     }
 
