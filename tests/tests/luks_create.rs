@@ -53,7 +53,7 @@ fn volumes_made_here_open_in_cryptsetup() {
     if is_missing("cryptsetup") {
         return;
     }
-    let argon2 = |kind: &str| json!({"kdf": {"kind": kind, "iterations": 4, "memory_kib": 32, "lanes": 1}});
+    let argon2 = |kind: &str, lanes: u32| json!({"kdf": {"kind": kind, "iterations": 4, "memory_kib": 64, "lanes": lanes}});
     let wishes = [
         (Version::Luks1, json!({})),
         (Version::Luks1, json!({"key_bytes": 32, "hash": "sha512", "keyslot": 7})),
@@ -65,8 +65,12 @@ fn volumes_made_here_open_in_cryptsetup() {
         (Version::Luks2, json!({"metadata_bytes": 4 << 20, "data_offset": 18 << 20})),
         (Version::Luks2, json!({"data_offset": 548_864})),
         (Version::Luks2, json!({"uuid": "4F1C2D3E-5A6B-4C7D-8E9F-0A1B2C3D4E5F"})),
-        (Version::Luks2, argon2("argon2id")),
-        (Version::Luks2, argon2("argon2i")),
+        (Version::Luks2, argon2("argon2id", 1)),
+        (Version::Luks2, argon2("argon2id", 2)),
+        (Version::Luks2, argon2("argon2id", 3)),
+        (Version::Luks2, argon2("argon2id", 4)),
+        (Version::Luks2, argon2("argon2i", 1)),
+        (Version::Luks2, argon2("argon2i", 4)),
     ];
     for (version, fields) in wishes {
         let scene = Scene::new();

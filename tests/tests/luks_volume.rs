@@ -80,6 +80,30 @@ fn volumes_made_by_cryptsetup_open_with_the_same_key() {
     }
 }
 
+/// cryptsetup makes no more lanes than there are CPUs online; those it does not make are checked the other way in `luks_create`.
+#[test]
+fn argon2_keyslots_of_every_number_of_lanes_give_the_same_key() {
+    if is_missing("cryptsetup") {
+        return;
+    }
+    for kind in ["argon2i", "argon2id"] {
+        for lanes in 1..=4 {
+            let scene = Scene::new();
+            scene.format(&format!(
+                "--type luks2 --pbkdf {kind} --pbkdf-force-iterations 4 --pbkdf-memory 64 --pbkdf-parallel {lanes}"
+            ));
+            let kdf = &scene.metadata("volume")["keyslots"]["0"]["kdf"];
+            assert_eq!(kdf["type"], kind);
+            if kdf["cpus"] != lanes {
+                skip(&format!("cryptsetup makes {} lanes here and not {lanes}", kdf["cpus"]));
+                continue;
+            }
+            let opened = open(&scene, "volume").expect("opens");
+            assert!(opened.key.as_bytes() == scene.volume_key("volume", ""), "{kind} {lanes}: another key");
+        }
+    }
+}
+
 #[test]
 fn keyslots_are_tried_by_priority_and_named_ones_alone() {
     if is_missing("cryptsetup") {

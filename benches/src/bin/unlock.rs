@@ -3,7 +3,8 @@
 //! cryptsetup's time is that of `cryptsetup open --test-passphrase` on a keyslot made with the parameters, less that of the same
 //! command on a keyslot of the same header whose derivation costs next to nothing: what is left is the derivation. Ours is
 //! [`Kdf::derive`] alone, so both sides leave out the area and the digest. Every round runs both, one after the other; ratios are
-//! within a round, and more than 1 means that ours is slower.
+//! within a round, and more than 1 means that ours is slower. cryptsetup makes no keyslot of more lanes than there are CPUs online:
+//! where there are fewer, its side of a case has as many lanes as CPUs.
 
 use std::fs;
 use std::io;
