@@ -35,8 +35,14 @@ impl Exit {
             ErrorKind::Version | ErrorKind::ShuttingDown => Self::Unreachable,
             ErrorKind::WrongKey => Self::WrongKey,
             ErrorKind::Difference => Self::Difference,
-            // Whatever else there is, or will be: it was asked for rightly and did not work.
-            _ => Self::Failed,
+            ErrorKind::Denied
+            | ErrorKind::NotFound
+            | ErrorKind::Conflict
+            | ErrorKind::Limit
+            | ErrorKind::Io
+            | ErrorKind::NoSpace
+            | ErrorKind::Cancelled
+            | ErrorKind::Internal => Self::Failed,
         }
     }
 }
@@ -141,8 +147,6 @@ mod tests {
             (ErrorKind::Difference, 5),
             (ErrorKind::Cancelled, 1),
             (ErrorKind::Io, 1),
-            (ErrorKind::Conflict, 1),
-            (ErrorKind::Internal, 1),
         ] {
             assert_eq!(Exit::of(kind) as u8, status, "{kind:?}");
         }
