@@ -39,6 +39,7 @@ impl Exit {
             | ErrorKind::NotFound
             | ErrorKind::Conflict
             | ErrorKind::Limit
+            | ErrorKind::Damaged
             | ErrorKind::Io
             | ErrorKind::NoSpace
             | ErrorKind::Cancelled
@@ -147,6 +148,9 @@ mod tests {
             (ErrorKind::Difference, 5),
             (ErrorKind::Cancelled, 1),
             (ErrorKind::Io, 1),
+            (ErrorKind::Conflict, 1),
+            (ErrorKind::Internal, 1),
+            (ErrorKind::Damaged, 1),
         ] {
             assert_eq!(Exit::of(kind) as u8, status, "{kind:?}");
         }

@@ -59,6 +59,19 @@ impl Error {
         self
     }
 
+    /// Another kind; what, where and why stay.
+    #[must_use]
+    pub fn with_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// Formats call bytes `Invalid` that they cannot read; of bytes that were found on a device this means `Damaged`. Other kinds stay.
+    #[must_use]
+    pub fn as_damage(self) -> Self {
+        if self.kind == ErrorKind::Invalid { self.with_kind(ErrorKind::Damaged) } else { self }
+    }
+
     /// The stable kind to match on.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -120,5 +133,14 @@ mod tests {
             .at("/dev/vdb sectors 8..16");
         assert_eq!(error.chain(), "read failed: /dev/vdb sectors 8..16: input/output error (EIO)");
         assert_eq!(error.kind(), ErrorKind::Io);
+    }
+
+    #[test]
+    fn what_is_invalid_on_a_disk_is_damage_and_says_the_same() {
+        let error = |kind| Error::new(kind, "what").at("where").hint("do").as_damage();
+        let damage = error(ErrorKind::Invalid);
+        assert_eq!((damage.kind(), damage.chain().as_str()), (ErrorKind::Damaged, "what: where"));
+        assert_eq!(damage.to_failure().hint.as_deref(), Some("do"));
+        assert_eq!(error(ErrorKind::Unsupported).kind(), ErrorKind::Unsupported);
     }
 }

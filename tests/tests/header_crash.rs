@@ -8,10 +8,11 @@ use std::sync::OnceLock;
 use engine::backend::blocking::Blocking;
 use engine::backend::sim::explore::{Case, Explore, Summary, Violation};
 use engine::backend::sim::image::Image;
-use engine::backend::sim::{DiskOptions, World};
+use engine::backend::sim::{DiskOptions, Effect, Fault, On, When, World};
 use engine::crypto::Secret;
 use engine::error::{ErrorKind, Result};
 use engine::format::luks2::Health;
+use engine::format::luks2::metadata::{Digest, Segment};
 use engine::volume::backup::{self, Backup};
 use engine::volume::create::{self, NewHeader, Place};
 use engine::volume::keyslots::{self, Proof};
@@ -29,6 +30,9 @@ const BACKUP: usize = 1;
 
 /// Bytes of a test volume: its header, and a little data.
 const VOLUME_BYTES: u64 = 3 << 20;
+
+/// What a failing disk says.
+const EIO: i32 = 5;
 
 const VERSIONS: [Version; 2] = [Version::Luks1, Version::Luks2];
 
@@ -306,6 +310,63 @@ fn a_luks1_passphrase_moves_to_and_from_the_keyslot_across_the_sectors() {
         });
         let sets: [&[&str]; 3] = [&[ALICE, BOB], &[ALICE, CAROL], &[BOB]];
         trial(format!("change from keyslot {from}"), volume(Version::Luks1, &others), &act, sets).run();
+    }
+}
+
+#[test]
+fn a_change_that_fails_in_its_second_half_says_that_the_new_passphrase_opens_already() {
+    for version in VERSIONS {
+        let others = [(BOB, 1), (CAROL, 2)];
+        let mut named = 0;
+        for nth in 1.. {
+            let world = disk(volume(version, &others));
+            let fault =
+                Fault { disk: VOLUME, on: On::Write, when: When::Nth(nth), effect: Effect::Fail(EIO) };
+            world.inject(fault);
+            let mut device = world.blocking(VOLUME, "volume").expect("blocking");
+            let wish = cheap(version);
+            let outcome = keyslots::change(&mut device, &secret(ALICE), &secret("new"), None, &wish, &stay);
+            world.heal();
+            let is_new = opens(&mut device, "new").expect("tried");
+            let Err(error) = outcome else {
+                assert!(is_new);
+                break;
+            };
+            assert_eq!(error.kind(), ErrorKind::Io);
+            let says = error.chain().contains("opens keyslot 3, but keyslot 0");
+            // Of LUKS2, the header with the new keyslot may be there before its second copy fails to be written.
+            assert!(!says || is_new, "{version:?}, write {nth}: {}", error.chain());
+            named += u32::from(says);
+            assert!(all_open(&mut device, &[BOB, CAROL]).expect("tried"));
+            assert!(is_new || opens(&mut device, ALICE).expect("tried"), "{version:?}, write {nth}");
+        }
+        assert!(named >= 2, "{version:?}: {named} errors name the keyslot");
+    }
+}
+
+#[test]
+fn the_last_keyslot_of_one_segment_is_not_spared_by_that_of_another() {
+    let image = volume_with(Version::Luks2, &[(BOB, 1)], |device| {
+        let Header::Luks2(mut loaded) = Header::load(device).expect("loads") else { panic!("LUKS1") };
+        let metadata = &mut loaded.header.metadata;
+        let first = metadata.segments.get_mut(&0).expect("a segment");
+        first.size = Some(512 << 10);
+        let second = Segment { offset: first.offset + (512 << 10), size: None, ..first.clone() };
+        metadata.segments.insert(1, second);
+        let digest = metadata.digests.get_mut(&0).expect("a digest");
+        let other = Digest { keyslots: vec![1], segments: vec![1], ..digest.clone() };
+        (digest.keyslots, digest.segments) = (vec![0], vec![0]);
+        metadata.digests.insert(1, other);
+        store::write_luks2(device, &mut loaded).expect("written");
+    });
+    for id in [0, 1] {
+        let world = disk(image.clone());
+        let mut device = world.blocking(VOLUME, "volume").expect("blocking");
+        let error = keyslots::remove(&mut device, None, Some(id), false, &stay).expect_err("the last one");
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.chain());
+        assert!(error.to_failure().hint.is_some_and(|hint| hint.contains("--last-key-destroy-data")));
+        assert!(world.durable(VOLUME).bytes(0, 3 << 20) == image.bytes(0, 3 << 20));
+        keyslots::remove(&mut device, None, Some(id), true, &stay).expect("on request");
     }
 }
 

@@ -187,3 +187,50 @@ fn a_luks1_header_is_corrected() {
     assert!(volume.bytes()[..592] == whole[..592]);
     volume.is_opened_by(&["one"]);
 }
+
+#[test]
+fn a_luks1_passphrase_outlives_a_flipped_bit_in_the_state_of_its_keyslot() {
+    let Some(volume) = Volume::new(Version::Luks1) else { return };
+    let whole = volume.bytes();
+    volume.damage(208 + 3, &[whole[208 + 3] ^ 0x10]);
+    volume.we_open("one").expect_err("invalid");
+    assert!(!volume.they_open("one"));
+    let Reply::Repaired(repaired) =
+        Ask::new(&volume).run(Operation::Repair { dry_run: false }).expect("done")
+    else {
+        panic!("another answer")
+    };
+    assert_eq!(repaired.actions.len(), 1, "{repaired:?}");
+    assert!(volume.bytes() == whole);
+    volume.is_opened_by(&["one"]);
+}
+
+#[test]
+fn a_luks1_backup_leaves_data_alone_that_begins_within_its_last_page() {
+    // Material of the last keyslot ends at sector 4036, its page at 4040.
+    const PAYLOAD: usize = 4037;
+    let Some(volume) = Volume::with(Version::Luks1, &["--key-size", "512"]) else { return };
+    volume.damage(104, &u32::try_from(PAYLOAD).expect("small").to_be_bytes());
+    let (at, end) = (PAYLOAD * 512, 4040 * 512);
+    volume.damage(at as u64, &vec![0xd1; end - at]);
+    volume.is_opened_by(&["one"]);
+    let (ours, theirs) = (volume.scratch.join("ours"), volume.scratch.join("theirs"));
+    volume.back_up(&ours).expect("backup");
+    does(&["luksHeaderBackup", &volume.name(), "--header-backup-file", theirs.to_str().expect("UTF-8")]);
+    let saved = fs::read(&ours).expect("ours");
+    assert_eq!(saved.len(), end, "a whole page, as cryptsetup's");
+    assert!(saved[at..] == vec![0; end - at], "data in a header backup");
+    assert!(saved[..at] == fs::read(&theirs).expect("theirs")[..at]);
+    // The data goes on; a restore, of either, careful or not, is of the header.
+    let newer = vec![0xd2; end - at];
+    volume.damage(at as u64, &newer);
+    for backup in [&ours, &theirs] {
+        volume.restore(backup, false).expect("restored");
+        assert!(volume.bytes()[at..end] == newer, "data written over");
+        let whole = volume.bytes();
+        volume.damage(0, &[0xff; 592]);
+        volume.restore(backup, true).expect("restored");
+        assert!(volume.bytes() == whole, "data written over");
+        volume.is_opened_by(&["one"]);
+    }
+}

@@ -190,7 +190,13 @@ fn a_luks1_keyslot_comes_whole_or_not_at_all() {
             |world| {
                 let mut device = device(world);
                 let before = load1(&mut device)?;
-                store::write_material(&mut device, before.keyslots[id].material_offset(), &material)?;
+                let loaded = Header::Luks1(Box::new(before.clone()));
+                store::write_material(
+                    &mut device,
+                    &loaded,
+                    before.keyslots[id].material_offset(),
+                    &material,
+                )?;
                 store::write_luks1(&mut device, &before, &change(&before))
             },
             |world, case| {
@@ -238,7 +244,7 @@ fn a_luks1_keyslot_goes_without_a_trace_and_alone() {
             &image,
             |world| {
                 let mut device = device(world);
-                store::destroy_material(&mut device, offset, 131_072)?;
+                store::destroy_material(&mut device, &Header::Luks1(before.clone()), offset, 131_072)?;
                 store::write_luks1(&mut device, &before, &after)
             },
             |world, case| {

@@ -6,14 +6,17 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use engine::backend::QueueChoice;
+use engine::crypto::kdf::{Argon2Kind, Kdf};
 use engine::job::Registry;
-use proto::luks::{KdfWish, New, NewFile, Open, Version};
+use proto::luks::{KdfKind, KdfWish, New, NewFile, Open, Version};
 use proto::{Action, Commit, ErrorKind, Format, JobState};
 use tests::Scratch;
 use tests::jobs::{
     MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, new_luks, noise, registry,
+    wait, wait_for,
 };
 
 const PASS: &[u8] = b"correct horse";
@@ -431,4 +434,63 @@ fn a_paused_job_neither_hashes_nor_writes() {
     assert_done(&tests::jobs::wait(&registry, job));
     feeder.join().expect("feeder").expect("all of it was taken");
     assert!(std::fs::read(&back).expect("plaintext") == std::fs::read(source).expect("plain"));
+}
+
+/// A derivation that takes some seconds, running on a thread of its own: argon2 by anybody else waits for it.
+fn long_derivation() -> std::thread::JoinHandle<()> {
+    let cost = |time| Kdf::Argon2 { kind: Argon2Kind::Argon2id, time, memory_kib: 32 << 10, lanes: 1 };
+    let pass = cost(1).estimate(64).expect("memory").as_secs_f64();
+    let time = (1..=10_000).find(|&time| f64::from(time) * pass >= 6.0).expect("no machine is so fast");
+    let holder = std::thread::spawn(move || {
+        cost(time).derive(b"of another", &[9; 16], &mut [0; 64]).expect("derives");
+    });
+    // Long enough for it to begin, and a small part of what it takes.
+    std::thread::sleep(Duration::from_millis(300));
+    holder
+}
+
+#[test]
+fn a_job_whose_passphrase_waits_for_anothers_derivation_is_cancelled_at_once() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let argon2 = || {
+        let kdf = KdfWish {
+            kind: Some(KdfKind::Argon2id),
+            iterations: Some(4),
+            memory_kib: Some(32),
+            lanes: Some(1),
+            ..KdfWish::default()
+        };
+        New { kdf, ..new_luks(Version::Luks2, None) }
+    };
+    let path = volume(&registry, &scratch, &noise(MIB, 3), argon2());
+    let plain = scratch.join("plain");
+    let holder = long_derivation();
+    let jobs = [
+        open(Action::Decrypt).reading(&path).creating(&scratch.join("back")),
+        make(argon2()).reading(&plain).creating(&scratch.join("other")),
+        make(New { kdf: KdfWish::default(), ..argon2() }).reading(&plain).creating(&scratch.join("third")),
+    ]
+    .map(|request| request.start(&registry).expect("accepted"));
+    for job in jobs {
+        wait_for(&registry, job, "its turn", |info| info.state == JobState::Running);
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let cancelled = Instant::now();
+    for job in jobs {
+        registry.cancel(job).expect("can be cancelled");
+    }
+    for job in jobs {
+        let info = wait(&registry, job);
+        assert_eq!(info.state, JobState::Cancelled, "{:?}", info.outcome);
+    }
+    let took = cancelled.elapsed();
+    assert!(!holder.is_finished(), "they waited for the derivation: {took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    holder.join().expect("the derivation they waited for");
+    for name in ["back", "other", "third"] {
+        assert!(!scratch.join(name).exists() && !scratch.join(&format!("{name}.partial")).exists());
+    }
+    // And the volume opens as ever.
+    assert_done(&open(Action::Decrypt).reading(&path).creating(&scratch.join("back")).run(&registry));
 }

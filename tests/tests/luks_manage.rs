@@ -274,6 +274,74 @@ fn we_format_what_cryptsetup_opens_and_reads_back() {
     }
 }
 
+/// A wish for a new volume that names nothing.
+fn plain(version: Version) -> Box<New> {
+    let wish = json!({ "version": version, "kdf": cheap() });
+    Box::new(serde_json::from_value(wish).expect("a wish"))
+}
+
+#[test]
+fn a_file_is_formatted_for_the_size_it_has() {
+    if cryptsetup(&["--version"]).is_none() {
+        return;
+    }
+    let format = |bytes: u64, version| {
+        let scratch = Scratch::new();
+        let path = scratch.join("volume");
+        File::create(&path).expect("create").set_len(bytes).expect("extend");
+        let volume = Volume { scratch, path };
+        let ask = Ask::new(&volume).secret(b"one");
+        let outcome = ask.run(Operation::Format { new: plain(version), key_fd: 1 });
+        (volume, outcome)
+    };
+    for (bytes, unit) in [((24 << 20) + 512, 512), (24 << 20, 4096)] {
+        let (volume, outcome) = format(bytes, Version::Luks2);
+        outcome.expect("formatted");
+        assert_eq!(volume.json()["segments"]["0"]["sector_size"], json!(unit));
+        volume.is_opened_by(&["one"]);
+    }
+    for version in BOTH {
+        for bytes in [0, 1 << 20] {
+            let (volume, outcome) = format(bytes, version);
+            refused(outcome, ErrorKind::NoSpace, "too small");
+            assert!(volume.bytes() == vec![0; usize::try_from(bytes).expect("small")], "{version:?} {bytes}");
+        }
+    }
+}
+
+#[test]
+fn a_header_of_which_only_the_second_copy_is_left_is_not_changed_before_it_is_repaired() {
+    let Some(volume) = Volume::new(Version::Luks2) else { return };
+    volume.they_add("one", "two");
+    // A disk that was given a partition table: boot code, signature.
+    let mut table = [0; 512];
+    table[..3].copy_from_slice(&[0xEB, 0x63, 0x90]);
+    table[510..].copy_from_slice(&[0x55, 0xAA]);
+    volume.damage(0, &table);
+    let before = volume.bytes();
+    let refused = |result: Result<(), Error>| {
+        let error = refused(result, ErrorKind::Conflict, "something else begins where");
+        assert!(error.to_failure().hint.is_some_and(|hint| hint.contains("repair")));
+        assert!(volume.bytes() == before);
+    };
+    let token = json!({ "type": "test-token", "keyslots": [] });
+    refused(volume.token(token.clone(), None, false).map(drop));
+    refused(Ask::new(&volume).run(Operation::TokenRemove { id: 0 }).map(drop));
+    refused(volume.add("one", "three", None).map(drop));
+    refused(volume.change("one", "three", None).map(drop));
+    refused(volume.remove(Some("two"), None, false).map(drop));
+    refused(Ask::new(&volume).run(Operation::Erase { confirmed: true }).map(drop));
+    // It opens all the same, and a repair is what puts the first copy back.
+    assert_eq!(volume.we_open("two").expect("opened"), Some(1));
+    Ask::new(&volume).run(Operation::Repair { dry_run: false }).expect("repaired");
+    volume.token(token.clone(), None, false).expect("added");
+    volume.is_opened_by(&["one", "two"]);
+    // A first copy that is only damaged is made anew by the change itself.
+    volume.damage(200, b"damage");
+    volume.token(token, None, false).expect("added");
+    volume.is_opened_by(&["one", "two"]);
+}
+
 #[test]
 fn requests_that_make_no_sense_change_nothing() {
     let Some(volume) = Volume::new(Version::Luks2) else { return };

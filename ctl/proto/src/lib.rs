@@ -670,6 +670,8 @@ pub enum ErrorKind {
     Limit,
     /// Something this build or machine cannot do.
     Unsupported,
+    /// What is on disk is damaged or cut off.
+    Damaged,
     /// The key does not fit, or the data is damaged (exit 4).
     WrongKey,
     /// Verification found a difference (exit 5).

@@ -138,13 +138,14 @@ pub struct KdfWish {
     /// pbkdf2: its hash; default that of the volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
-    /// Milliseconds one attempt shall take here; default 2000.
+    /// Milliseconds one attempt shall take here, 1..=60000; default 2000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iter_time_ms: Option<u32>,
     /// Iterations (pbkdf2: at least 1000) or time cost (argon2: at least 4) instead of a measurement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iterations: Option<u32>,
-    /// argon2: most memory, KiB, 32..=4194304; default 1 GiB, at most half of what this machine has.
+    /// argon2: most memory, KiB, 32..=4194304; default 1 GiB, at most half of what this machine has. For want of
+    /// memory no keyslot gets less than 64 MiB: only if so little is named here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_kib: Option<u32>,
     /// argon2: lanes, 1..=4; default 4, at most the CPUs there are.
@@ -442,7 +443,7 @@ pub struct Keyslot {
     /// Bytes of its area.
     #[serde(default)]
     pub area_bytes: u64,
-    /// `doctor`: seconds one attempt is estimated to take here.
+    /// `doctor`: seconds one attempt is estimated to take here; absent where that cannot be measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unlock_seconds: Option<f64>,
 }
@@ -459,8 +460,9 @@ pub struct Repaired {
 /// What there is to say about a volume.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Doctor {
-    /// The header in short, with unlock times.
-    pub summary: Summary,
+    /// The header in short, with unlock times; absent where none can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<Summary>,
     /// Header copies, re-encryption state, weak settings, conventions: worst first.
     pub findings: Vec<Finding>,
     /// Who can open it, and why not.

@@ -22,7 +22,8 @@ use crate::report::{Error, Result};
 
 /// Where cryptsetup has its locks.
 pub const DIRECTORY: &str = "/run/cryptsetup";
-/// How long another program may take to change a header: a slow key derivation is not done under the lock.
+/// How long another program may take to change a header. cryptsetup derives no key under the lock; one of us holds it for its
+/// whole request, derivation included, so who waits for one of us may give up too early and is told that it is in use.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 

@@ -276,8 +276,7 @@ pub fn repaired(repaired: &Repaired) -> String {
 
 /// `doctor`
 pub fn doctor(doctor: &Doctor, colour: bool) -> String {
-    let mut text = summary(&doctor.summary, colour);
-    text.push('\n');
+    let mut text = doctor.summary.as_ref().map_or_else(String::new, |header| summary(header, colour) + "\n");
     if doctor.findings.is_empty() {
         text.push_str("nothing to remark\n");
     }

@@ -22,6 +22,7 @@ const BUFFER_BYTES: u32 = 1 << 20;
 pub struct Blocking {
     queue: Box<dyn Queue>,
     port: Port,
+    file: Arc<OwnedFd>,
     /// Zeros between calls. `None` once the queue broke while it held the buffer.
     buf: Option<Buf>,
     name: String,
@@ -68,15 +69,21 @@ impl Blocking {
             let what = format!("cannot transfer in blocks of {align} bytes with a buffer of {}", buf.len());
             return Err(Error::new(ErrorKind::Invalid, what).at(name));
         }
-        let port = queue.attach(file)?;
+        let port = queue.attach(Arc::clone(&file))?;
         buf.zeroize();
-        Ok(Self { queue, port, buf: Some(buf), name: name.to_owned(), align: u64::from(align) })
+        Ok(Self { queue, port, file, buf: Some(buf), name: name.to_owned(), align: u64::from(align) })
     }
 
     /// What the user calls it.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The descriptor under it, for locks.
+    #[must_use]
+    pub fn file(&self) -> &Arc<OwnedFd> {
+        &self.file
     }
 
     /// Fill `into` from `offset`.

@@ -191,7 +191,7 @@ pub fn stats(registry: &Registry, asked: Option<JobId>, mut jobs: Vec<JobId>) ->
 }
 
 /// A header operation, with the peer's rights where names change. Blocks for seconds. `gone`: the client went away, which
-/// ends an operation that has written nothing yet.
+/// ends an operation that has written nothing yet. A new file of an operation that fails is removed.
 ///
 /// # Errors
 /// Whatever is wrong with it.
@@ -205,7 +205,36 @@ pub fn luks(
         commit: &|commit, directory, file| Names::new(directory, commit, file, owner)?.commit(file),
         give_up: &|| gone.load(Ordering::Acquire),
     };
-    carry_out(request, descriptors, &caller).map(|reply| Reply::Luks(Box::new(reply)))
+    let partial = Partial::of(&request, &descriptors, owner);
+    let result = carry_out(request, descriptors, &caller);
+    if let (Err(_), Some(Partial { names, file })) = (&result, partial)
+        && let Some(left) = names.undo(&file)
+    {
+        tracing::info!("partial file left behind: {left}");
+    }
+    result.map(|reply| Reply::Luks(Box::new(reply)))
+}
+
+/// The new file of a header operation under its partial name, for the case that it does not get its own.
+struct Partial {
+    names: Names,
+    file: OwnedFd,
+}
+
+impl Partial {
+    /// `None`: there is none, or what the request says of it cannot be; then the operation is refused as well.
+    fn of(request: &proto::luks::Request, descriptors: &[OwnedFd], owner: &Owner) -> Option<Self> {
+        use proto::luks::Operation;
+        let new = match &request.operation {
+            Operation::HeaderBackup { file } => file,
+            Operation::Format { new, .. } => new.header.as_ref()?,
+            _ => return None,
+        };
+        let commit = new.commit.as_ref()?;
+        let duplicate = |index: u32| descriptors.get(usize::try_from(index).ok()?)?.try_clone().ok();
+        let names = Names::to_undo(duplicate(commit.dir_fd)?, commit, owner).ok()?;
+        Some(Self { names, file: duplicate(new.fd)? })
+    }
 }
 
 /// Which warnings about the daemon's memory were given: each once, to the first who submits.

@@ -14,16 +14,18 @@
 //! are as many threads as lanes, even where there are fewer CPUs: three lanes on two CPUs then take one and a half times as long
 //! as two, and not twice.
 //!
-//! One derivation at a time: two of a gigabyte each would not be twice as fast, but might well be killed.
+//! One derivation at a time: two of a gigabyte each would not be twice as fast, but might well be killed. Who waits for a turn can
+//! give up waiting; who has it goes on to the end, which the cost bounds ([`super::kdf::DERIVATION_MAX`]).
 #![allow(unsafe_code)] // one anonymous mapping
 
 use std::ffi::c_void;
 use std::ptr::{self, NonNull};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use proto::ErrorKind;
+use rayon::ThreadPool;
 use rayon::prelude::*;
 use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags, madvise, mlock_with, mmap_anonymous, munmap};
 use rustix::process::{Resource, getrlimit};
@@ -43,31 +45,68 @@ pub(super) struct Cost {
     pub(super) lanes: u32,
 }
 
-/// Held by the derivation that runs.
-static RUNNING: Mutex<()> = Mutex::new(());
+/// Is a turn taken?
+static TAKEN: Mutex<bool> = Mutex::new(false);
+/// Told when it ends.
+static ENDED: Condvar = Condvar::new();
+/// How often one that waits asks whether it shall go on waiting.
+const ASK_EVERY: Duration = Duration::from_millis(50);
 
-/// Fill `out`, once no other derivation runs.
-///
-/// # Errors
-/// `Invalid`: salt or output too short; `Limit`: no memory, or no threads.
-pub(super) fn derive(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) -> Result<()> {
-    measure(cost, passphrase, salt, out).map(|_| ())
+/// The right to take much memory, which one thread of the process has. Ends when dropped.
+pub(super) struct Turn(());
+
+impl Turn {
+    /// Wait for it, as long as `give_up` does not say otherwise. Asked only while another has it.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub(super) fn wait(give_up: &dyn Fn() -> bool) -> Result<Self> {
+        loop {
+            let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+            let (mut taken, _) = ENDED
+                .wait_timeout_while(taken, ASK_EVERY, |taken| *taken)
+                .unwrap_or_else(PoisonError::into_inner);
+            if !*taken {
+                *taken = true;
+                return Ok(Self(()));
+            }
+            // Not asked under the lock.
+            drop(taken);
+            if give_up() {
+                let what = "cancelled while another key derivation ran";
+                return Err(Error::new(ErrorKind::Cancelled, what));
+            }
+        }
+    }
 }
 
-/// As [`derive`], with the time of [`run`].
-///
-/// # Errors
-/// As [`derive`].
-pub(super) fn measure(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) -> Result<Duration> {
-    let _turn = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-    run(cost, passphrase, salt, out)
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *TAKEN.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        ENDED.notify_one();
+    }
 }
 
-/// As [`derive`], without waiting for others, for what needs little memory. Returns the time it took: what the CPUs worked, spread over those that can work
-/// at once, so that a busy machine does not look like a slow one.
+/// Fill `out`, once no other derivation runs. `give_up` is asked while one does.
 ///
 /// # Errors
-/// As [`derive`].
+/// `Invalid`: salt or output too short; `Limit`: no memory, or no threads; `Cancelled`.
+pub(super) fn derive(
+    cost: Cost,
+    passphrase: &[u8],
+    salt: &[u8],
+    out: &mut [u8],
+    give_up: &dyn Fn() -> bool,
+) -> Result<()> {
+    let _turn = Turn::wait(give_up)?;
+    run(cost, passphrase, salt, out).map(drop)
+}
+
+/// As [`derive`], for those who have the [`Turn`] or need little memory. Returns the time it took: what the CPUs worked, spread
+/// over those that can work at once, so that a busy machine does not look like a slow one.
+///
+/// # Errors
+/// As [`derive`], but for `Cancelled`.
 pub(super) fn run(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) -> Result<Duration> {
     let kind = match cost.kind {
         Argon2Kind::Argon2i => Algorithm::Argon2i,
@@ -85,10 +124,10 @@ pub(super) fn run(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) ->
     let done = pool.install(|| {
         let done = argon.hash_password_into_with_memory(passphrase, salt, out, memory.blocks());
         wipe(memory.blocks());
-        burn_stack();
         done
     });
     let worked: Duration = pool.broadcast(|_| thread_time()).into_iter().sum();
+    burn_stacks(&pool);
     done.map_err(refused)?;
     let at_once = u32::try_from(cpus()).unwrap_or(u32::MAX).min(cost.lanes);
     Ok(worked / at_once)
@@ -97,6 +136,12 @@ pub(super) fn run(cost: Cost, passphrase: &[u8], salt: &[u8], out: &mut [u8]) ->
 /// In parts, so that all threads of the pool it is called on wipe.
 fn wipe(blocks: &mut [Block]) {
     blocks.par_chunks_mut(4096).for_each(|part| part.iter_mut().for_each(Zeroize::zeroize));
+}
+
+/// Of every thread: each had a lane, whose blocks passed through its frames. What is done with stacks that the kernel hands on is
+/// the kernel's business, but they are mapped for a while after their threads.
+fn burn_stacks(pool: &ThreadPool) {
+    pool.broadcast(|_| burn_stack());
 }
 
 /// CPUs that can work at once for this process: by affinity and by the cgroup's quota.
@@ -175,6 +220,8 @@ impl Drop for Memory {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     const SMALL: Cost = Cost { kind: Argon2Kind::Argon2id, time: 1, memory_kib: 32, lanes: 4 };
@@ -231,6 +278,33 @@ mod tests {
         assert!(memory.blocks().iter().all(|block| block.as_ref().iter().all(|&word| word == 0)));
     }
 
+    /// What a lane's frames may leave behind, and where.
+    #[inline(never)]
+    fn leave_on_the_stack() -> u64 {
+        let left = [0xA5_u8; 1024];
+        std::hint::black_box(&left).as_ptr() as u64
+    }
+
+    #[test]
+    fn the_stacks_of_all_lanes_are_burnt() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().expect("threads");
+        // Not through references: those frames are gone, the memory is not.
+        let own = std::fs::File::open("/proc/self/mem").expect("Linux");
+        let traces = |places: &[u64]| {
+            let is_there = |place: &u64| {
+                let mut bytes = [0; 1024];
+                own.read_exact_at(&mut bytes, *place).expect("a stack of a thread that waits");
+                // The frames of what ran since may have taken some of it.
+                bytes.windows(16).any(|part| part == [0xA5; 16])
+            };
+            places.iter().filter(|place| is_there(place)).count()
+        };
+        let places = pool.broadcast(|_| leave_on_the_stack());
+        assert_eq!(traces(&places), 4, "the test looks at the right places");
+        burn_stacks(&pool);
+        assert_eq!(traces(&places), 0);
+    }
+
     #[test]
     fn memory_that_cannot_be_had_is_a_limit() {
         assert_eq!(Memory::map(1 << 46).err().expect("64 PiB").kind(), ErrorKind::Limit);
@@ -247,6 +321,24 @@ mod tests {
         ] {
             assert_eq!(may_lock(bytes, limit), may, "{bytes} of {limit:?}");
         }
+    }
+
+    #[test]
+    fn who_waits_for_a_turn_can_give_up_and_the_next_one_gets_it() {
+        let turn = Turn::wait(&|| false).expect("nobody said to give up");
+        let asked = std::cell::Cell::new(0);
+        let begun = std::time::Instant::now();
+        let given_up = derive(SMALL, b"x", &[0; 8], &mut [0; 32], &|| {
+            asked.set(asked.get() + 1);
+            asked.get() == 3
+        });
+        assert_eq!(given_up.expect_err("given up").kind(), ErrorKind::Cancelled);
+        assert!(asked.get() == 3 && begun.elapsed() >= 3 * ASK_EVERY, "asked {} times", asked.get());
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| derive(SMALL, b"x", &[0; 8], &mut [0; 32], &|| false));
+            drop(turn);
+            next.join().expect("no panic").expect("has its turn");
+        });
     }
 
     #[test]

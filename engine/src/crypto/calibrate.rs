@@ -8,21 +8,28 @@ use std::time::Duration;
 use proto::ErrorKind;
 use proto::luks::{KdfKind, KdfWish};
 
-use super::argon::{self, Cost};
+use super::argon::{self, Cost, Turn};
 use super::hash::Hash;
 use super::kdf::{
-    ARGON2_LANES_MAX, ARGON2_MEMORY_KIB_MAX, ARGON2_MEMORY_KIB_MIN, ARGON2_TIME_MIN, Argon2Kind, Kdf,
-    PBKDF2_ITERATIONS_MIN, pbkdf2,
+    ARGON2_LANES_MAX, ARGON2_MEMORY_KIB_MAX, ARGON2_MEMORY_KIB_MIN, ARGON2_TIME_MIN, Argon2Kind,
+    DERIVATION_MAX, Kdf, PBKDF2_ITERATIONS_MIN, pbkdf2,
 };
-use super::room;
+use super::room::{self, Room};
 use crate::error::{Error, Result};
 
 /// Default of `iter_time_ms`, as cryptsetup.
 const ITER_TIME_MS: u32 = 2000;
-/// Longest `iter_time_ms`: ten minutes.
-const ITER_TIME_MS_MAX: u32 = 600_000;
+/// Longest `iter_time_ms`: half of [`DERIVATION_MAX`], so that what is made here opens here on a slower day.
+const ITER_TIME_MS_MAX: u32 = 60_000;
+/// PBKDF2 iterations never worth an estimate: less than a minute on any machine.
+const ITERATIONS_CHEAP: u32 = 20_000_000;
+/// Argon2 passes times KiB never worth an estimate: 64 passes over 1 GiB.
+const ARGON2_CHEAP: u64 = 64 << 20;
 /// Default of `memory_kib`, as cryptsetup.
 const MEMORY_KIB: u32 = 1 << 20;
+/// Less memory makes a keyslot weaker for as long as it lasts, so for want of memory none is made with less: what RFC 9106
+/// (section 4) recommends where memory is scarce.
+const MEMORY_KIB_LEAST: u32 = 64 << 10;
 /// Memory of the first measurement, and of [`estimate`]: larger than the caches that would flatter it.
 const PROBE_KIB: u32 = 32 << 10;
 /// Least time of one PBKDF2 measurement that counts.
@@ -38,20 +45,40 @@ enum Checked {
     Known(Kdf),
     /// PBKDF2 for a time.
     Pbkdf2 { hash: Hash, target: Duration },
-    /// Argon2 for a time, at most at this cost but for its passes.
-    Argon2 { most: Cost, target: Duration },
+    /// Argon2 with what memory may be had: at most so much, if wished; with so many passes, or for a time.
+    Argon2 { kind: Argon2Kind, lanes: u32, memory_kib: Option<u32>, time: Option<u32>, target: Duration },
 }
 
 /// See [`Kdf::calibrate`].
-pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes: usize) -> Result<Kdf> {
+pub(super) fn calibrate(
+    wish: &KdfWish,
+    default: KdfKind,
+    hash: Hash,
+    key_bytes: usize,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Kdf> {
     match checked(wish, default, hash)? {
-        Checked::Known(kdf) => Ok(kdf),
+        Checked::Known(kdf) => {
+            // A keyslot nobody could open here, and a derivation that everybody would have to wait for.
+            kdf.payable(key_bytes)?;
+            Ok(kdf)
+        }
         Checked::Pbkdf2 { hash, target } => {
             Ok(Kdf::Pbkdf2 { hash, iterations: pbkdf2_iterations(hash, key_bytes, target) })
         }
-        Checked::Argon2 { most, target } => {
-            let Cost { kind, time, memory_kib, lanes } = search(most, target, |cost| {
-                with_room(key_bytes, |out| argon::measure(cost, PASSPHRASE, &SALT, out))
+        Checked::Argon2 { kind, lanes, memory_kib, time, target } => {
+            // The turn first: what a derivation of this process holds until then is free afterwards.
+            let turn = Turn::wait(give_up)?;
+            let memory_kib = memory_cap(memory_kib, room::here())?;
+            if let Some(time) = time {
+                drop(turn);
+                let kdf = Kdf::Argon2 { kind, time, memory_kib, lanes };
+                kdf.payable(key_bytes)?;
+                return Ok(kdf);
+            }
+            let most = Cost { kind, time: ARGON2_TIME_MIN, memory_kib, lanes };
+            let Cost { time, memory_kib, .. } = search(most, target, |cost| {
+                with_room(key_bytes, |out| argon::run(cost, PASSPHRASE, &SALT, out))
             })?;
             Ok(Kdf::Argon2 { kind, time, memory_kib, lanes })
         }
@@ -60,7 +87,11 @@ pub(super) fn calibrate(wish: &KdfWish, default: KdfKind, hash: Hash, key_bytes:
 
 /// See [`Kdf::check_wish`].
 pub(super) fn check_wish(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<()> {
-    checked(wish, default, hash).map(drop)
+    if let Checked::Argon2 { memory_kib, .. } = checked(wish, default, hash)? {
+        // What is free will be another matter when it is taken.
+        memory_cap(memory_kib, room::here().map(|room| Room { free_kib: room.total_kib, ..room }))?;
+    }
+    Ok(())
 }
 
 fn checked(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<Checked> {
@@ -91,13 +122,12 @@ fn checked(wish: &KdfWish, default: KdfKind, hash: Hash) -> Result<Checked> {
         Some(lanes) => within("argon2 lanes", lanes, 1, ARGON2_LANES_MAX)?,
         None => u32::try_from(argon::cpus()).unwrap_or(u32::MAX).clamp(1, ARGON2_LANES_MAX),
     };
-    let cap = memory_cap(memory.unwrap_or(MEMORY_KIB), room::free_kib());
-    if let Some(time) = time {
-        let memory_kib = memory.unwrap_or(cap);
-        return Ok(Checked::Known(Kdf::Argon2 { kind: argon2, time, memory_kib, lanes }));
-    }
-    let most = Cost { kind: argon2, time: ARGON2_TIME_MIN, memory_kib: cap, lanes };
-    Ok(Checked::Argon2 { most, target })
+    Ok(match (time, memory) {
+        (Some(time), Some(memory_kib)) => {
+            Checked::Known(Kdf::Argon2 { kind: argon2, time, memory_kib, lanes })
+        }
+        _ => Checked::Argon2 { kind: argon2, lanes, memory_kib: memory, time, target },
+    })
 }
 
 fn checked_pbkdf2(wish: &KdfWish, hash: Hash, target: Duration) -> Result<Checked> {
@@ -123,10 +153,31 @@ fn within(what: &str, value: u32, least: u32, most: u32) -> Result<u32> {
     Err(Error::new(ErrorKind::Invalid, format!("{what}: {bounds}, not {value}")))
 }
 
-/// At most half of what is free.
-fn memory_cap(wished_kib: u32, free_kib: Option<u64>) -> u32 {
-    let half = u32::try_from(free_kib.unwrap_or(u64::from(PROBE_KIB)) / 2).unwrap_or(u32::MAX);
-    wished_kib.min(half).max(ARGON2_MEMORY_KIB_MIN)
+/// KiB of what is wished that may be had: at most half of all there is, and of what is free all but a quarter, for others take
+/// memory too while a derivation runs. Where the kernel says nothing, the least that is no weakness unless more is asked for.
+///
+/// # Errors
+/// `Limit`: less than [`MEMORY_KIB_LEAST`], and less than wished.
+fn memory_cap(wished_kib: Option<u32>, room: Option<Room>) -> Result<u32> {
+    let Some(room) = room else { return Ok(wished_kib.unwrap_or(MEMORY_KIB_LEAST)) };
+    let wanted = wished_kib.unwrap_or(MEMORY_KIB);
+    let fair = (room.total_kib / 2).min(room.free_kib - room.free_kib / 4);
+    let cap = u32::try_from(fair).unwrap_or(u32::MAX).min(wanted);
+    if cap < wanted.min(MEMORY_KIB_LEAST) {
+        let what = format!(
+            "a keyslot made here would get {cap} KiB of memory for argon2, and less than {} make it weak: {} KiB are free of {}",
+            wanted.min(MEMORY_KIB_LEAST),
+            room.free_kib,
+            room.total_kib,
+        );
+        return Err(Error::new(ErrorKind::Limit, what).hint(
+            "free memory, raise the memory limit of the daemon's service, or ask for a weaker keyslot with --pbkdf-memory",
+        ));
+    }
+    if cap < wanted {
+        tracing::info!("argon2 gets {cap} KiB of memory instead of {wanted}, for there is no more here");
+    }
+    Ok(cap)
 }
 
 /// As much memory as `most` has, if four passes over it fit the target, and then as many passes as fit; else four passes over
@@ -211,8 +262,42 @@ fn pbkdf2_time(hash: Hash, key_bytes: usize, repeats: u32, sample: Duration) -> 
     (least.as_secs_f64() / f64::from(iterations)).max(1e-12)
 }
 
+/// See [`Kdf::payable`].
+pub(super) fn payable(kdf: &Kdf, estimate: impl FnOnce() -> Result<Duration>) -> Result<()> {
+    let cheap = match kdf {
+        Kdf::Pbkdf2 { iterations, .. } => *iterations <= ITERATIONS_CHEAP,
+        Kdf::Argon2 { time, memory_kib, .. } => u64::from(*time) * u64::from(*memory_kib) <= ARGON2_CHEAP,
+    };
+    if cheap {
+        return Ok(());
+    }
+    let estimate = estimate().map_err(|error| {
+        Error::new(ErrorKind::Limit, "the key derivation is a costly one, and its time cannot be measured")
+            .because(error)
+    })?;
+    if estimate <= DERIVATION_MAX {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Limit,
+        format!(
+            "the key derivation would take about {} minutes, and at most {} are spent on one",
+            estimate.as_secs() / 60,
+            DERIVATION_MAX.as_secs() / 60
+        ),
+    ))
+}
+
 /// See [`Kdf::estimate`].
-pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
+pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Result<Duration> {
+    estimate_by(kdf, key_bytes, |probe| with_room(key_bytes, |out| argon::run(probe, PASSPHRASE, &SALT, out)))
+}
+
+fn estimate_by(
+    kdf: &Kdf,
+    key_bytes: usize,
+    measure: impl FnOnce(Cost) -> Result<Duration>,
+) -> Result<Duration> {
     let seconds = match *kdf {
         Kdf::Pbkdf2 { hash, iterations } => {
             pbkdf2_time(hash, key_bytes, 1, Duration::from_millis(5)) * f64::from(iterations)
@@ -223,14 +308,10 @@ pub(super) fn estimate(kdf: &Kdf, key_bytes: usize) -> Duration {
             let lanes = lanes.clamp(1, ARGON2_LANES_MAX);
             let probe = Cost { kind, time: passes, memory_kib: memory, lanes };
             let factor = f64::from(time) * f64::from(memory_kib) / volume(probe);
-            match with_room(key_bytes, |out| argon::run(probe, PASSPHRASE, &SALT, out)) {
-                Ok(took) => took.as_secs_f64() * factor,
-                // No memory even for that: no derivation, no time.
-                Err(_) => 0.0,
-            }
+            measure(probe)?.as_secs_f64() * factor
         }
     };
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    Ok(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
 }
 
 #[cfg(test)]
@@ -290,16 +371,84 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_at_most_half_of_what_is_free() {
-        assert_eq!(memory_cap(MEMORY_KIB, Some(24 << 20)), MEMORY_KIB);
-        assert_eq!(memory_cap(MEMORY_KIB, Some((2 << 20) - 2)), MEMORY_KIB - 1);
-        assert_eq!(memory_cap(1 << 22, Some(u64::MAX)), 1 << 22);
-        assert_eq!(memory_cap(MEMORY_KIB, Some(0)), ARGON2_MEMORY_KIB_MIN);
-        assert_eq!(memory_cap(MEMORY_KIB, None), PROBE_KIB / 2);
+    fn memory_is_at_most_half_of_all_and_within_what_is_free() {
+        let room = |total_kib, free_kib| Some(Room { total_kib, free_kib, swap_kib: 0 });
+        for (wished, room, cap) in [
+            (None, room(24 << 20, 24 << 20), MEMORY_KIB),
+            (None, room((2 << 20) - 2, (2 << 20) - 2), MEMORY_KIB - 1),
+            // Another holds most of it: it is not halved once more.
+            (None, room(2 << 20, 1 << 20), 3 << 18),
+            (None, room(24 << 20, 400 << 10), 300 << 10),
+            (Some(1 << 22), room(u64::MAX, u64::MAX), 1 << 22),
+            (Some(1 << 22), room(4 << 20, 4 << 20), 2 << 20),
+            (None, None, MEMORY_KIB_LEAST),
+            (Some(1 << 22), None, 1 << 22),
+            (Some(64), None, 64),
+        ] {
+            assert_eq!(memory_cap(wished, room).expect("enough"), cap, "{wished:?} {room:?}");
+        }
+    }
+
+    #[test]
+    fn want_of_memory_makes_no_weak_keyslot_unless_one_is_asked_for() {
+        let room = |total_kib, free_kib| Some(Room { total_kib, free_kib, swap_kib: 0 });
+        let least = u64::from(MEMORY_KIB_LEAST);
+        // A tight cgroup; a machine whose memory is in use.
+        for (total, free) in [(2 * least - 2, 2 * least - 2), (24 << 20, least), (24 << 20, 0), (0, 0)] {
+            for wished in [None, Some(MEMORY_KIB), Some(MEMORY_KIB_LEAST)] {
+                let error = memory_cap(wished, room(total, free)).expect_err("too little");
+                assert_eq!(error.kind(), ErrorKind::Limit);
+                assert!(error.to_failure().hint.is_some_and(|hint| hint.contains("--pbkdf-memory")));
+            }
+        }
+        assert_eq!(memory_cap(None, room(2 * least, 2 * least)).expect("enough"), MEMORY_KIB_LEAST);
+        assert_eq!(memory_cap(Some(4096), room(least, 5462)).expect("as asked"), 4096);
+        assert!(memory_cap(Some(4096), room(least, 5460)).is_err(), "less than asked for");
+    }
+
+    #[test]
+    fn what_takes_longer_than_two_minutes_is_not_begun() {
+        let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
+        let takes = |kdf, seconds| payable(&kdf, || Ok(Duration::from_secs(seconds)));
+        let cheap = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 64, memory_kib: 1 << 20, lanes: 1 };
+        let dear = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: 65, memory_kib: 1 << 20, lanes: 1 };
+        for kdf in [pbkdf2(ITERATIONS_CHEAP), cheap] {
+            payable(&kdf, || panic!("not worth an estimate")).expect("cheap");
+        }
+        for kdf in [pbkdf2(ITERATIONS_CHEAP + 1), dear] {
+            takes(kdf, 120).expect("just so");
+            let error = takes(kdf, 301).expect_err("too long");
+            assert_eq!(error.kind(), ErrorKind::Limit);
+            assert!(error.chain().contains("about 5 minutes"), "{}", error.chain());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_measured_is_not_taken_for_cheap() {
+        let dear = Kdf::Argon2 { kind: Argon2Kind::Argon2id, time: u32::MAX, memory_kib: 1 << 20, lanes: 1 };
+        let estimate = || estimate_by(&dear, 64, |_| Err(Error::new(ErrorKind::Limit, "no threads")));
+        assert_eq!(estimate().expect_err("unknown").kind(), ErrorKind::Limit);
+        let error = payable(&dear, estimate).expect_err("unknown");
+        assert_eq!(error.kind(), ErrorKind::Limit);
+        assert!(error.chain().contains("cannot be measured: no threads"), "{}", error.chain());
     }
 
     fn asked(wish: &KdfWish) -> Result<Kdf> {
-        calibrate(wish, KdfKind::Argon2id, Hash::Sha256, 64)
+        calibrate(wish, KdfKind::Argon2id, Hash::Sha256, 64, &|| false)
+    }
+
+    #[test]
+    fn a_wished_cost_that_nobody_could_pay_is_refused_and_a_measurement_can_be_given_up() {
+        let weeks = KdfWish {
+            iterations: Some(u32::MAX),
+            memory_kib: Some(1 << 20),
+            lanes: Some(1),
+            ..KdfWish::default()
+        };
+        assert_eq!(asked(&weeks).expect_err("weeks").kind(), ErrorKind::Limit);
+        let _turn = Turn::wait(&|| false).expect("nobody said to give up");
+        let given_up = calibrate(&KdfWish::default(), KdfKind::Argon2id, Hash::Sha256, 64, &|| true);
+        assert_eq!(given_up.expect_err("given up").kind(), ErrorKind::Cancelled);
     }
 
     #[test]
@@ -312,8 +461,8 @@ mod tests {
         let wish =
             KdfWish { kind, iterations: Some(1000), hash: Some("SHA512".into()), ..KdfWish::default() };
         assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha512, iterations: 1000 });
-        let wish = KdfWish { kind, iterations: Some(u32::MAX), ..KdfWish::default() };
-        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: u32::MAX });
+        let wish = KdfWish { kind, iterations: Some(5_000_000), ..KdfWish::default() };
+        assert_eq!(asked(&wish).expect("allowed"), Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 5_000_000 });
     }
 
     #[test]
@@ -355,6 +504,7 @@ mod tests {
 
     #[test]
     fn an_estimate_grows_with_the_cost() {
+        let estimate = |kdf: &Kdf, key_bytes| estimate(kdf, key_bytes).expect("there is memory for it");
         let pbkdf2 = |iterations| Kdf::Pbkdf2 { hash: Hash::Sha256, iterations };
         assert!(estimate(&pbkdf2(100_000_000), 64) > 20 * estimate(&pbkdf2(1_000_000), 64));
         let argon2 = |time| Kdf::Argon2 { kind: Argon2Kind::Argon2id, time, memory_kib: 32, lanes: 1 };

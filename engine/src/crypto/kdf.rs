@@ -21,6 +21,10 @@ pub const ARGON2_MEMORY_KIB_MIN: u32 = 32;
 pub const ARGON2_MEMORY_KIB_MAX: u32 = 4 << 20;
 /// Most lanes of Argon2.
 pub const ARGON2_LANES_MAX: u32 = 4;
+/// Longest derivation that is begun, by estimate. None can be interrupted, and every other memory-hard one waits for it: this is
+/// many times what anybody waits for a passphrase, and far below the weeks a hostile header can ask for within the bounds of the
+/// format.
+pub const DERIVATION_MAX: Duration = Duration::from_secs(120);
 
 /// Which Argon2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,38 +83,68 @@ impl Kdf {
         }
     }
 
-    /// Fill `out` with key bytes. Blocks for as long as the cost demands. One memory-hard derivation runs at a time in a process; others wait.
+    /// Can one derivation be paid here in [`DERIVATION_MAX`]? Measures what is not plainly cheap. Memory is judged when it is taken.
+    ///
+    /// # Errors
+    /// As [`Kdf::check`]; `Limit`.
+    pub fn payable(&self, key_bytes: usize) -> Result<()> {
+        self.check()?;
+        calibrate::payable(self, || self.estimate(key_bytes))
+    }
+
+    /// [`Kdf::derive_unless`] for those whom nobody can cancel.
+    ///
+    /// # Errors
+    /// As [`Kdf::derive_unless`], but for `Cancelled`.
+    pub fn derive(&self, passphrase: &[u8], salt: &[u8], out: &mut [u8]) -> Result<()> {
+        self.derive_unless(passphrase, salt, out, &|| false)
+    }
+
+    /// Fill `out` with key bytes. Blocks for as long as the cost demands: nothing interrupts a derivation that runs. One
+    /// memory-hard derivation runs at a time in a process; others wait, and while they do `give_up` is asked several times a
+    /// second.
     ///
     /// # Errors
     /// As [`Kdf::check`]; `Invalid` also for an argon2 salt shorter than 8 bytes or an output shorter than 4, which RFC 9106 does
-    /// not have; `Limit` when the memory cannot be had.
-    pub fn derive(&self, passphrase: &[u8], salt: &[u8], out: &mut [u8]) -> Result<()> {
+    /// not have; `Limit` when the memory cannot be had; `Cancelled`: given up before it began.
+    pub fn derive_unless(
+        &self,
+        passphrase: &[u8],
+        salt: &[u8],
+        out: &mut [u8],
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<()> {
         self.check()?;
         match *self {
             Self::Pbkdf2 { hash, iterations } => pbkdf2(hash, iterations, passphrase, salt, out),
             Self::Argon2 { kind, time, memory_kib, lanes } => {
                 let cost = argon::Cost { kind, time, memory_kib, lanes };
-                argon::derive(cost, passphrase, salt, out)?;
+                argon::derive(cost, passphrase, salt, out, give_up)?;
             }
         }
         Ok(())
     }
 
     /// A cost for a new keyslot that meets the wish on this machine, measured now: for `iter_time_ms`, default 2000; memory at
-    /// most half of what machine and cgroup have; lanes at most the CPUs this process may use. `hash`: of pbkdf2 unless the wish names one. `kind` absent: `default`.
+    /// most half of what machine and cgroup have, and what of it is free; lanes at most the CPUs this process may use. `hash`: of pbkdf2 unless the wish
+    /// names one. `kind` absent: `default`. Measurements of argon2 wait for derivations that run, and while they do `give_up` is
+    /// asked.
     ///
     /// # Errors
-    /// `Invalid`: a wish outside the bounds; `Unsupported`: an unknown hash.
+    /// `Invalid`: a wish outside the bounds; `Unsupported`: an unknown hash; `Limit`: a wish that is not [`Kdf::payable`] here, or
+    /// less memory than 64 MiB (or than wished, if that is less);
+    /// `Cancelled`.
     pub fn calibrate(
         wish: &KdfWish,
         default: proto::luks::KdfKind,
         hash: Hash,
         key_bytes: usize,
+        give_up: &dyn Fn() -> bool,
     ) -> Result<Self> {
-        calibrate::calibrate(wish, default, hash, key_bytes)
+        calibrate::calibrate(wish, default, hash, key_bytes, give_up)
     }
 
-    /// Would [`Kdf::calibrate`] accept this wish? Measures nothing.
+    /// Would [`Kdf::calibrate`] accept this wish? Measures nothing, so what it would take is not judged.
     ///
     /// # Errors
     /// As [`Kdf::calibrate`].
@@ -119,8 +153,10 @@ impl Kdf {
     }
 
     /// What one derivation is expected to take here, from a short measurement (tens of milliseconds).
-    #[must_use]
-    pub fn estimate(&self, key_bytes: usize) -> Duration {
+    ///
+    /// # Errors
+    /// `Limit`: it is not known, for there is no memory or no thread to measure with.
+    pub fn estimate(&self, key_bytes: usize) -> Result<Duration> {
         calibrate::estimate(self, key_bytes)
     }
 }

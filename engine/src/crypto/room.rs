@@ -1,6 +1,8 @@
 //! How much memory this process may take without being killed for it: what the machine has available, and what the cgroups it is
 //! in leave (v2 `memory.max` and `memory.high`, v1 `memory.limit_in_bytes`; every ancestor counts).
 //!
+//! Beside it, how much there would be if nothing else ran, which is what the cost of a keyslot that lasts for years goes by.
+//!
 //! Asked before a key derivation takes up to 4 GiB: the kernel would hand out the addresses and kill the daemon, with every job
 //! in it, when they are touched.
 
@@ -13,16 +15,18 @@ use crate::error::{Error, Result};
 
 /// Memory in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Room {
-    /// To be had without swapping.
-    free_kib: u64,
+pub(super) struct Room {
+    /// Of the machine, or what the tightest limit allows.
+    pub(super) total_kib: u64,
+    /// To be had now without swapping.
+    pub(super) free_kib: u64,
     /// Swap space on top.
-    swap_kib: u64,
+    pub(super) swap_kib: u64,
 }
 
-/// KiB that can be had now without swapping. Absent where the kernel does not say.
-pub(super) fn free_kib() -> Option<u64> {
-    read(Path::new("/")).map(|room| room.free_kib)
+/// Of this process. Absent where the kernel does not say.
+pub(super) fn here() -> Option<Room> {
+    read(Path::new("/"))
 }
 
 /// Can so much be had now? Swap counts: a slow unlock is better than none.
@@ -30,7 +34,7 @@ pub(super) fn free_kib() -> Option<u64> {
 /// # Errors
 /// `Limit`.
 pub(super) fn admit(kib: u64) -> Result<()> {
-    match read(Path::new("/")) {
+    match here() {
         Some(room) if room.free_kib.saturating_add(room.swap_kib) < kib => {
             let what = format!("no {kib} KiB of memory for argon2: {} KiB are free", room.free_kib);
             Err(Error::new(ErrorKind::Limit, what)
@@ -43,13 +47,17 @@ pub(super) fn admit(kib: u64) -> Result<()> {
 /// Of the file system under `root`.
 fn read(root: &Path) -> Option<Room> {
     let meminfo = fs::read_to_string(root.join("proc/meminfo")).ok()?;
-    let machine = field(&meminfo, "MemAvailable:")?;
-    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
-    let left = groups.lines().filter_map(|line| group_left(root, line)).min();
-    Some(Room {
-        free_kib: machine.min(left.map_or(u64::MAX, |bytes| bytes >> 10)),
+    let mut room = Room {
+        total_kib: field(&meminfo, "MemTotal:")?,
+        free_kib: field(&meminfo, "MemAvailable:")?,
         swap_kib: field(&meminfo, "SwapFree:").unwrap_or(0),
-    })
+    };
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    for level in groups.lines().flat_map(|line| levels(root, line)) {
+        room.total_kib = room.total_kib.min(level.limit >> 10);
+        room.free_kib = room.free_kib.min(level.left >> 10);
+    }
+    Some(room)
 }
 
 /// The number after a name at the start of a line.
@@ -76,32 +84,40 @@ const V2: Names = Names {
     cache: ["active_file ", "inactive_file "],
 };
 
-/// Bytes that one hierarchy leaves, from a line of `/proc/self/cgroup` (`id:controllers:path`). Absent without a limit.
-fn group_left(root: &Path, line: &str) -> Option<u64> {
+/// What one level of a hierarchy allows, bytes.
+struct Level {
+    limit: u64,
+    left: u64,
+}
+
+/// The levels with a limit, from a line of `/proc/self/cgroup` (`id:controllers:path`).
+fn levels(root: &Path, line: &str) -> Vec<Level> {
     let mut parts = line.splitn(3, ':').skip(1);
-    let (controllers, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+    let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { return Vec::new() };
+    let path = path.trim_start_matches('/');
     // Where systemd and every container runtime mount them. In a container the path may be the host's: its missing levels are
     // passed over on the way up.
     let (names, mounts): (_, &[&str]) = match controllers {
         "" => (V2, &["sys/fs/cgroup", "sys/fs/cgroup/unified"]),
         _ if controllers.split(',').any(|name| name == "memory") => (V1, &["sys/fs/cgroup/memory"]),
-        _ => return None,
+        _ => return Vec::new(),
     };
     let levels = mounts.iter().flat_map(|mount| {
         let levels = Path::new(path).ancestors().map(Path::to_owned).collect::<Vec<PathBuf>>();
         levels.into_iter().map(move |level| root.join(mount).join(level))
     });
-    levels.filter_map(|level| level_left(&level, &names)).min()
+    levels.filter_map(|level| level_of(&level, &names)).collect()
 }
 
-/// Bytes that one level leaves.
-fn level_left(level: &Path, names: &Names) -> Option<u64> {
+/// Absent without a limit.
+fn level_of(level: &Path, names: &Names) -> Option<Level> {
     // A limit that is "max" does not parse; one that is near 2^63 (v1's way to say none) leaves plenty.
     let number = |name: &str| fs::read_to_string(level.join(name)).ok()?.trim().parse::<u64>().ok();
     let limit = names.limits.iter().filter_map(|name| number(name)).min()?;
     let stat = fs::read_to_string(level.join("memory.stat")).unwrap_or_default();
     let cache: u64 = names.cache.iter().filter_map(|name| field(&stat, name)).sum();
-    Some(limit.saturating_sub(number(names.usage)?.saturating_sub(cache)))
+    let left = limit.saturating_sub(number(names.usage)?.saturating_sub(cache));
+    Some(Level { limit, left })
 }
 
 #[cfg(test)]
@@ -125,6 +141,10 @@ mod tests {
         fn free_kib(&self) -> u64 {
             read(&self.0).expect("there is a meminfo").free_kib
         }
+
+        fn total_kib(&self) -> u64 {
+            read(&self.0).expect("there is a meminfo").total_kib
+        }
     }
 
     impl Drop for Root {
@@ -139,7 +159,7 @@ mod tests {
     #[test]
     fn without_cgroups_the_machine_counts() {
         let root = Root::with("machine", &[MEMINFO]);
-        assert_eq!(read(&root.0), Some(Room { free_kib: 5000, swap_kib: 70 }));
+        assert_eq!(read(&root.0), Some(Room { total_kib: 8000, free_kib: 5000, swap_kib: 70 }));
         let none = Root::with("none", &[("etc/motd", "")]);
         assert_eq!(read(&none.0), None);
     }
@@ -157,6 +177,7 @@ mod tests {
             ("sys/fs/cgroup/a.slice/memory.current", "2048000\n"),
         ];
         assert_eq!(Root::with("v2", &files).free_kib(), 2000);
+        assert_eq!(Root::with("v2-total", &files).total_kib(), 4000, "whatever is in use");
         let stat = "anon 1\nactive_file 1024\ninactive_file 1023\ninactive_file_not 9\n";
         files.push(("sys/fs/cgroup/a.slice/memory.stat", stat));
         assert_eq!(Root::with("v2-cache", &files).free_kib(), 2001);
@@ -174,8 +195,10 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "1024000\n"),
         ];
         assert_eq!(Root::with("v1-none", &files).free_kib(), 5000);
+        assert_eq!(Root::with("v1-none-total", &files).total_kib(), 8000);
         files[2].1 = "3072000";
         assert_eq!(Root::with("v1", &files).free_kib(), 2000);
+        assert_eq!(Root::with("v1-total", &files).total_kib(), 3000);
     }
 
     #[test]

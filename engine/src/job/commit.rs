@@ -64,6 +64,22 @@ impl Names {
         Ok(names)
     }
 
+    /// Only to [`Self::undo`], also where the names could not be committed.
+    ///
+    /// # Errors
+    /// `Invalid` for a bad partial name.
+    pub fn to_undo(directory: OwnedFd, commit: &proto::Commit, owner: &Owner) -> Result<Self> {
+        check_name(&commit.partial)?;
+        Ok(Self {
+            directory,
+            partial: commit.partial.clone(),
+            name: commit.name.clone(),
+            replace: commit.replace,
+            keep_partial: commit.keep_partial,
+            owner: owner.clone(),
+        })
+    }
+
     fn with_rights<T: Send>(&self, what: &str, act: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
         as_user(self.owner.uid, self.owner.gid, &self.owner.groups, act)?
             .map_err(|cause| Error::io(what, cause).at(&self.name))

@@ -47,6 +47,8 @@ pub struct Open {
     pub kind: proto::luks::Secret,
     /// It; taken when it is used.
     pub secret: Option<Secret>,
+    /// Bytes of plaintext, once the header is read, if it says so itself.
+    pub fixed_bytes: Option<u64>,
 }
 
 /// A new volume to be made.
@@ -73,22 +75,31 @@ fn header_device(detached: Option<&Arc<Device>>, end: &End) -> Result<Blocking> 
     }
 }
 
-/// Where the data of an existing volume lies, by its header on a device that can be read by offset, with writers of it kept out.
+/// Where the data of an existing volume lies, by its header on a device that can be read by offset, with writers of it kept out; and
+/// the volume's UUID.
 ///
 /// # Errors
 /// As [`Header::load`] and [`Header::data_areas`]; `Conflict`: somebody is writing it.
-pub fn look(device: &Device, detached: bool) -> Result<Geometry> {
+pub fn look(device: &Device, detached: bool) -> Result<(Geometry, String)> {
     device.disable_direct();
     let mut blocking = Blocking::open(device.file().clone(), device.name(), 1)?;
     let lock = store::lock(device.file(), device.name(), false)?;
     let header = Header::load(&mut blocking)?;
     drop(lock);
-    geometry_of(&header, detached).map_err(|error| error.at(device.name()))
+    let geometry = geometry_of(&header, detached).map_err(|error| error.at(device.name()))?;
+    Ok((geometry, header.uuid().to_owned()))
+}
+
+/// The UUID of the header that `device` itself begins with, if it has one that can be read.
+pub fn own_uuid(device: &Device) -> Option<String> {
+    let mut blocking =
+        Blocking::open(device.file().clone(), device.name(), device.direct_alignment().unwrap_or(1)).ok()?;
+    Header::load(&mut blocking).ok().map(|header| header.uuid().to_owned())
 }
 
 /// Where the data lies by this header.
 fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
-    let geometry = Geometry::new(header.data_areas()?)?;
+    let geometry = header.data_areas().and_then(Geometry::new).map_err(Error::as_damage)?;
     if detached {
         return Ok(geometry);
     }
@@ -114,6 +125,15 @@ impl Encrypted {
             Self::Raw => Ok(()),
             Self::Open(open) => open.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
             Self::New(new) => new.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
+        }
+    }
+
+    /// Bytes of plaintext that the header of an open volume says there are.
+    #[must_use]
+    pub fn fixed_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Open(open) => open.fixed_bytes,
+            Self::Raw | Self::New(_) => None,
         }
     }
 
@@ -187,6 +207,7 @@ impl Open {
             let what = "the header was changed while the job waited";
             return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
         }
+        self.fixed_bytes = geometry.fixed_bytes();
         wait_while_paused(job, transfer)?;
         let secret = self.secret.take().expect("a job begins once");
         let unlocked = match self.kind {
@@ -199,10 +220,13 @@ impl Open {
             tracing::info!("job {} opened keyslot {keyslot}", job.id);
         }
         if transfer.is_verify()
-            && let (Some(total), Some(has)) = (transfer.plan.end(), geometry.fixed_bytes())
-            && total > has
+            && let Some(has) = self.fixed_bytes
         {
-            transfer.differs_at(has);
+            match transfer.plan.end() {
+                Some(total) if total > has => transfer.differs_at(has),
+                // What a stream has beyond it is asked in the end.
+                _ => transfer.plan.end_at(has),
+            }
         }
         if side.is_stream() {
             self.be_in_order(&geometry, transfer, side, taken, &mut take)?;
@@ -239,13 +263,14 @@ impl New {
     fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
         wait_while_paused(job, transfer)?;
-        let header = create::make(&self.wish, &self.place, &passphrase, self.volume_key.take())?;
+        let give_up = || job.is_cancelled();
+        let key = self.volume_key.take();
+        let header = create::make_unless(&self.wish, &self.place, &passphrase, key, &give_up)?;
         drop(passphrase);
         wait_while_paused(job, transfer)?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
         let detached = self.detached.as_ref().map(|(device, _)| device);
-        let give_up = || job.is_cancelled();
         let mut put = |piece: &[u8]| side.write_in_order(piece, &give_up);
         // Nothing can be put in front of a stream later.
         if side.is_stream() && detached.is_none() {

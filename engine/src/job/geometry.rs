@@ -122,7 +122,7 @@ impl Geometry {
     /// Bytes of plaintext on a device of this size.
     ///
     /// # Errors
-    /// `Invalid`: an area ends beyond it, or the last one inside a data unit.
+    /// `Damaged`: an area ends beyond it. `Invalid`: the last one ends inside a data unit.
     pub fn plain_bytes(&self, device: &Device, device_bytes: u64) -> Result<u64> {
         let mut total = 0_u64;
         for area in &self.areas {
@@ -132,10 +132,10 @@ impl Geometry {
                 let end = area.offset.saturating_add(area.size.unwrap_or(0));
                 let what =
                     format!("the volume is cut off: its data reaches to byte {end}, it has {device_bytes}");
-                return Err(Error::new(ErrorKind::Invalid, what).at(device.name()));
+                return Err(Error::new(ErrorKind::Damaged, what).at(device.name()));
             }
             total = total.checked_add(size).ok_or_else(|| {
-                Error::new(ErrorKind::Invalid, "the volume's areas are larger than any device")
+                Error::new(ErrorKind::Damaged, "the volume's areas are larger than any device")
                     .at(device.name())
             })?;
             let unit = area.unit_bytes();

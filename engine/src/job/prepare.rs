@@ -17,7 +17,7 @@ use crate::job::Owner;
 use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
-use crate::key::read_secret;
+use crate::key::Descriptors;
 use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
 use crate::pipeline::segment::Segments;
@@ -77,28 +77,6 @@ impl Prepared {
     }
 }
 
-/// Descriptors of a request, each to be used once.
-struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    fn take(&mut self, index: u32, what: &str) -> Result<OwnedFd> {
-        let place = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
-        place.and_then(Option::take).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("descriptor {index} ({what}) was not sent, or is named twice"),
-            )
-        })
-    }
-
-    fn finish(self) -> Result<()> {
-        if self.0.iter().any(Option::is_some) {
-            return Err(Error::new(ErrorKind::Invalid, "more descriptors were sent than the request names"));
-        }
-        Ok(())
-    }
-}
-
 fn required<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| Error::new(ErrorKind::Invalid, format!("the request has no {what}")))
 }
@@ -115,7 +93,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             "a rate of 0 bytes per second never ends; pause the job instead",
         ));
     }
-    let mut descriptors = Descriptors(descriptors.into_iter().map(Some).collect());
+    let mut descriptors = Descriptors::new(descriptors);
     let source_wanted = required(source, "source")?;
     let sink_wanted = required(sink, "sink")?;
     let volume = required(volume, "volume")?;
@@ -132,7 +110,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
         None => None,
     };
-    let key = read_secret(descriptors.take(volume.key_fd, "key")?, proto::MAX_SECRET)?;
+    let key = descriptors.secret(volume.key_fd, "key")?;
     let work = match action {
         Action::Encrypt => Work::Encrypt,
         Action::Decrypt => Work::Decrypt,
@@ -145,7 +123,10 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     refuse_same(&source, &sink, &opened.encrypted)?;
     let geometry = opened.geometry.as_ref();
 
-    let sizes = check_sizes(work, &source, &sink, geometry, &tuning)?;
+    let is_luks = opened.segments.is_none();
+    // Without a header it is the caller who says what the volume is like.
+    let sizes = check_sizes(work, &source, &sink, geometry, &tuning)
+        .map_err(|error| if is_luks && work == Work::Decrypt { error.as_damage() } else { error })?;
     let new_file = action != Action::Verify && is_file(&sink);
     if new_file && sink.size() != Some(0) {
         // A replacement is written beside the old file, see `Names`; nothing is ever written over.
@@ -180,6 +161,11 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     }
     transfer.gate.set_rate(bytes_per_second);
     let mut warnings = opened.warnings;
+    if is_luks && work == Work::Decrypt && sizes.volume == Some(0) {
+        warnings.push(
+            "the volume has no data: it ends where its data begins, as a header backup does".to_owned(),
+        );
+    }
     if tuning.direct == Some(true) && (align.source == 1 || align.sink == 1) {
         warnings.push("direct I/O was asked for, but not both ends can do it".to_owned());
     }
@@ -245,24 +231,34 @@ fn open_volume(
                 }
                 None => None,
             };
-            let geometry = match (&detached, side.is_stream()) {
+            let seen = match (&detached, side.is_stream()) {
                 (None, true) => None,
                 (Some(device), _) => Some(encrypted::look(device, true)?),
                 (None, false) => Some(encrypted::look(side, false)?),
             };
+            let mut warnings = Vec::new();
+            // Legal: data behind an old header that another, detached one replaces. More often a mistake.
+            if let (Some(header), Some((_, uuid))) = (&detached, &seen)
+                && !side.is_stream()
+                && encrypted::own_uuid(side).is_some_and(|own| own != *uuid)
+            {
+                warnings.push(format!(
+                    "{} has a LUKS header of its own, with another UUID than {}: if the two do not belong together, what comes \
+                     out is noise",
+                    side.name(),
+                    header.name()
+                ));
+            }
+            let geometry = seen.map(|(geometry, _)| geometry);
             let opened = encrypted::Open {
                 detached,
                 seen: geometry.clone(),
                 keyslot: open.keyslot,
                 kind: open.secret,
                 secret: Some(key),
+                fixed_bytes: None,
             };
-            Ok(Opened {
-                encrypted: Encrypted::Open(Box::new(opened)),
-                geometry,
-                segments: None,
-                warnings: Vec::new(),
-            })
+            Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None, warnings })
         }
         Format::NewLuks(_) if work != Work::Encrypt => {
             Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))
@@ -314,7 +310,7 @@ fn new_luks(
         }
     };
     let volume_key = match wish.volume_key_fd {
-        Some(fd) => Some(read_secret(descriptors.take(fd, "volume key")?, proto::MAX_SECRET)?),
+        Some(fd) => Some(descriptors.secret(fd, "volume key")?),
         None => None,
     };
     let capacity = |device: &Device| (device.nature() == Nature::Block).then(|| device.size()).flatten();

@@ -231,8 +231,10 @@ fn verdict(job: &Job, prepared: &Prepared) -> Result<Ending> {
     if transfer.first_difference().is_none() {
         let end = transfer.plan.end().unwrap_or(0);
         let expected = whole_units(transfer, end);
-        // A device may be larger than the volume on it; a file or a stream may not.
-        let longer = if sink.is_stream() {
+        // A device may be larger than the volume on it; a file or a stream may not, unless the volume says where it ends.
+        let longer = if let Some(bytes) = prepared.encrypted.fixed_bytes() {
+            bytes > expected
+        } else if sink.is_stream() {
             // A stream source has been read to its end, and the sink with it; a file's last chunk asked for no more.
             prepared.total_bytes.is_some() && sink.has_more(&|| job.is_cancelled())?
         } else {

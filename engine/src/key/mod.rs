@@ -4,6 +4,8 @@
 //! and has no writer left, or a memfd sealed against writing and resizing. Files, sockets and terminals are refused. The
 //! bytes go straight into zero-on-drop memory; no length or byte of them appears in an error.
 
+mod descriptors;
+
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{FileType, OFlags, SealFlags};
@@ -11,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
+pub use descriptors::Descriptors;
 
 /// First room for a secret from a pipe; it doubles up to the bound.
 const FIRST_BYTES: usize = 4096;

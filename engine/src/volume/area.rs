@@ -52,8 +52,21 @@ impl Wrapping<'_> {
     /// # Errors
     /// Of the KDF or the cipher; no randomness. `Invalid`: a key of no bytes or of more than 512.
     pub fn wrap(&self, passphrase: &Secret, key: &Secret) -> Result<Vec<u8>> {
+        self.wrap_unless(passphrase, key, &|| false)
+    }
+
+    /// [`Wrapping::wrap`], asking `give_up` while the KDF waits for another ([`Kdf::derive_unless`]).
+    ///
+    /// # Errors
+    /// As [`Wrapping::wrap`]; `Cancelled`.
+    pub fn wrap_unless(
+        &self,
+        passphrase: &Secret,
+        key: &Secret,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<Vec<u8>> {
         check_key_bytes(key.len())?;
-        let cipher = self.cipher(passphrase)?;
+        let cipher = self.cipher(passphrase, give_up)?;
         let mut material = Zeroizing::new(vec![0; material_bytes(key.len())]);
         // What fills the last sector is random too, so that all of the material looks alike.
         random::fill(&mut material)?;
@@ -69,12 +82,32 @@ impl Wrapping<'_> {
     /// # Errors
     /// Of the KDF or the cipher. `Invalid`: less material than such a key has, a key of no bytes or of more than 512.
     pub fn unwrap(&self, passphrase: &Secret, material: &mut [u8], key_bytes: usize) -> Result<Secret> {
-        let key = self.unwrap_in_place(passphrase, material, key_bytes);
+        self.unwrap_unless(passphrase, material, key_bytes, &|| false)
+    }
+
+    /// [`Wrapping::unwrap`], asking `give_up` while the KDF waits for another ([`Kdf::derive_unless`]).
+    ///
+    /// # Errors
+    /// As [`Wrapping::unwrap`]; `Cancelled`.
+    pub fn unwrap_unless(
+        &self,
+        passphrase: &Secret,
+        material: &mut [u8],
+        key_bytes: usize,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<Secret> {
+        let key = self.unwrap_in_place(passphrase, material, key_bytes, give_up);
         material.zeroize();
         key
     }
 
-    fn unwrap_in_place(&self, passphrase: &Secret, material: &mut [u8], key_bytes: usize) -> Result<Secret> {
+    fn unwrap_in_place(
+        &self,
+        passphrase: &Secret,
+        material: &mut [u8],
+        key_bytes: usize,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<Secret> {
         check_key_bytes(key_bytes)?;
         let (have, needed) = (material.len(), material_bytes(key_bytes));
         let Some(material) = material.get_mut(..needed) else {
@@ -82,17 +115,17 @@ impl Wrapping<'_> {
             return Err(Error::new(ErrorKind::Invalid, what));
         };
         let mut key = Secret::zeroed(key_bytes)?;
-        self.cipher(passphrase)?.decrypt(DataUnit(0), material);
+        self.cipher(passphrase, give_up)?.decrypt(DataUnit(0), material);
         af::merge(self.af_hash, &material[..key_bytes * af::STRIPES as usize], key.as_mut_bytes());
         Ok(key)
     }
 
     /// The area's cipher under the key that the passphrase makes.
-    fn cipher(&self, passphrase: &Secret) -> Result<Box<dyn SectorCipher>> {
+    fn cipher(&self, passphrase: &Secret, give_up: &dyn Fn() -> bool) -> Result<Box<dyn SectorCipher>> {
         // Before the KDF: a key the cipher does not take is known at once, not after seconds.
         self.cipher.check_key_bytes(self.area_key_bytes)?;
         let mut key = Secret::zeroed(self.area_key_bytes)?;
-        self.kdf.derive(passphrase.as_bytes(), self.salt, key.as_mut_bytes())?;
+        self.kdf.derive_unless(passphrase.as_bytes(), self.salt, key.as_mut_bytes(), give_up)?;
         self.cipher.build(Kernel::best()?, &key, UNIT_BYTES, 0)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A backup is a copy of the device from byte 0 to the end of the keyslots area (LUKS2: `2 * hdr_size + keyslots_size`; LUKS1:
 //! to the end of the last keyslot's place, rounded up to 4096, with zeros between the header and the first place, so that no
-//! old signature lies in it). It holds wrapped keys: with a passphrase of the time of the backup it opens the volume for ever,
+//! old signature lies in it, and zeros for what the rounding would take of the data). It holds wrapped keys: with a passphrase of the time of the backup it opens the volume for ever,
 //! also when that passphrase has been removed from the volume since.
 //!
 //! Restoring puts back a whole state: the order of writes is in [`restore`]'s own file.
@@ -23,11 +23,21 @@ const LUKS1_STEP: u64 = 4096;
 /// Bytes copied at a time.
 const PIECE: usize = 1 << 20;
 
-/// Bytes of the backup of a volume.
+/// Bytes of the backup of a volume, which is more than [`header_bytes`] where LUKS1 is rounded up.
 #[must_use]
 pub fn bytes(header: &Header) -> u64 {
     match header {
         Header::Luks1(header) => header.backup_bytes().next_multiple_of(LUKS1_STEP),
+        Header::Luks2(loaded) => loaded.header.backup_bytes(),
+    }
+}
+
+/// Bytes of the device that belong to the header: what a backup takes from it, and a restore puts back. Behind them the
+/// data may begin, also within the last page of a LUKS1 backup.
+#[must_use]
+pub fn header_bytes(header: &Header) -> u64 {
+    match header {
+        Header::Luks1(header) => header.backup_bytes(),
         Header::Luks2(loaded) => loaded.header.backup_bytes(),
     }
 }
@@ -40,24 +50,16 @@ pub fn bytes(header: &Header) -> u64 {
 pub fn save(device: &mut Blocking, into: &mut Blocking) -> Result<Done> {
     let header = Header::load(device)?;
     let total = bytes(&header);
-    // What LUKS1 rounds up may not be there: a detached header may end with its last keyslot.
-    let present = match &header {
-        Header::Luks1(header) => header.backup_bytes(),
-        Header::Luks2(_) => total,
-    };
+    let ours = header_bytes(&header);
     let mut piece = vec![0; PIECE];
     let mut at = 0;
     while at < total {
         let length = usize::try_from(total - at).unwrap_or(usize::MAX).min(PIECE);
         let piece = &mut piece[..length];
-        if let Err(error) = device.read(at, piece) {
-            let there = usize::try_from(present.saturating_sub(at)).unwrap_or(0);
-            if there >= length {
-                return Err(error);
-            }
-            device.read(at, &mut piece[..there])?;
-            piece[there..].fill(0);
-        }
+        // What follows may be data, or not there at all.
+        let there = usize::try_from(ours.saturating_sub(at)).unwrap_or(usize::MAX).min(length);
+        device.read(at, &mut piece[..there])?;
+        piece[there..].fill(0);
         if let (0, Header::Luks1(header)) = (at, &header) {
             let first = header.keyslots.iter().map(luks1::Keyslot::material_offset).min();
             let end = usize::try_from(first.unwrap_or(0)).unwrap_or(usize::MAX).min(length);

@@ -33,7 +33,7 @@ const FIRST: usize = 4096;
 /// Take the header off a stream. `take(buf)` fills `buf` and returns how many bytes there were, fewer only at the end.
 ///
 /// # Errors
-/// `Unsupported`: not a LUKS volume; `Invalid`: a damaged one, or it ends early; whatever `take` says.
+/// `Unsupported`: not a LUKS volume; `Damaged`: a damaged one, or it ends early; whatever `take` says.
 pub fn capture(name: &str, take: &mut dyn FnMut(&mut [u8]) -> Result<usize>) -> Result<Captured> {
     let file = memfd_create("header", MemfdFlags::CLOEXEC)
         .map_err(|errno| Error::io("cannot hold the header", errno).at(name))?;
@@ -43,20 +43,28 @@ pub fn capture(name: &str, take: &mut dyn FnMut(&mut [u8]) -> Result<usize>) -> 
     let file: Arc<OwnedFd> = Arc::new(file);
     let mut kept = Kept { device: Blocking::open(file, name, 1)?, bytes: 0 };
     let mut first = vec![0; FIRST];
-    kept.take(&mut first, take)?;
+    kept.take(&mut first, take).map_err(|error| {
+        let is_luks = first.starts_with(b"LUKS\xBA\xBE");
+        if error.kind() == ErrorKind::Damaged && !is_luks {
+            error.with_kind(ErrorKind::Unsupported)
+        } else {
+            error
+        }
+    })?;
     let wanted = if luks1::Header::is_here(&first) {
-        luks1::Header::parse(&first).map_err(|error| error.at(name))?.backup_bytes()
+        luks1::Header::parse(&first).map_err(|error| error.as_damage().at(name))?.backup_bytes()
     } else if luks2::is_here(&first) {
         let copy_bytes = u64::from_be_bytes(first[8..16].try_into().expect("eight bytes"));
         if !luks2::COPY_BYTES.contains(&copy_bytes) || !copy_bytes.is_power_of_two() {
             // Its secondary could be anywhere, and a stream cannot be searched.
             let what = "the primary LUKS2 header is damaged";
-            return Err(Error::new(ErrorKind::Invalid, what)
+            return Err(Error::new(ErrorKind::Damaged, what)
                 .at(name)
                 .hint("pass the volume as a file or device: its secondary header can be used then"));
         }
         kept.take_until(2 * copy_bytes, take)?;
-        let loaded = luks2::load(&mut |offset, into| kept.device.read(offset, into))?;
+        let loaded = luks2::load(&mut |offset, into| kept.device.read(offset, into))
+            .map_err(|error| error.as_damage().at(name))?;
         loaded.header.backup_bytes()
     } else {
         // Says what it is not, in the words for files.
@@ -79,7 +87,7 @@ impl Kept {
         self.bytes += got as u64;
         if got < piece.len() {
             let what = format!("not a LUKS volume: it ends after {} bytes, inside the header", self.bytes);
-            return Err(Error::new(ErrorKind::Invalid, what).at(self.device.name()));
+            return Err(Error::new(ErrorKind::Damaged, what).at(self.device.name()));
         }
         Ok(())
     }
@@ -97,14 +105,14 @@ impl Kept {
 /// Take and forget what lies between the header and the data.
 ///
 /// # Errors
-/// `Invalid`: the stream ends before; whatever `take` says.
+/// `Damaged`: the stream ends before; whatever `take` says.
 pub fn skip(name: &str, mut bytes: u64, take: &mut dyn FnMut(&mut [u8]) -> Result<usize>) -> Result<()> {
     let mut piece = vec![0; PIECE];
     while bytes > 0 {
         let len = usize::try_from(bytes).unwrap_or(PIECE).min(PIECE);
         let got = take(&mut piece[..len])?;
         if got < len {
-            return Err(Error::new(ErrorKind::Invalid, "the volume ends before its data").at(name));
+            return Err(Error::new(ErrorKind::Damaged, "the volume ends before its data").at(name));
         }
         bytes -= got as u64;
     }

@@ -54,9 +54,9 @@ pub struct NewHeader {
 pub struct Place {
     /// The header goes into a file or device of its own.
     pub detached: bool,
-    /// Bytes of the device that takes the header, if it cannot grow.
+    /// Bytes of the device or file that takes the header, if it is not to grow.
     pub header_capacity: Option<u64>,
-    /// Bytes of the device that takes the data, if it cannot grow.
+    /// Bytes of the device or file that takes the data, if it is not to grow.
     pub data_capacity: Option<u64>,
     /// Block size of the data device. The data unit's default is 4096 (LUKS1: 512) whatever it is; a device whose size is not a
     /// multiple of 4096 gets 512.
@@ -109,18 +109,32 @@ pub fn clear_old(device: &mut Blocking) -> Result<()> {
 /// # Errors
 /// As [`plan`]; `Invalid`: a volume key of the wrong length or with equal halves, a KDF out of bounds.
 pub fn make(new: &New, place: &Place, passphrase: &Secret, volume_key: Option<Secret>) -> Result<NewHeader> {
+    make_unless(new, place, passphrase, volume_key, &|| false)
+}
+
+/// [`make`], asking `give_up` while a derivation waits for another ([`Kdf::derive_unless`]).
+///
+/// # Errors
+/// As [`make`]; `Cancelled`.
+pub fn make_unless(
+    new: &New,
+    place: &Place,
+    passphrase: &Secret,
+    volume_key: Option<Secret>,
+    give_up: &dyn Fn() -> bool,
+) -> Result<NewHeader> {
     let plan = Plan::new(new, place)?;
     let key = match volume_key {
         Some(key) => key,
         None => random_key(plan.key_bytes)?,
     };
     check_key(&key, plan.key_bytes)?;
-    let kdf = Kdf::calibrate(&new.kdf, plan.kdf, plan.hash, plan.key_bytes as usize)?;
+    let kdf = Kdf::calibrate(&new.kdf, plan.kdf, plan.hash, plan.key_bytes as usize, give_up)?;
     let iterations = match new.kdf.iterations {
         Some(_) => DIGEST_ITERATIONS_MIN,
         None => digest_iterations(plan.hash, DIGEST_TIME),
     };
-    let made = Made { plan: &plan, kdf, passphrase, key: &key, iterations };
+    let made = Made { plan: &plan, kdf, passphrase, key: &key, iterations, give_up };
     let (header, material) = match plan.version {
         Version::Luks1 => made.luks1()?,
         Version::Luks2 => made.luks2(new)?,
@@ -182,6 +196,7 @@ struct Made<'a> {
     key: &'a Secret,
     /// Of the digest.
     iterations: u32,
+    give_up: &'a dyn Fn() -> bool,
 }
 
 type WithMaterial = (Header, (u64, Vec<u8>));
@@ -203,7 +218,7 @@ impl Made<'_> {
             area_key_bytes: self.plan.key_bytes as usize,
             af_hash: self.plan.hash,
         };
-        wrapping.wrap(self.passphrase, self.key)
+        wrapping.wrap_unless(self.passphrase, self.key, self.give_up)
     }
 
     fn uuid(&self) -> Result<String> {

@@ -24,8 +24,8 @@ use proto::luks::{Doctor, Finding, Severity};
 use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
 use crate::error::{ErrorKind, Result};
-use crate::volume::Header;
 use crate::volume::keyslots::{GiveUp, stop};
+use crate::volume::{Header, store};
 
 /// What is known about the volume beside its header.
 #[derive(Debug, Clone, Copy)]
@@ -87,14 +87,17 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
     if let Some(convention) = &convention {
         convention.explain(&mut report);
     }
+    // Not for longer: what follows measures key derivations.
+    let held = store::lock_device(device, false)?;
     let header = match Header::load(device) {
         Ok(header) => header,
-        Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported) => {
-            let summary = damage::ruins(device, error, &mut report)?;
-            return Ok(Doctor { summary, findings: report.sorted(), tools: tools::of_ruins() });
+        Err(error) if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported) => {
+            damage::ruins(device, error, patient.header_bytes, &mut report)?;
+            return Ok(Doctor { summary: None, findings: report.sorted(), tools: tools::of_ruins() });
         }
         Err(error) => return Err(error),
     };
+    drop(held);
     let mut summary = header.summary();
     damage::copies(&header, &mut report);
     damage::sizes(&header, &summary, patient, &mut report);
@@ -108,5 +111,5 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
         keyslot.unlock_seconds = settings::unlock_seconds(&header, keyslot.id);
     }
     let tools = tools::judge(&header, &summary, patient.is_detached, convention.as_ref());
-    Ok(Doctor { summary, findings: report.sorted(), tools })
+    Ok(Doctor { summary: Some(summary), findings: report.sorted(), tools })
 }

@@ -1,8 +1,14 @@
 //! Keyslots added, removed, changed, converted, and all of them destroyed.
 //!
-//! Every function reads the header itself (the caller holds the lock), proves that the secret opens the volume before it
-//! writes, asks `give_up` between slow steps and never after the first write. A header with a requirement this build does not
-//! honour, a re-encryption in progress above all, is not changed.
+//! Every function reads the header itself, proves that the secret opens the volume before it writes, asks `give_up` between slow
+//! steps and never after the first write. A header with a requirement this build does not honour, a re-encryption in progress
+//! above all, is not changed; nor is one whose first copy something else was put over.
+//!
+//! # Locks
+//! Nobody waits for a key derivation of ours: the header is locked while it is read, each keyslot's area while that is read
+//! (shared), and everything from the first write to the last (exclusive). What was derived is for the header that was read, so
+//! under the last lock it is read again: one that another program changed meanwhile refuses the operation (`Conflict`) before
+//! anything is written. (Erase derives nothing: its caller holds the lock throughout.)
 //!
 //! # Write orders
 //! Add: 1. material into a free area, 2. flush, 3. header with the keyslot (LUKS2: both copies, each flushed). A crash before 3
@@ -24,29 +30,24 @@
 //! What overwriting cannot promise: a device that remaps sectors, a filesystem that copies on write, snapshots and header
 //! backups may all keep old material, and old material opens with the old passphrase.
 
-use proto::luks::{Done, KdfKind, KdfWish};
+mod change;
+
+use std::collections::BTreeSet;
+
+use proto::luks::{Done, KdfWish};
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
-use crate::crypto::hash::Hash;
-use crate::crypto::kdf::Kdf;
-use crate::crypto::spec::CipherSpec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::Loaded;
-use crate::format::luks2::metadata::{Keyslot, Luks2Keyslot, Metadata, SegmentKind};
+use crate::format::luks2::Health;
+use crate::format::luks2::metadata::{Keyslot, Metadata, SegmentKind};
 use crate::format::luks2::validate::OBJECTS_MAX;
-use crate::format::{af, luks1};
-use crate::volume::area::{Wrapping, material_bytes};
 use crate::volume::unlock::{self, Unlocked, WRONG_KEY};
-use crate::volume::{Header, random, store};
+use crate::volume::{Header, MAGIC, store};
+use change::{Addition, clear_luks1, destroy, luks1_material_bytes};
 
 /// Keyslot numbers of LUKS1 headers end here.
 const LUKS1_KEYSLOTS: u32 = 8;
-/// Cipher of the areas of new LUKS2 keyslots, as cryptsetup's default, and its key.
-const AREA_CIPHER: &str = "aes-xts-plain64";
-const AREA_KEY_BYTES: u32 = 64;
-/// Salt of a new keyslot, bytes.
-const SALT_BYTES: usize = 32;
 /// `priority` of an ordinary keyslot.
 const PRIORITY_NORMAL: u32 = 1;
 
@@ -71,7 +72,9 @@ pub fn open_test(
     only: Option<u32>,
     give_up: GiveUp<'_>,
 ) -> Result<Done> {
+    let held = store::lock_device(device, false)?;
     let header = Header::load(device)?;
+    drop(held);
     if only.is_some() && matches!(proof, Proof::VolumeKey(_)) {
         return Err(Error::new(ErrorKind::Invalid, "a volume key opens no keyslot: name none"));
     }
@@ -92,7 +95,7 @@ pub fn add(
     wish: &KdfWish,
     give_up: GiveUp<'_>,
 ) -> Result<Done> {
-    let mut header = load_to_change(device)?;
+    let mut header = look(device)?;
     // What needs no secret is found out before the seconds an unlock takes.
     let place = free_place(&header, keyslot, device.name())?;
     let opened = open(device, &header, proof, None, give_up)?;
@@ -101,7 +104,9 @@ pub fn add(
         Header::Luks2(loaded) => data_digest(&loaded.header.metadata, device.name())?,
     };
     let addition = Addition { place, digest, priority: PRIORITY_NORMAL, wish, give_up };
-    addition.carry_out(device, &mut header, &opened.key, new)?;
+    let made = addition.make(device.name(), &header, &opened.key, new)?;
+    let _held = store::lock_device(device, true)?;
+    made.write(device, &mut header)?;
     Ok(Done { keyslot: Some(place), uuid: header.uuid().to_owned(), ..Done::default() })
 }
 
@@ -118,7 +123,7 @@ pub fn remove(
     allow_last: bool,
     give_up: GiveUp<'_>,
 ) -> Result<Done> {
-    let mut header = load_to_change(device)?;
+    let mut header = look(device)?;
     let target = match (keyslot, passphrase) {
         (Some(id), _) => id,
         (None, Some(secret)) => opened_by(device, &header, secret, None, give_up)?.0,
@@ -128,12 +133,12 @@ pub fn remove(
         }
     };
     check_known(&header, target, device.name())?;
-    let others: Vec<u32> = bound(&header).into_iter().filter(|id| *id != target).collect();
+    let others = others(&header, target);
     if is_bound(&header, target) && others.is_empty() && !allow_last {
         let what = format!("keyslot {target} is the last one that opens the data");
         return Err(Error::new(ErrorKind::Conflict, what).at(device.name()).hint(
             "without it nobody can open the volume who has neither the volume key nor a header backup; add \
-             another passphrase first, or say that the last one may go",
+             another passphrase first, or say that the last one may go (--last-key-destroy-data)",
         ));
     }
     let mut warnings = Vec::new();
@@ -156,6 +161,7 @@ pub fn remove(
         warnings.push("no keyslot opens the data any more".to_owned());
     }
     stop(give_up)?;
+    let _held = store::lock_device(device, true)?;
     destroy(device, &mut header, target, None)?;
     Ok(Done { keyslot: Some(target), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
 }
@@ -163,7 +169,8 @@ pub fn remove(
 /// Replace the passphrase of `keyslot`, or of the one that `old` opens.
 ///
 /// # Errors
-/// As [`add`], for want of room for a second keyslot too; `NotFound`: `keyslot` is not in use.
+/// As [`add`], for want of room for a second keyslot too; `NotFound`: `keyslot` is not in use. An error after the first half
+/// names both keyslots.
 pub fn change(
     device: &mut Blocking,
     old: &Secret,
@@ -172,7 +179,7 @@ pub fn change(
     wish: &KdfWish,
     give_up: GiveUp<'_>,
 ) -> Result<Done> {
-    let mut header = load_to_change(device)?;
+    let mut header = look(device)?;
     if let Some(id) = keyslot {
         check_known(&header, id, device.name())?;
     }
@@ -197,8 +204,11 @@ pub fn change(
         }
     };
     let addition = Addition { place, digest, priority, wish, give_up };
-    addition.carry_out(device, &mut header, &key, new)?;
-    destroy(device, &mut header, replaced, Some(place))?;
+    let made = addition.make(device.name(), &header, &key, new)?;
+    let _held = store::lock_device(device, true)?;
+    made.write(device, &mut header)?;
+    destroy(device, &mut header, replaced, Some(place))
+        .map_err(|error| half_changed(error, place, replaced, device.name()))?;
     let (keyslot, warnings) = match &header {
         Header::Luks2(_) => (replaced, Vec::new()),
         Header::Luks1(_) => (
@@ -209,6 +219,20 @@ pub fn change(
         ),
     };
     Ok(Done { keyslot: Some(keyslot), uuid: header.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// The new keyslot is there and the old one did not go.
+fn half_changed(error: Error, place: u32, replaced: u32, name: &str) -> Error {
+    let what = format!(
+        "the new passphrase opens keyslot {place}, but keyslot {replaced} with the old one could not be removed"
+    );
+    Error::new(error.kind(), what)
+        .at(name)
+        .hint(
+            "until it is gone both passphrases may open the volume: remove the keyslot by the old passphrase or, if that \
+             opens nothing any more, the one that no passphrase opens by its number",
+        )
+        .because(error)
 }
 
 /// No keyslot is free. If the new passphrase opens another keyslot already, as a change interrupted between its two halves
@@ -227,11 +251,12 @@ fn finish_change(
         _ => {
             return Err(full.hint(
                 "the new keyslot is made before the old one is destroyed, and there is no room for both; remove \
-                 a keyslot first",
+                 a keyslot first, or, if a change was interrupted, repeat it with the same new passphrase",
             ));
         }
     };
     stop(give_up)?;
+    let _held = store::lock_device(device, true)?;
     destroy(device, &mut header, replaced, None)?;
     let warnings = vec![format!(
         "the new passphrase opened keyslot {other} already, as after an interrupted change; keyslot {replaced} \
@@ -254,7 +279,7 @@ pub fn convert(
     change(device, passphrase, passphrase, keyslot, wish, give_up)
 }
 
-/// Destroy every keyslot.
+/// Destroy every keyslot. The caller holds the lock.
 ///
 /// # Errors
 /// `Conflict`: not `confirmed`. Else of the device.
@@ -265,21 +290,20 @@ pub fn erase(device: &mut Blocking, confirmed: bool) -> Result<Done> {
             .hint("without a header backup nothing opens the volume again"));
     }
     let header = load_to_change(device)?;
-    match &header {
+    store::unchanged(device, &header)?;
+    let after = match &header {
         Header::Luks1(before) => {
-            let mut after = (**before).clone();
+            let mut after = before.clone();
             // 1. and 2.
             for keyslot in &mut after.keyslots {
-                let bytes = luks1_material_bytes(before);
-                store::random_fill(device, keyslot.material_offset(), bytes)?;
+                store::random_fill(device, keyslot.material_offset(), luks1_material_bytes(before))?;
                 clear_luks1(keyslot);
             }
             device.flush()?;
-            // 3.
-            store::write_luks1(device, before, &after)?;
+            Header::Luks1(after)
         }
         Header::Luks2(loaded) => {
-            let mut next = (**loaded).clone();
+            let mut next = loaded.clone();
             let ids: Vec<u32> = next.header.metadata.keyslots.keys().copied().collect();
             for id in ids {
                 next.header.metadata.remove_keyslot(id);
@@ -287,25 +311,53 @@ pub fn erase(device: &mut Blocking, confirmed: bool) -> Result<Done> {
             next.header.check()?;
             // 1. and 2.
             let bytes = next.header.metadata.config.keyslots_size;
-            store::destroy_material(device, next.header.keyslots_offset(), bytes)?;
-            // 3.
-            store::write_luks2(device, &mut next)?;
+            store::destroy_material(device, &header, next.header.keyslots_offset(), bytes)?;
+            Header::Luks2(next)
         }
-    }
+    };
+    // 3.
+    let header = store::write_behind_material(device, &header, after)?;
     let warnings = vec!["nothing but a header backup opens the volume any more".to_owned()];
     Ok(Done { uuid: header.uuid().to_owned(), warnings, ..Done::default() })
 }
 
-/// Read the header and see that it may be changed.
+/// Read the header and see that it may be changed. The caller holds a lock.
 ///
 /// # Errors
-/// Of [`Header::load`]; `Unsupported`: it has requirements, which are named.
+/// Of [`Header::load`]; `Unsupported`: it has requirements, which are named; `Conflict`: only its second copy is left, and
+/// something else is where the first was.
 pub(super) fn load_to_change(device: &mut Blocking) -> Result<Header> {
     let header = Header::load(device)?;
     if let Header::Luks2(loaded) = &header {
         check_requirements(&loaded.header.metadata, device.name())?;
+        if loaded.health[0] != Health::Good {
+            refuse_overwritten(device)?;
+        }
     }
     Ok(header)
+}
+
+/// A first copy that is damaged is made anew by every change; but what begins otherwise may be somebody's filesystem or
+/// partition table on a disk that was reused, and the second copy a leftover.
+fn refuse_overwritten(device: &mut Blocking) -> Result<()> {
+    let mut magic = [0; MAGIC.len()];
+    match device.read(0, &mut magic) {
+        Ok(()) if magic != MAGIC => {
+            Err(Error::new(ErrorKind::Conflict, "something else begins where the header's first copy was")
+                .at(device.name())
+                .hint("look at it with `blkid`; if this is still the volume, repair its header first"))
+        }
+        Ok(()) => Ok(()),
+        // A sector that cannot be read is damage, which writing may heal.
+        Err(error) if error.kind() == ErrorKind::Io => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// [`load_to_change`] for what derives keys next.
+fn look(device: &mut Blocking) -> Result<Header> {
+    let _held = store::lock_device(device, false)?;
+    load_to_change(device)
 }
 
 /// # Errors
@@ -343,7 +395,7 @@ fn opened_by(
     give_up: GiveUp<'_>,
 ) -> Result<(u32, Secret)> {
     let opened = match only {
-        Some(id) => unlock::keyslot(device, header, id, secret)?,
+        Some(id) => unlock::keyslot_unless(device, header, id, secret, give_up)?,
         None => unlock::with_passphrase(device, header, secret, None, give_up)?,
     };
     let keyslot =
@@ -392,20 +444,29 @@ pub(super) fn bound(header: &Header) -> Vec<u32> {
         }
         Header::Luks2(loaded) => {
             let metadata = &loaded.header.metadata;
-            let data: Vec<u32> = metadata.data_segments().map(|(id, _)| id).collect();
-            let opens = |id: &u32| {
-                let of_keyslot = metadata.digests.values().filter(|digest| digest.keyslots.contains(id));
-                of_keyslot.flat_map(|digest| &digest.segments).any(|segment| data.contains(segment))
-            };
-            let wrapped = |slot: &Keyslot| matches!(slot, Keyslot::Luks2(_));
-            metadata
-                .keyslots
-                .iter()
-                .filter(|(id, slot)| wrapped(slot) && opens(id))
-                .map(|(id, _)| *id)
-                .collect()
+            let wrapped = metadata.keyslots.iter().filter(|(_, slot)| matches!(slot, Keyslot::Luks2(_)));
+            wrapped.map(|(id, _)| *id).filter(|id| !data_opened(metadata, *id).is_empty()).collect()
         }
     }
+}
+
+/// Keyslots other than `id` whose key opens all data that the key of `id` opens (of one that opens none: all that open some).
+fn others(header: &Header, id: u32) -> Vec<u32> {
+    let mut found = bound(header);
+    found.retain(|other| *other != id);
+    if let Header::Luks2(loaded) = header {
+        let metadata = &loaded.header.metadata;
+        let opened = data_opened(metadata, id);
+        found.retain(|other| opened.is_subset(&data_opened(metadata, *other)));
+    }
+    found
+}
+
+/// The data segments whose key a keyslot holds.
+fn data_opened(metadata: &Metadata, keyslot: u32) -> BTreeSet<u32> {
+    let digests = metadata.digests.values().filter(|digest| digest.keyslots.contains(&keyslot));
+    let segments: Vec<u32> = digests.flat_map(|digest| &digest.segments).copied().collect();
+    metadata.data_segments().map(|(id, _)| id).filter(|id| segments.contains(id)).collect()
 }
 
 fn is_bound(header: &Header, id: u32) -> bool {
@@ -460,161 +521,4 @@ fn data_digest(metadata: &Metadata, name: &str) -> Result<u32> {
         .find_map(|(id, _)| metadata.digest_of_segment(id))
         .map(|(id, _)| id)
         .ok_or_else(|| Error::new(ErrorKind::Invalid, "no digest names the key of the data").at(name))
-}
-
-/// A keyslot to be made.
-struct Addition<'a> {
-    place: u32,
-    digest: u32,
-    priority: u32,
-    wish: &'a KdfWish,
-    give_up: GiveUp<'a>,
-}
-
-impl Addition<'_> {
-    /// Material, flush, header. `header` is what is on disk afterwards.
-    fn carry_out(
-        &self,
-        device: &mut Blocking,
-        header: &mut Header,
-        key: &Secret,
-        new: &Secret,
-    ) -> Result<()> {
-        stop(self.give_up)?;
-        match header {
-            Header::Luks1(header) => self.to_luks1(device, header, key, new),
-            Header::Luks2(loaded) => self.to_luks2(device, loaded, key, new),
-        }
-    }
-
-    fn to_luks1(
-        &self,
-        device: &mut Blocking,
-        header: &mut luks1::Header,
-        key: &Secret,
-        new: &Secret,
-    ) -> Result<()> {
-        let hash = Hash::from_name(&header.hash)?;
-        check_luks1_wish(self.wish, hash)?;
-        let cipher = CipherSpec::parse(&header.cipher())?;
-        if !cipher.is_for_new() {
-            // In LUKS1 the cipher of the data is that of the keyslots too.
-            let what = format!("no new keyslots are made with {}, which is only read", cipher.name());
-            return Err(Error::new(ErrorKind::Unsupported, what).at(device.name()));
-        }
-        let kdf = Kdf::calibrate(self.wish, KdfKind::Pbkdf2, hash, key.len())?;
-        let Kdf::Pbkdf2 { iterations, .. } = kdf else {
-            return Err(Error::new(ErrorKind::Internal, "LUKS1 has no KDF but pbkdf2"));
-        };
-        stop(self.give_up)?;
-        let mut salt = [0; SALT_BYTES];
-        random::fill(&mut salt)?;
-        let wrapping = Wrapping { kdf, salt: &salt, cipher, area_key_bytes: key.len(), af_hash: hash };
-        let material = wrapping.wrap(new, key)?;
-        let mut after = header.clone();
-        let slot = &mut after.keyslots[self.place as usize];
-        *slot = luks1::Keyslot { active: true, iterations, salt, stripes: af::STRIPES, ..*slot };
-        stop(self.give_up)?;
-        // 1. and 2.
-        store::write_material(device, slot.material_offset(), &material)?;
-        // 3.
-        store::write_luks1(device, header, &after)?;
-        *header = after;
-        Ok(())
-    }
-
-    fn to_luks2(&self, device: &mut Blocking, loaded: &mut Loaded, key: &Secret, new: &Secret) -> Result<()> {
-        let key_size = u32::try_from(key.len()).unwrap_or(u32::MAX);
-        let area = loaded.header.free_keyslot_area(key_size)?;
-        let hash = Hash::from_name(&loaded.header.metadata.digests[&self.digest].hash)?;
-        let kdf = Kdf::calibrate(self.wish, KdfKind::Argon2id, hash, AREA_KEY_BYTES as usize)?;
-        stop(self.give_up)?;
-        let mut salt = [0; SALT_BYTES];
-        random::fill(&mut salt)?;
-        let cipher = (AREA_CIPHER, AREA_KEY_BYTES);
-        let keyslot = Luks2Keyslot {
-            priority: self.priority,
-            ..Luks2Keyslot::new(key_size, area, cipher, hash.name(), kdf, salt)
-        };
-        let mut next = loaded.clone();
-        next.header.metadata.add_keyslot(self.place, keyslot, self.digest)?;
-        // A header that would not fit is refused before anything is written, and before the seconds of the KDF.
-        next.header.check()?;
-        let wrapping = Wrapping {
-            kdf,
-            salt: &salt,
-            cipher: CipherSpec::parse(AREA_CIPHER)?,
-            area_key_bytes: AREA_KEY_BYTES as usize,
-            af_hash: hash,
-        };
-        let material = wrapping.wrap(new, key)?;
-        stop(self.give_up)?;
-        // 1. and 2.
-        store::write_material(device, area.offset, &material)?;
-        // 3.
-        store::write_luks2(device, &mut next)?;
-        *loaded = next;
-        Ok(())
-    }
-}
-
-fn check_luks1_wish(wish: &KdfWish, hash: Hash) -> Result<()> {
-    if wish.kind.is_some_and(|kind| kind != KdfKind::Pbkdf2) {
-        return Err(Error::new(ErrorKind::Invalid, "LUKS1 has no KDF but pbkdf2"));
-    }
-    match &wish.hash {
-        Some(name) if Hash::from_name(name)? != hash => {
-            let what = format!("the hash of this LUKS1 volume is {}, for every keyslot", hash.name());
-            Err(Error::new(ErrorKind::Invalid, what))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn luks1_material_bytes(header: &luks1::Header) -> u64 {
-    u64::try_from(material_bytes(header.key_bytes as usize)).unwrap_or(u64::MAX)
-}
-
-fn clear_luks1(keyslot: &mut luks1::Keyslot) {
-    *keyslot = luks1::Keyslot { active: false, iterations: 0, salt: [0; SALT_BYTES], ..*keyslot };
-}
-
-/// Overwrite the material, flush, take the keyslot out of the header. `successor`: a keyslot that takes its number in LUKS2.
-fn destroy(device: &mut Blocking, header: &mut Header, id: u32, successor: Option<u32>) -> Result<()> {
-    match header {
-        Header::Luks1(header) => {
-            let mut after = (**header).clone();
-            let slot = &mut after.keyslots[id as usize];
-            clear_luks1(slot);
-            // 1. and 2.
-            store::destroy_material(device, slot.material_offset(), luks1_material_bytes(header))?;
-            // 3.
-            store::write_luks1(device, header, &after)?;
-            **header = after;
-        }
-        Header::Luks2(loaded) => {
-            let mut next = (**loaded).clone();
-            let metadata = &mut next.header.metadata;
-            let Some(Keyslot::Luks2(Luks2Keyslot { area, .. })) = metadata.keyslots.get(&id) else {
-                return Err(Error::new(ErrorKind::Internal, format!("keyslot {id} vanished")));
-            };
-            let area = *area;
-            match successor.and_then(|successor| Some((successor, metadata.keyslots.remove(&successor)?))) {
-                Some((successor, keyslot)) => {
-                    metadata.keyslots.insert(id, keyslot);
-                    for digest in metadata.digests.values_mut() {
-                        digest.keyslots.retain(|bound| *bound != successor);
-                    }
-                }
-                None => drop(metadata.remove_keyslot(id)),
-            }
-            next.header.check()?;
-            // 1. and 2.
-            store::destroy_material(device, area.offset, area.size)?;
-            // 3.
-            store::write_luks2(device, &mut next)?;
-            **loaded = next;
-        }
-    }
-    Ok(())
 }

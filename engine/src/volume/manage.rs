@@ -1,8 +1,9 @@
 //! A request of the wire carried out.
 //!
 //! Here descriptors become devices and secrets, all of them before anything is done: a request that names a descriptor that was not
-//! sent, or fewer than were sent, changes nothing. The header file is locked for the whole operation (shared by what only
-//! reads, exclusive otherwise), and so is the caller's lock file kept open; the operations read the header under that lock.
+//! sent, or fewer than were sent, changes nothing. The header file is locked (shared by what only reads, exclusive otherwise)
+//! while its header is read or written, but not while keys are derived: what derives keys locks for itself, the rest is
+//! carried out under a lock taken here. The caller's lock file stays open, and so locked, for the whole operation.
 //! Header I/O goes through the page cache: what other programs of this machine write is seen, and no alignment is asked.
 //!
 //! This module refuses to open names, to ask back, and to decide: what loses data needs the flag of the request that says so.
@@ -16,7 +17,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature, Purpose};
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::read_secret;
+use crate::key::Descriptors;
 use crate::volume::backup::{self, Backup};
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
@@ -33,10 +34,11 @@ pub struct Caller<'a> {
 /// Carry out one header operation. Blocks for seconds.
 ///
 /// # Errors
-/// Whatever is wrong; nothing that opens the volume was changed.
+/// Whatever is wrong. Then nothing that opens the volume was changed, but for a change of a passphrase whose second half failed:
+/// that error says that the new one opens the volume already.
 pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_>) -> Result<Reply> {
     let Request { volume, header, lock_fd, operation } = request;
-    let mut sent = Descriptors(descriptors.into_iter().map(Some).collect());
+    let mut sent = Descriptors::new(descriptors);
     let only_reads = only_reads(&operation);
     // Held, not looked at: the caller has locked it, and it stays locked until the last duplicate is closed.
     let lock_file = lock_fd.map(|index| sent.take(index, "lock file")).transpose()?;
@@ -60,7 +62,14 @@ pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_
     let reply = if let Prepared::Format { new, target, key, volume_key } = operation {
         format(&place, &new, target, &key, volume_key, caller)
     } else {
-        let held = store::lock(Arc::clone(place.header()?.file()), place.header()?.name(), !only_reads)?;
+        let held = match &operation {
+            Prepared::Backup(_) | Prepared::Restore { .. } | Prepared::Plain(_) => {
+                let target = place.header()?;
+                Some(store::lock(Arc::clone(target.file()), target.name(), !only_reads)?)
+            }
+            // They derive keys, or measure how long that takes.
+            _ => None,
+        };
         let reply = run(&place, operation, caller);
         drop(held);
         reply
@@ -91,36 +100,12 @@ fn only_reads(operation: &Operation) -> bool {
     }
 }
 
-/// Descriptors of a request, each to be used once.
-struct Descriptors(Vec<Option<OwnedFd>>);
-
-impl Descriptors {
-    fn take(&mut self, index: u32, what: &str) -> Result<OwnedFd> {
-        let place = usize::try_from(index).ok().and_then(|index| self.0.get_mut(index));
-        place.and_then(Option::take).ok_or_else(|| {
-            let what = format!("descriptor {index} ({what}) was not sent, or is named twice");
-            Error::new(ErrorKind::Invalid, what)
-        })
-    }
-
-    fn secret(&mut self, index: u32, what: &str) -> Result<Secret> {
-        read_secret(self.take(index, what)?, proto::MAX_SECRET)
-    }
-
-    fn proof(&mut self, index: u32, kind: Kind) -> Result<Proof> {
-        let secret = self.secret(index, "key")?;
-        Ok(match kind {
-            Kind::Passphrase => Proof::Passphrase(secret),
-            Kind::VolumeKey => Proof::VolumeKey(secret),
-        })
-    }
-
-    fn finish(&self) -> Result<()> {
-        if self.0.iter().any(Option::is_some) {
-            return Err(Error::new(ErrorKind::Invalid, "more descriptors were sent than the request names"));
-        }
-        Ok(())
-    }
+fn proof(sent: &mut Descriptors, index: u32, kind: Kind) -> Result<Proof> {
+    let secret = sent.secret(index, "key")?;
+    Ok(match kind {
+        Kind::Passphrase => Proof::Passphrase(secret),
+        Kind::VolumeKey => Proof::VolumeKey(secret),
+    })
 }
 
 /// A new file: empty, and how it gets its name.
@@ -214,10 +199,10 @@ impl Prepared {
                 new,
             },
             Operation::OpenTest { key_fd, secret, keyslot } => {
-                Self::OpenTest { proof: sent.proof(key_fd, secret)?, keyslot }
+                Self::OpenTest { proof: proof(sent, key_fd, secret)?, keyslot }
             }
             Operation::AddKey { key_fd, secret, new_key_fd, keyslot, kdf } => Self::Add {
-                proof: sent.proof(key_fd, secret)?,
+                proof: proof(sent, key_fd, secret)?,
                 new: sent.secret(new_key_fd, "new key")?,
                 keyslot,
                 kdf,
@@ -367,24 +352,29 @@ fn format(
         let what = "volume and detached header are the same file or device";
         return Err(Error::new(ErrorKind::Invalid, what).at(header.name()));
     }
+    // A volume in a file has the size it was given: its data ends there, and a format does not make it grow. A detached header
+    // is as long as it needs to be.
+    let header_capacity = if target.is_some() { capacity(header) } else { header.size() };
     let room = create::Place {
         detached: target.is_some(),
-        header_capacity: capacity(header),
-        data_capacity: data.and_then(capacity),
+        header_capacity,
+        data_capacity: data.and_then(Device::size),
         align: data.and_then(Device::direct_alignment).unwrap_or(512),
     };
     create::plan(new, &room)?;
-    // A file made for this header is empty; one that holds a header already is locked against those who use it.
-    let committed = target.as_ref().is_some_and(|target| target.commit.is_some());
-    let held = if let (Some(target), true) = (&target, committed) {
+    // A file made for this header is empty; one that holds a header already is locked against those who use it, once all is
+    // derived.
+    let committed = target.as_ref().filter(|target| target.commit.is_some());
+    if let Some(target) = committed {
         target.check_empty()?;
-        None
-    } else {
-        Some(store::lock(Arc::clone(header.file()), header.name(), true)?)
+    }
+    stop(caller.give_up)?;
+    let made = create::make_unless(new, &room, key, volume_key, caller.give_up)?;
+    stop(caller.give_up)?;
+    let held = match committed {
+        Some(_) => None,
+        None => Some(store::lock(Arc::clone(header.file()), header.name(), true)?),
     };
-    stop(caller.give_up)?;
-    let made = create::make(new, &room, key, volume_key)?;
-    stop(caller.give_up)?;
     let mut device = blocking(header)?;
     made.clear(&mut device)?;
     made.write(&mut device)?;

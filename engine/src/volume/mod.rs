@@ -17,7 +17,6 @@
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
 //! | `manage` | a request of the wire carried out |
-//! | `random` | random bytes |
 
 pub mod area;
 pub mod backup;
@@ -84,7 +83,8 @@ impl Header {
     /// Read the header of a device. A LUKS2 header of which only the second copy is left is found too.
     ///
     /// # Errors
-    /// `Unsupported`: no LUKS header here, or of a kind or version this build does not know. `Invalid`: a damaged one.
+    /// `Unsupported`: no LUKS header here, or of a kind or version this build does not know. `Damaged`: a damaged one, or one
+    /// that is cut off.
     pub fn load(device: &mut Blocking) -> Result<Self> {
         let mut start = [0; luks1::HEADER_BYTES];
         // Less than the smallest header can hold no header at all.
@@ -109,7 +109,7 @@ impl Header {
                 None => return Err(no_luks(device)),
             },
         };
-        header.map_err(|error| named(error, device))
+        header.map_err(|error| named(error.as_damage(), device))
     }
 
     fn load_luks2(device: &mut Blocking) -> Result<Self> {
@@ -154,7 +154,7 @@ fn no_luks(device: &Blocking) -> Error {
 /// An error of a format does not know the device.
 fn named(error: Error, device: &Blocking) -> Error {
     match error.kind() {
-        ErrorKind::Invalid | ErrorKind::Unsupported => error.at(device.name()),
+        ErrorKind::Damaged | ErrorKind::Unsupported => error.at(device.name()),
         _ => error,
     }
 }

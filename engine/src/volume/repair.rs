@@ -19,7 +19,7 @@ use crate::volume::{Header, store};
 /// Put the header right, or only say what would be done.
 ///
 /// # Errors
-/// `Invalid`: beyond repair. `Unsupported`: nothing here looks like LUKS. Else of the device.
+/// `Damaged`: beyond repair. `Unsupported`: nothing here looks like LUKS. Else of the device.
 pub fn repair(device: &mut Blocking, dry_run: bool) -> Result<Repaired> {
     let mut first = [0; luks1::HEADER_BYTES];
     device.read(0, &mut first)?;
@@ -39,7 +39,7 @@ pub fn repair(device: &mut Blocking, dry_run: bool) -> Result<Repaired> {
 }
 
 fn with_way_out(error: Error, first: &[u8]) -> Error {
-    if luks2::is_here(first) || error.kind() == ErrorKind::Invalid {
+    if luks2::is_here(first) || error.kind() == ErrorKind::Damaged {
         error.hint("neither copy is whole; only a header backup can bring it back")
     } else {
         error
@@ -51,7 +51,7 @@ fn repair_luks1(
     first: &[u8; luks1::HEADER_BYTES],
     dry_run: bool,
 ) -> Result<Vec<String>> {
-    let (header, actions) = luks1::Header::repaired(first)?;
+    let (header, actions) = luks1::Header::repaired(first).map_err(Error::as_damage)?;
     if !actions.is_empty() && !dry_run {
         store::replace_luks1(device, &header)?;
     }

@@ -28,11 +28,16 @@
 //! 2. When keyslot 6 comes into use: sector 1, flush, sector 0, flush; its state is written when the rest of it is durable.
 //! 3. Otherwise: sector 0, flush, sector 1, flush; its state is gone before the rest of it.
 //!
-//! A sector that does not change is not written. Material is written before the keyslot that points to it comes into use, and
+//! A sector that does not change is not written.
+//!
+//! # Material
+//! Nothing is written into a keyslot's place before the header was read once more and is the one that was loaded: the first
+//! write of an operation that comes too late changes nothing. Material is written before the keyslot that points to it comes into use, and
 //! destroyed before the keyslot goes out of use: a keyslot without material is a passphrase lost, but one that can be
 //! removed again; material without keyslot would be a key that somebody believes destroyed.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
@@ -42,7 +47,7 @@ use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::{Copy, Health, Loaded};
 use crate::format::{luks1, luks2};
-use crate::volume::random;
+use crate::volume::{Header, random};
 
 /// How long [`lock`] waits for others: far longer than any header write, shorter than a user's patience.
 pub const LOCK_WAIT: Duration = Duration::from_secs(10);
@@ -52,6 +57,56 @@ const LOCK_POLL: Duration = Duration::from_millis(20);
 const SECTOR: usize = 512;
 /// Zeros written at a time.
 const PIECE: usize = 1 << 20;
+
+/// The header on disk is still the one that was loaded: asked before anything is written, key material too. Between the load
+/// and the write lie the seconds of a key derivation, and what was a free place may be another program's keyslot by now.
+///
+/// # Errors
+/// `Conflict`: it is another. Else of the device.
+pub fn unchanged(device: &mut Blocking, loaded: &Header) -> Result<()> {
+    match loaded {
+        Header::Luks1(before) => unchanged_luks1(device, before).map(drop),
+        Header::Luks2(loaded) => unchanged_luks2(device, loaded),
+    }
+}
+
+/// Write a changed header over `before`, the one it was loaded as; what is on disk then is returned.
+///
+/// # Errors
+/// Of [`write_luks1`] and [`write_luks2`]; `Internal`: headers of two versions.
+pub fn write(device: &mut Blocking, before: &Header, after: Header) -> Result<Header> {
+    match (before, after) {
+        (Header::Luks1(before), Header::Luks1(after)) => {
+            write_luks1(device, before, &after)?;
+            Ok(Header::Luks1(after))
+        }
+        (Header::Luks2(_), Header::Luks2(mut after)) => {
+            write_luks2(device, &mut after)?;
+            Ok(Header::Luks2(after))
+        }
+        _ => Err(Error::new(ErrorKind::Internal, "a header of one version over one of the other")),
+    }
+}
+
+/// [`write`] behind key material that was written, or destroyed, for `after`.
+///
+/// # Errors
+/// As [`write`]. A `Conflict` says what may have been lost: another program was at work between the two.
+pub fn write_behind_material(device: &mut Blocking, before: &Header, after: Header) -> Result<Header> {
+    write(device, before, after).map_err(|error| match error.kind() {
+        ErrorKind::Conflict => changed_too_late(device.name()),
+        _ => error,
+    })
+}
+
+fn changed_too_late(name: &str) -> Error {
+    Error::new(ErrorKind::Conflict, "another program changed the header while key material was written")
+        .at(name)
+        .hint(
+            "the header is the other program's, but a keyslot it made may have lost its material: try every \
+             passphrase, and remove a keyslot that none opens",
+        )
+}
 
 /// Write a changed LUKS2 header over the one it was loaded from (see the module head for the order). On return `loaded` is
 /// what is on disk: the next seqid, both copies good, a fresh salt in a copy that was not.
@@ -132,6 +187,15 @@ fn unchanged_luks2(device: &mut Blocking, loaded: &Loaded) -> Result<()> {
     if same { Ok(()) } else { Err(changed(device)) }
 }
 
+/// The bytes that are there, and mean `before`.
+fn unchanged_luks1(device: &mut Blocking, before: &luks1::Header) -> Result<[u8; luks1::HEADER_BYTES]> {
+    let mut bytes = [0; luks1::HEADER_BYTES];
+    device.read(0, &mut bytes)?;
+    // What is no LUKS1 header any more is another one too.
+    let same = luks1::Header::is_here(&bytes) && luks1::Header::parse(&bytes)? == *before;
+    if same { Ok(bytes) } else { Err(changed(device)) }
+}
+
 fn changed(device: &Blocking) -> Error {
     Error::new(ErrorKind::Conflict, "the header was changed by another program")
         .at(device.name())
@@ -143,11 +207,7 @@ fn changed(device: &Blocking) -> Error {
 /// # Errors
 /// `Conflict`: the header on disk is not `before`. Else of the device: then load again, the write may have happened or not.
 pub fn write_luks1(device: &mut Blocking, before: &luks1::Header, after: &luks1::Header) -> Result<()> {
-    let mut bytes = [0; luks1::HEADER_BYTES];
-    device.read(0, &mut bytes)?;
-    if luks1::Header::parse(&bytes)? != *before {
-        return Err(changed(device));
-    }
+    let bytes = unchanged_luks1(device, before)?;
     let straddler_comes = after.keyslots[6].active && !before.keyslots[6].active;
     put_luks1(device, &bytes, &after.to_bytes(), straddler_comes)
 }
@@ -183,21 +243,24 @@ fn put_luks1(
     Ok(())
 }
 
-/// Write keyslot material, durably: before the header that points to it.
+/// Write keyslot material, durably: before the header that points to it. `loaded`: the header in which its place is free.
 ///
 /// # Errors
-/// Of the device.
-pub fn write_material(device: &mut Blocking, offset: u64, material: &[u8]) -> Result<()> {
+/// `Conflict`: that is not the header on disk, and nothing was written. Else of the device.
+pub fn write_material(device: &mut Blocking, loaded: &Header, offset: u64, material: &[u8]) -> Result<()> {
+    unchanged(device, loaded)?;
     device.write(offset, material)?;
     device.flush()
 }
 
 /// Overwrite keyslot material with noise, durably: before its keyslot is taken out of the header. Once over is enough
 /// wherever overwriting helps at all; a device that remaps sectors or keeps snapshots may keep the old ones.
+/// `loaded`: the header whose keyslot it is.
 ///
 /// # Errors
-/// Of the device.
-pub fn destroy_material(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
+/// `Conflict`: that is not the header on disk, and nothing was written. Else of the device.
+pub fn destroy_material(device: &mut Blocking, loaded: &Header, offset: u64, bytes: u64) -> Result<()> {
+    unchanged(device, loaded)?;
     random_fill(device, offset, bytes)?;
     device.flush()
 }
@@ -234,13 +297,23 @@ pub fn zero_fill(device: &mut Blocking, offset: u64, bytes: u64) -> Result<()> {
 
 /// A lock held; released when dropped.
 #[derive(Debug)]
+#[must_use = "a lock that is dropped is released"]
 pub struct Lock<F: AsFd>(F);
+
+/// [`lock`] of the file under a device.
+///
+/// # Errors
+/// As [`lock`].
+pub fn lock_device(device: &Blocking, exclusive: bool) -> Result<Lock<Arc<OwnedFd>>> {
+    lock(Arc::clone(device.file()), device.name(), exclusive)
+}
 
 /// Take cryptsetup's lock of a header file: `flock` on the file itself. Waits at most [`LOCK_WAIT`].
 ///
 /// The lock belongs to the open file description: whoever else holds a duplicate of `file` shares it, and dropping the
 /// [`Lock`] releases it for all of them. Block devices are locked by a lock file, which the caller of the daemon does
-/// (`lock_fd`); on them this one only keeps others of our kind, and udev, away.
+/// (`lock_fd`); on them this one only keeps others of our kind, and udev, away. A filesystem without locks keeps nobody out:
+/// there it is as if the lock were had, and [`unchanged`] is what protects.
 ///
 /// # Errors
 /// `Conflict`: somebody else holds it. `Io`: it cannot be locked.
@@ -258,10 +331,20 @@ pub fn lock_within<F: AsFd>(file: F, name: &str, exclusive: bool, wait: Duration
     } else {
         FlockOperation::NonBlockingLockShared
     };
+    wait_for(name, wait, &mut || rustix::fs::flock(&file, how))?;
+    Ok(Lock(file))
+}
+
+/// `try_lock` until it succeeds, or there is no point in it.
+fn wait_for(
+    name: &str,
+    wait: Duration,
+    try_lock: &mut dyn FnMut() -> std::result::Result<(), Errno>,
+) -> Result<()> {
     let deadline = Instant::now() + wait;
     loop {
-        match rustix::fs::flock(&file, how) {
-            Ok(()) => return Ok(Lock(file)),
+        match try_lock() {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_POLL),
             Err(Errno::WOULDBLOCK) => {
@@ -278,5 +361,29 @@ impl<F: AsFd> Drop for Lock<F> {
     fn drop(&mut self) {
         // It can fail only for a descriptor that is none, and then there is no lock either.
         let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filesystem_without_locks_is_worked_on_without() {
+        for errno in [Errno::OPNOTSUPP, Errno::NOSYS, Errno::NOLCK] {
+            wait_for("volume", Duration::ZERO, &mut || Err(errno)).expect("as if locked");
+        }
+        let mut answers = [Err(Errno::INTR), Err(Errno::WOULDBLOCK), Ok(())].into_iter();
+        wait_for("volume", LOCK_WAIT, &mut || answers.next().expect("an answer")).expect("locked at last");
+        for (errno, kind) in [(Errno::WOULDBLOCK, ErrorKind::Conflict), (Errno::BADF, ErrorKind::Io)] {
+            let refused = wait_for("volume", Duration::ZERO, &mut || Err(errno)).expect_err("refused");
+            assert_eq!(refused.kind(), kind, "{errno:?}");
+        }
+    }
+
+    #[test]
+    fn a_conflict_behind_material_does_not_say_that_nothing_was_written() {
+        let hint = changed_too_late("volume").to_failure().hint.expect("a hint");
+        assert!(!hint.contains("nothing was written") && hint.contains("passphrase"), "{hint}");
     }
 }

@@ -26,6 +26,7 @@ use serde_json::{Map, Value};
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Loaded;
+use crate::format::luks2::json::{DEPTH_MAX, depth, has_float};
 use crate::format::luks2::metadata::{Metadata, Token};
 use crate::format::luks2::validate::OBJECTS_MAX;
 use crate::volume::keyslots::load_to_change;
@@ -37,8 +38,8 @@ pub const KEY_TOKEN: &str = "cryptctl-key";
 const KEY_TOKEN_VERSION: u64 = 1;
 /// Longest `ref`, bytes.
 const REF_BYTES_MAX: usize = 1024;
-/// Longest JSON text of one token, bytes: a quarter of the smallest JSON area, which holds 12 KiB for everything.
-const TOKEN_BYTES_MAX: usize = 3072;
+/// Values inside one another: what the metadata may have, less the two objects a token lies in.
+const TOKEN_DEPTH_MAX: usize = DEPTH_MAX - 2;
 /// Providers that name nothing another program or another day could use, or that hold the secret itself.
 const REFUSED_PROVIDERS: [&str; 4] = ["fd", "prompt", "pass", "env"];
 
@@ -156,11 +157,14 @@ fn finish(device: &mut Blocking, mut loaded: Loaded, id: u32) -> Result<Done> {
 /// Every rule about a token that comes from outside.
 fn check(token: &Value, metadata: &Metadata) -> Result<Token> {
     let Value::Object(object) = token else { return Err(wrong("a token is a JSON object")) };
-    let bytes = serde_json::to_vec(token).map_or(usize::MAX, |text| text.len());
-    if bytes > TOKEN_BYTES_MAX {
-        return Err(wrong(format!(
-            "the token has {bytes} bytes of JSON, at most {TOKEN_BYTES_MAX} are allowed"
-        )));
+    if depth(token) > TOKEN_DEPTH_MAX {
+        return Err(wrong(format!("a token has at most {TOKEN_DEPTH_MAX} values inside one another")));
+    }
+    if has_float(token) {
+        return Err(wrong(
+            "a number in the token is no 64-bit integer, and others are not kept as they are written",
+        )
+        .hint("write it as text"));
     }
     let kind = object.get("type").and_then(Value::as_str).filter(|kind| !kind.is_empty());
     let kind = kind.ok_or_else(|| wrong("a token needs a `type`, a string"))?;

@@ -5,10 +5,12 @@
 //! say the same. What the *header* says may differ in the answer, for it is no secret: an unknown KDF or cipher, a cost this
 //! machine cannot pay.
 //!
+//! Who cancels is heard between attempts and while an attempt waits for another's memory-hard derivation, within a fraction of a
+//! second. A derivation that runs is not interrupted: it goes on to its end, [`crate::crypto::kdf::DERIVATION_MAX`] by estimate at the
+//! most, and the thread of its job ends after it.
+//!
 //! Refused here: keyslots whose key is not that of all encrypted data (`unbound` ones), areas under the null cipher (which no
 //! passphrase protects; [`CipherSpec::parse`] does not know it), headers whose data areas have different keys.
-
-use std::time::Duration;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::hash::{HASH_BYTES_MAX, Hash};
@@ -19,8 +21,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::af::STRIPES;
 use crate::format::luks2::metadata::{Digest, Keyslot, Metadata, SegmentKind};
 use crate::format::{luks1, luks2};
-use crate::volume::Header;
 use crate::volume::area::{Wrapping, material_bytes};
+use crate::volume::{Header, store};
 
 /// An open volume.
 #[derive(Debug)]
@@ -34,19 +36,14 @@ pub struct Unlocked {
 /// What a wrong passphrase and a damaged keyslot both are.
 pub const WRONG_KEY: &str = "wrong key or damaged data";
 
-/// Longest derivation that is begun, by estimate: it cannot be interrupted. Ten times what anybody waits for, and far below
-/// the weeks a hostile header can ask for within the bounds of the format.
-pub const UNLOCK_MAX: Duration = Duration::from_secs(600);
-/// PBKDF2 iterations never worth an estimate: less than a minute on any machine.
-const ITERATIONS_CHEAP: u32 = 20_000_000;
-/// Argon2 passes times KiB never worth an estimate: 64 passes over 1 GiB.
-const ARGON2_CHEAP: u64 = 64 << 20;
 /// Longest key a keyslot may hold, bytes: cryptsetup's own bound is below it, and so material stays below 2.5 MB.
 const KEY_BYTES_MAX: usize = 512;
 /// Shortest digest that is one, bytes: that of LUKS1 headers.
 const DIGEST_BYTES_MIN: usize = 20;
 
-/// Try `secret` on the keyslots (or on `only` that one), the preferred ones first. `give_up` is asked between attempts.
+/// Try `secret` on the keyslots (or on `only` that one), the preferred ones first. `give_up` is asked between attempts, and
+/// while one waits for the derivation of another. The caller holds no lock of the device's descriptor: each area is read
+/// under one.
 ///
 /// # Errors
 /// `WrongKey`: [`WRONG_KEY`], whatever the reason; `NotFound`: the keyslot asked for is not in use or does not open the data, or
@@ -69,7 +66,7 @@ pub fn with_passphrase(
         if give_up() {
             return Err(Error::new(ErrorKind::Cancelled, "cancelled while the keyslots were tried"));
         }
-        match try_keyslot(device, header, id, secret) {
+        match try_keyslot(device, header, id, secret, give_up) {
             Ok(Some(key)) => return Ok(Unlocked { keyslot: Some(id), key }),
             Ok(None) => wrong = true,
             Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::Limit) => {
@@ -93,8 +90,22 @@ pub fn with_passphrase(
 /// # Errors
 /// As [`with_passphrase`].
 pub fn keyslot(device: &mut Blocking, header: &Header, id: u32, secret: &Secret) -> Result<Unlocked> {
+    keyslot_unless(device, header, id, secret, &|| false)
+}
+
+/// [`keyslot`], asking `give_up` while the derivation waits for another.
+///
+/// # Errors
+/// As [`keyslot`].
+pub fn keyslot_unless(
+    device: &mut Blocking,
+    header: &Header,
+    id: u32,
+    secret: &Secret,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Unlocked> {
     check_in_use(header, id)?;
-    match try_keyslot(device, header, id, secret)? {
+    match try_keyslot(device, header, id, secret, give_up)? {
         Some(key) => Ok(Unlocked { keyslot: Some(id), key }),
         None => Err(wrong_key()),
     }
@@ -236,12 +247,19 @@ struct Attempt<'a> {
 }
 
 /// The key of a keyslot, or `None` when passphrase or keyslot are not right.
-fn try_keyslot(device: &mut Blocking, header: &Header, id: u32, secret: &Secret) -> Result<Option<Secret>> {
+fn try_keyslot(
+    device: &mut Blocking,
+    header: &Header,
+    id: u32,
+    secret: &Secret,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Option<Secret>> {
     let attempt = match header {
         Header::Luks1(header) => Attempt::luks1(header, id),
         Header::Luks2(loaded) => Attempt::luks2(&loaded.header, id),
     };
-    let opened = attempt.and_then(|attempt| attempt.map_or(Ok(None), |attempt| attempt.run(device, secret)));
+    let opened =
+        attempt.and_then(|attempt| attempt.map_or(Ok(None), |attempt| attempt.run(device, secret, give_up)));
     match opened {
         Ok(key) => Ok(key),
         Err(error) if error.kind() == ErrorKind::Unsupported => {
@@ -319,41 +337,26 @@ impl<'a> Attempt<'a> {
         Ok(Some(Self { wrapping, key_bytes, offset: keyslot.area.offset, check }))
     }
 
-    fn run(&self, device: &mut Blocking, secret: &Secret) -> Result<Option<Secret>> {
+    fn run(
+        &self,
+        device: &mut Blocking,
+        secret: &Secret,
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<Option<Secret>> {
         self.wrapping.cipher.check_key_bytes(self.wrapping.area_key_bytes)?;
-        payable(&self.wrapping.kdf, self.wrapping.area_key_bytes)?;
+        self.wrapping.kdf.payable(self.wrapping.area_key_bytes)?;
         let mut material = vec![0; material_bytes(self.key_bytes)];
-        if let Err(error) = device.read(self.offset, &mut material) {
+        // Locked as the header was, and no longer than this: not while keys are derived.
+        let held = store::lock_device(device, false)?;
+        let read = device.read(self.offset, &mut material);
+        drop(held);
+        if let Err(error) = read {
             tracing::debug!("keyslot material cannot be read: {}", error.chain());
             material.fill(0);
         }
-        let key = self.wrapping.unwrap(secret, &mut material, self.key_bytes)?;
+        let key = self.wrapping.unwrap_unless(secret, &mut material, self.key_bytes, give_up)?;
         Ok(if self.check.is_met_by(&key)? { Some(key) } else { None })
     }
-}
-
-/// Can the derivation be paid here? Memory is the KDF's own business; time is judged here, for the costly ones.
-fn payable(kdf: &Kdf, key_bytes: usize) -> Result<()> {
-    kdf.check()?;
-    let cheap = match kdf {
-        Kdf::Pbkdf2 { iterations, .. } => *iterations <= ITERATIONS_CHEAP,
-        Kdf::Argon2 { time, memory_kib, .. } => u64::from(*time) * u64::from(*memory_kib) <= ARGON2_CHEAP,
-    };
-    if cheap {
-        return Ok(());
-    }
-    let estimate = kdf.estimate(key_bytes);
-    if estimate <= UNLOCK_MAX {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Limit,
-        format!(
-            "its key derivation would take about {} minutes, and at most {} are spent on one attempt",
-            estimate.as_secs() / 60,
-            UNLOCK_MAX.as_secs() / 60
-        ),
-    ))
 }
 
 /// A digest to compare a key with.
@@ -389,7 +392,7 @@ impl<'a> Check<'a> {
             return Ok(false);
         }
         let kdf = Kdf::Pbkdf2 { hash: self.hash, iterations: self.iterations };
-        payable(&kdf, self.digest.len())?;
+        kdf.payable(self.digest.len())?;
         let mut made = [0; HASH_BYTES_MAX];
         let made = &mut made[..self.digest.len()];
         kdf.derive(key.as_bytes(), self.salt, made)?;

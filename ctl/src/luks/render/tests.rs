@@ -166,7 +166,7 @@ fn a_diagnosis_has_the_times_the_findings_and_the_tools() {
         advice: advice.map(str::to_owned),
     };
     let report = Doctor {
-        summary,
+        summary: Some(summary),
         findings: vec![
             finding(Severity::Danger, "header", Some("repair it")),
             finding(Severity::Weak, "keyslot 11", None),

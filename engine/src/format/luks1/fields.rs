@@ -152,7 +152,9 @@ impl Fields {
                     let what = format!("state {other:#010x} is neither {ACTIVE:#010x} nor {INACTIVE:#010x}");
                     return Err(Error::new(ErrorKind::Invalid, what)
                         .at(format!("LUKS1 header, keyslot {index}"))
-                        .hint("a repair of the header makes the keyslot unused and keeps the others"));
+                        .hint(
+                            "a repair of the header judges by the rest of the keyslot whether it is in use",
+                        ));
                 }
             };
             *keyslot = Keyslot {

@@ -4,6 +4,10 @@
 //! where it is, and a guess at its salt opens nothing. Material offsets of unused keyslots are set to cryptsetup's layout,
 //! provided all keyslots in use lie where that layout says: headers of cryptsetup 1.0 have another, unaligned one.
 //!
+//! A keyslot whose state is none is taken to be in use if it has iterations and a salt: when that is wrong it is a keyslot that
+//! nothing opens, and can be removed; the other mistake would lose a passphrase. Without them, or with material where
+//! none can be, nothing opens it: it is made unused, what is left of it is kept, and another keyslot must remain in use.
+//!
 //! What this module refuses to do: guess payload, key size, cipher, digest or UUID. What does not pass
 //! [`Header::check`] after the corrections is beyond repair.
 
@@ -24,22 +28,54 @@ impl Header {
     /// # Errors
     /// `Invalid`: beyond repair.
     pub fn repaired(bytes: &[u8]) -> Result<(Self, Vec<String>)> {
-        let mut fields = Fields::read(bytes)?;
-        let mut actions = Vec::new();
-        correct_texts(&mut fields, &mut actions);
-        for (index, keyslot) in fields.keyslots.iter_mut().enumerate() {
-            correct_keyslot(index, keyslot, &mut actions);
+        let fields = Fields::read(bytes)?;
+        let doubtful: [bool; KEYSLOTS] = fields.keyslots.map(|keyslot| keyslot.is_doubtful());
+        // Each for itself: could it be in use? So one that cannot be takes no other down with it.
+        let can_be = |index: usize| {
+            let mut used = [false; KEYSLOTS];
+            used[index] = true;
+            doubtful[index] && fields.keyslots[index].can_open() && corrected(&fields, used).is_ok()
+        };
+        let used: [bool; KEYSLOTS] = std::array::from_fn(can_be);
+        let beyond = |cause| {
+            let what = "the header is beyond repair";
+            Error::new(ErrorKind::Invalid, what).hint("restore a header backup").because(cause)
+        };
+        let (header, actions) = corrected(&fields, used).map_err(beyond)?;
+        if doubtful.contains(&true) && !header.keyslots.iter().any(|keyslot| keyslot.active) {
+            let what = "no keyslot would be in use: more is lost than a state";
+            return Err(beyond(Error::new(ErrorKind::Invalid, what).at("LUKS1 header")));
         }
-        correct_offsets(&mut fields, &mut actions);
-        let header = fields.to_header().and_then(|header| header.check().map(|()| header));
-        match header {
-            Ok(header) => Ok((header, actions)),
-            Err(cause) => {
-                let what = "the header is beyond repair";
-                Err(Error::new(ErrorKind::Invalid, what).hint("restore a header backup").because(cause))
-            }
-        }
+        Ok((header, actions))
     }
+}
+
+impl KeyslotFields {
+    /// Its state is neither constant.
+    fn is_doubtful(&self) -> bool {
+        !matches!(self.state, ACTIVE | INACTIVE)
+    }
+
+    /// It has what a passphrase needs to open it; unused keyslots have zeros there.
+    fn can_open(&self) -> bool {
+        self.iterations != 0 && self.salt != [0; 32]
+    }
+}
+
+/// The header with every correction; `used`: keyslots without a state to be taken as in use.
+fn corrected(fields: &Fields, used: [bool; KEYSLOTS]) -> Result<(Header, Vec<String>)> {
+    let mut fields = fields.clone();
+    let mut actions = Vec::new();
+    correct_texts(&mut fields, &mut actions);
+    let mut kept = [false; KEYSLOTS];
+    for (index, keyslot) in fields.keyslots.iter_mut().enumerate() {
+        kept[index] = keyslot.is_doubtful();
+        correct_keyslot(index, keyslot, used[index], &mut actions);
+    }
+    correct_offsets(&mut fields, kept, &mut actions);
+    let header = fields.to_header()?;
+    header.check()?;
+    Ok((header, actions))
 }
 
 fn correct_texts(fields: &mut Fields, actions: &mut Vec<String>) {
@@ -53,15 +89,21 @@ fn correct_texts(fields: &mut Fields, actions: &mut Vec<String>) {
     }
 }
 
-fn correct_keyslot(index: usize, keyslot: &mut KeyslotFields, actions: &mut Vec<String>) {
-    if !matches!(keyslot.state, ACTIVE | INACTIVE) {
-        actions.push(format!("keyslot {index}: state {:#010x} is no state: made unused", keyslot.state));
-        wipe(keyslot);
+fn correct_keyslot(index: usize, keyslot: &mut KeyslotFields, used: bool, actions: &mut Vec<String>) {
+    let doubtful = keyslot.is_doubtful();
+    if doubtful {
+        let becomes = if used {
+            "taken to be in use, as it has a salt and iterations; remove it if nothing opens it"
+        } else {
+            "made unused, as nothing can open what is left of it; that is kept"
+        };
+        actions.push(format!("keyslot {index}: state {:#010x} is no state: {becomes}", keyslot.state));
+        keyslot.state = if used { ACTIVE } else { INACTIVE };
     }
     if keyslot.stripes != STRIPES {
         actions.push(format!("keyslot {index}: {} stripes corrected to {STRIPES}", keyslot.stripes));
         keyslot.stripes = STRIPES;
-        if keyslot.state == INACTIVE {
+        if keyslot.state == INACTIVE && !doubtful {
             wipe(keyslot);
         }
     }
@@ -72,7 +114,8 @@ fn correct_keyslot(index: usize, keyslot: &mut KeyslotFields, actions: &mut Vec<
     }
 }
 
-fn correct_offsets(fields: &mut Fields, actions: &mut Vec<String>) {
+/// `kept`: keyslots of which nothing else is to be lost.
+fn correct_offsets(fields: &mut Fields, kept: [bool; KEYSLOTS], actions: &mut Vec<String>) {
     let Ok(layout) = Header::layout(fields.key_bytes, 0) else { return };
     let places = layout.keyslots.map(|keyslot| keyslot.material_sector);
     let in_place = |(keyslot, place): (&KeyslotFields, &u32)| {
@@ -86,7 +129,9 @@ fn correct_offsets(fields: &mut Fields, actions: &mut Vec<String>) {
             let from = keyslot.material_sector;
             actions.push(format!("keyslot {index}: material offset corrected from sector {from} to {place}"));
             keyslot.material_sector = place;
-            wipe(keyslot);
+            if !kept[index] {
+                wipe(keyslot);
+            }
         }
     }
 }

@@ -293,6 +293,63 @@ fn repair_touches_no_keyslot_in_use_and_guesses_nothing() {
     assert_eq!((same, actions), (unaligned, vec![]));
 }
 
+/// Where the record of a keyslot begins.
+fn record(keyslot: usize) -> usize {
+    208 + 48 * keyslot
+}
+
+#[test]
+fn repair_puts_a_keyslot_back_in_use_whose_state_was_damaged() {
+    // One flipped bit in the state of the only keyslot: its salt and its material are whole.
+    for bit in 0..32 {
+        let mut bytes = header().to_bytes();
+        bytes[record(0) + bit / 8] ^= 1 << (bit % 8);
+        let (repaired, actions) = Header::repaired(&bytes).expect("repairable");
+        assert_eq!(repaired, header(), "bit {bit}");
+        assert!(actions[0].contains("taken to be in use"), "{actions:?}");
+    }
+    // Stripes gone too: there has never been another number of them.
+    let mut bytes = header().to_bytes();
+    bytes[record(0) + 2] = 0;
+    bytes[record(0) + 44..record(1)].fill(0xff);
+    assert_eq!(Header::repaired(&bytes).expect("repairable").0, header());
+}
+
+#[test]
+fn repair_turns_a_keyslot_off_only_beside_one_that_stays() {
+    // No salt: nothing can open it. But when no other is in use, this may be a header of which more is lost.
+    for field in [4..8, 8..40] {
+        let mut bytes = header().to_bytes();
+        bytes[record(0)] ^= 1;
+        bytes[record(0) + field.start..record(0) + field.end].fill(0);
+        let error = Header::repaired(&bytes).expect_err("in doubt");
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.chain().contains("no keyslot would be in use"), "{}", error.chain());
+        let mut beside = header();
+        beside.keyslots[5] =
+            Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
+        let mut bytes = beside.to_bytes();
+        bytes[record(0)] ^= 1;
+        bytes[record(0) + field.start..record(0) + field.end].fill(0);
+        let (repaired, _) = Header::repaired(&bytes).expect("repairable");
+        assert!(!repaired.keyslots[0].active && repaired.keyslots[5].active);
+        // What is left of it is kept.
+        let kept = if field.start == 4 { (0, [0x5a; 32]) } else { (2000, [0; 32]) };
+        assert_eq!((repaired.keyslots[0].iterations, repaired.keyslots[0].salt), kept);
+    }
+    // Material where it cannot be: it is turned off, its salt kept, and the others open again.
+    let mut beside = header();
+    beside.keyslots[5] =
+        Keyslot { material_sector: beside.keyslots[5].material_sector, ..beside.keyslots[0] };
+    let mut bytes = beside.to_bytes();
+    bytes[record(0)] ^= 1;
+    bytes[record(0) + 40..record(1)].fill(0xff);
+    let (repaired, actions) = Header::repaired(&bytes).expect("repairable");
+    beside.keyslots[0].active = false;
+    assert_eq!(repaired, beside, "{actions:?}");
+    assert_eq!(Header::repaired(&repaired.to_bytes()).expect("stable").1, Vec::<String>::new());
+}
+
 #[test]
 fn json_has_the_names_of_the_specification() {
     let json = header().to_json();

@@ -7,8 +7,8 @@ use serde_json::{Map, Number, Value};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Objects and arrays inside one another. json-c, cryptsetup's parser, stops here too.
-const DEPTH_MAX: usize = 31;
+/// Values inside one another, the innermost (a number, a text) counted too. json-c, cryptsetup's parser, stops here.
+pub const DEPTH_MAX: usize = 32;
 /// Values of any kind. A full header (32 keyslots, tokens and segments each) has about two thousand.
 const VALUES_MAX: usize = 64 * 1024;
 
@@ -54,6 +54,9 @@ impl<'de> DeserializeSeed<'de> for AnyValue<'_> {
             return Err(D::Error::custom(format_args!("more than {VALUES_MAX} values")));
         }
         self.budget.values -= 1;
+        if self.depth == DEPTH_MAX {
+            return Err(D::Error::custom(format_args!("more than {DEPTH_MAX} values inside one another")));
+        }
         deserializer.deserialize_any(self)
     }
 }
@@ -94,7 +97,7 @@ impl<'de> Visitor<'de> for AnyValue<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Value, A::Error> {
-        let depth = self.deeper()?;
+        let depth = self.depth + 1;
         let mut values = Vec::new();
         while let Some(value) = sequence.next_element_seed(AnyValue { budget: &mut *self.budget, depth })? {
             values.push(value);
@@ -103,7 +106,7 @@ impl<'de> Visitor<'de> for AnyValue<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        let depth = self.deeper()?;
+        let depth = self.depth + 1;
         let mut object = Map::new();
         while let Some(key) = map.next_key::<String>()? {
             if object.contains_key(&key) {
@@ -116,13 +119,56 @@ impl<'de> Visitor<'de> for AnyValue<'_> {
     }
 }
 
-impl AnyValue<'_> {
-    fn deeper<E: serde::de::Error>(&self) -> Result<usize, E> {
-        if self.depth == DEPTH_MAX {
-            return Err(E::custom(format_args!("more than {DEPTH_MAX} values inside one another")));
-        }
-        Ok(self.depth + 1)
+/// How many values a value is deep; 1: nothing is in it.
+#[must_use]
+pub fn depth(value: &Value) -> usize {
+    let inner = match value {
+        Value::Array(values) => values.iter().map(depth).max(),
+        Value::Object(object) => object.values().map(depth).max(),
+        _ => None,
+    };
+    1 + inner.unwrap_or(0)
+}
+
+/// Is there a number in it that is no integer of 64 bits? Such a number is kept as the nearest that a `f64` can be, which need
+/// not be written as it was.
+#[must_use]
+pub fn has_float(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.is_f64(),
+        Value::Array(values) => values.iter().any(has_float),
+        Value::Object(object) => object.values().any(has_float),
+        _ => false,
     }
+}
+
+/// The numbers of a valid JSON text, as they stand in it.
+pub fn numbers(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        loop {
+            let (first, after) = rest.split_first()?;
+            match first {
+                b'"' => {
+                    let mut escaped = false;
+                    let end = after.iter().position(|byte| {
+                        let ends = *byte == b'"' && !escaped;
+                        escaped = *byte == b'\\' && !escaped;
+                        ends
+                    });
+                    rest = after.get(end? + 1..)?;
+                }
+                b'-' | b'0'..=b'9' => {
+                    let is_part = |byte: &u8| byte.is_ascii_digit() || b"+-.eE".contains(byte);
+                    let length = rest.iter().position(|byte| !is_part(byte)).unwrap_or(rest.len());
+                    let (number, after) = rest.split_at(length);
+                    rest = after;
+                    return Some(number);
+                }
+                _ => rest = after,
+            }
+        }
+    })
 }
 
 /// A text of the header as a message may show it: quoted, escaped, and never long.
@@ -147,10 +193,44 @@ mod tests {
     }
 
     #[test]
-    fn depth_is_bounded_at_31() {
-        for (depth, valid) in [(30, true), (31, false), (100_000, false)] {
-            let text = format!("{{\"a\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
-            assert_eq!(read(text.as_bytes()).is_ok(), valid, "{depth}");
+    fn depth_is_bounded_at_32() {
+        for (arrays, inner, valid) in [
+            (31, "", true),
+            (32, "", false),
+            (30, "0", true),
+            (31, "0", false),
+            (30, "\"x\"", true),
+            (31, "null", false),
+            (100_000, "", false),
+        ] {
+            let text = format!("{{\"a\":{}{inner}{}}}", "[".repeat(arrays), "]".repeat(arrays));
+            let read = read(text.as_bytes());
+            assert_eq!(read.is_ok(), valid, "{arrays} {inner}");
+            if let Ok(object) = read {
+                assert!(depth(&Value::Object(object)) <= DEPTH_MAX);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_would_be_written_otherwise_are_noticed() {
+        for (number, kept) in [
+            ("0", true),
+            ("-7", true),
+            ("1.5", true),
+            ("18446744073709551615", true),
+            ("-9223372036854775808", true),
+            ("18446744073709551616", false),
+            ("1.10", false),
+            ("1E2", false),
+            ("-0", false),
+        ] {
+            let text = format!(r#"{{"a 1.10 \"1.10\" \\":[1,{{"b":{number}}},"1.10"]}}"#);
+            let object = read(text.as_bytes()).expect("valid");
+            let written = serde_json::to_vec(&object).expect("json");
+            assert_eq!(numbers(text.as_bytes()).eq(numbers(&written)), kept, "{number}");
+            let float = !matches!(number, "0" | "-7" | "18446744073709551615" | "-9223372036854775808");
+            assert_eq!(has_float(&Value::Object(object)), float, "{number}");
         }
     }
 

@@ -53,10 +53,10 @@ pub(super) fn load(read: Read<'_>) -> Result<Loaded> {
     let loaded = choose(primary, secondary)?;
     let end = loaded.header.backup_bytes();
     read(end - 512, &mut [0; 512]).map_err(|error| match error.kind() {
-        ErrorKind::Invalid => {
-            let what = format!("device ends before its keyslots area does, at byte {end}");
-            Error::new(ErrorKind::Invalid, what).because(error)
-        }
+        ErrorKind::Invalid => Error::new(
+            ErrorKind::Invalid,
+            format!("device ends before its keyslots area does, at byte {end}"),
+        ),
         _ => error,
     })?;
     Ok(loaded)

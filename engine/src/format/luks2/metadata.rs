@@ -1,12 +1,12 @@
 //! The JSON metadata as structures. What is unknown to us (objects, fields, their order) is kept and written back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
 use crate::crypto::hash::Hash;
 use crate::crypto::kdf::Kdf;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::{emit, json, parse, validate};
 
 /// The five top-level objects, and unknown others.
@@ -30,16 +30,47 @@ pub struct Metadata {
 
 /// The JSON a [`Metadata`] was read from. It decides nothing but the order in which fields are written back, and whether a
 /// field that says nothing (an empty list) is; so all of them are equal.
+///
+/// A number that is no 64-bit integer may be written otherwise than it stood there (`1.10`, `1E2`, 30 digits), and so be changed in an
+/// object that is not ours: where such numbers are is remembered, and a header that still holds one is not written.
 #[derive(Debug, Clone, Default)]
-pub struct AsRead(Map<String, Value>);
+pub struct AsRead {
+    object: Map<String, Value>,
+    /// Tokens with such a number.
+    inexact_tokens: BTreeSet<u32>,
+    /// There is one anywhere else.
+    inexact: bool,
+}
 
 impl AsRead {
-    pub(super) fn new(object: Map<String, Value>) -> Self {
-        Self(object)
+    /// `object`: what was read from `text`.
+    fn new(text: &[u8], object: Map<String, Value>) -> Self {
+        // Objects keep their order, so the numbers stand in the same order in both.
+        let mut stood = json::numbers(text);
+        let mut is_exact = |part: &Value| {
+            let written = part.to_string();
+            // All are compared, so that the next part begins with its own.
+            json::numbers(written.as_bytes()).fold(true, |same, number| (stood.next() == Some(number)) & same)
+        };
+        let mut inexact_tokens = BTreeSet::new();
+        let mut inexact = false;
+        for (name, part) in &object {
+            match part {
+                Value::Object(tokens) if name == "tokens" => {
+                    for (id, token) in tokens {
+                        if !is_exact(token) {
+                            inexact_tokens.extend(id.parse::<u32>());
+                        }
+                    }
+                }
+                _ => inexact |= !is_exact(part),
+            }
+        }
+        Self { object, inexact_tokens, inexact }
     }
 
     pub(super) fn object(&self) -> &Map<String, Value> {
-        &self.0
+        &self.object
     }
 }
 
@@ -296,9 +327,33 @@ impl Metadata {
     /// # Errors
     /// `Invalid`, naming the object and the rule.
     pub fn parse(text: &[u8]) -> Result<Self> {
-        let metadata = parse::metadata(json::read(text)?)?;
+        let object = json::read(text)?;
+        let mut metadata = parse::metadata(&object)?;
         validate::validate(&metadata)?;
+        metadata.as_read = AsRead::new(text, object);
         Ok(metadata)
+    }
+
+    /// Would a number be written otherwise than it was read?
+    pub(super) fn check_numbers(&self) -> Result<()> {
+        let refused = |hint: Option<String>| {
+            let what = "the metadata holds numbers this version cannot keep as they are";
+            let error = Error::new(ErrorKind::Unsupported, what).at("LUKS2 metadata");
+            Err(match hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            })
+        };
+        if self.as_read.inexact {
+            return refused(None);
+        }
+        // One that was replaced is one of ours, without such numbers.
+        let still =
+            |id: &&u32| self.tokens.get(id).is_some_and(|token| token.extra.values().any(json::has_float));
+        match self.as_read.inexact_tokens.iter().find(still) {
+            Some(id) => refused(Some(format!("they are in token {id}"))),
+            None => Ok(()),
+        }
     }
 
     /// The on-disk JSON.

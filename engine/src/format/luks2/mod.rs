@@ -101,18 +101,23 @@ impl Header {
     /// The bytes of one copy, `copy_bytes` long, with the checksum in place.
     ///
     /// # Errors
-    /// `NoSpace`: the metadata does not fit the JSON area. `Invalid`: it breaks a rule (see [`validate`]).
+    /// `NoSpace`: the metadata does not fit the JSON area. `Invalid`: it breaks a rule (see [`validate`]), or its text could not be read
+    /// again. `Unsupported`: it was read with numbers that would be written otherwise.
     pub fn to_bytes(&self, copy: Copy) -> Result<Vec<u8>> {
         validate::validate(&self.metadata)?;
         if self.metadata.config.json_size.checked_add(BINARY_BYTES as u64) != Some(self.copy_bytes) {
             return Err(fields::invalid("not that of the binary header", "config json_size"));
         }
+        self.metadata.check_numbers()?;
         let text = self.metadata.to_json().to_string();
         let room = self.metadata.config.json_size;
         // A NUL ends the text.
         if text.len() as u64 >= room {
             return Err(validate::too_long(text.len(), room - 1));
         }
+        // A header nobody can read is a volume lost: what is written must be readable by our own rules, nesting and size included.
+        Metadata::parse(text.as_bytes())
+            .map_err(|error| Error::new(error.kind(), "the header would not be readable").because(error))?;
         let mut bytes = vec![0; usize::try_from(self.copy_bytes).expect("4 MiB at most: validated")];
         bytes[BINARY_BYTES..BINARY_BYTES + text.len()].copy_from_slice(text.as_bytes());
         let binary = Binary {

@@ -14,14 +14,14 @@ use crate::format::luks2::validate::{DIGESTS_MAX, OBJECTS_MAX};
 ///
 /// # Errors
 /// `Invalid`, naming object and field.
-pub fn metadata(object: Map<String, Value>) -> Result<Metadata> {
-    let top = Fields::top(&object);
+pub fn metadata(object: &Map<String, Value>) -> Result<Metadata> {
+    let top = Fields::top(object);
     let section = |name: &str| top.child(name);
     let keyslots = section("keyslots")?.numbered("keyslot", OBJECTS_MAX)?;
     let tokens = section("tokens")?.numbered("token", OBJECTS_MAX)?;
     let segments = section("segments")?.numbered("segment", OBJECTS_MAX)?;
     let digests = section("digests")?.numbered("digest", DIGESTS_MAX)?;
-    let metadata = Metadata {
+    Ok(Metadata {
         keyslots: keyslots.iter().map(|(id, fields)| Ok((*id, keyslot(fields)?))).collect::<Result<_>>()?,
         tokens: tokens.iter().map(|(id, fields)| Ok((*id, token(fields)?))).collect::<Result<_>>()?,
         segments: segments.iter().map(|(id, fields)| Ok((*id, segment(fields)?))).collect::<Result<_>>()?,
@@ -29,8 +29,7 @@ pub fn metadata(object: Map<String, Value>) -> Result<Metadata> {
         config: config(&section("config")?)?,
         extra: top.others(&["keyslots", "tokens", "segments", "digests", "config"]),
         as_read: AsRead::default(),
-    };
-    Ok(Metadata { as_read: AsRead::new(object), ..metadata })
+    })
 }
 
 fn area(keyslot: &Fields<'_>) -> Result<(Area, String)> {

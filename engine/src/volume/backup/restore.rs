@@ -26,7 +26,7 @@
 
 use proto::luks::Done;
 
-use super::{PIECE, bytes};
+use super::{PIECE, header_bytes};
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks1;
@@ -52,7 +52,7 @@ pub struct Backup<'a> {
 /// Put a backup back (see the module head for the order). `capacity`: bytes of the header device, if it cannot grow.
 ///
 /// # Errors
-/// `Invalid`: the backup is damaged or of the wrong length. `Unsupported`: it is of a volume in re-encryption, or has other
+/// `Damaged`: the backup is damaged or of the wrong length. `Unsupported`: it is of a volume in re-encryption, or has other
 /// requirements. `Conflict`: it differs from what is on the volume in a way that decides over the data, or cannot be put back without
 /// risk, and `allow_other` is not set. `NoSpace`: the device is too small. Else of the devices.
 pub fn restore(
@@ -63,13 +63,14 @@ pub fn restore(
     give_up: GiveUp<'_>,
 ) -> Result<Done> {
     let new = backup.check()?;
-    if capacity.is_some_and(|capacity| capacity < bytes(&new)) {
-        let what = format!("too small for the header: {} bytes are needed", bytes(&new));
+    let needed = header_bytes(&new);
+    if capacity.is_some_and(|capacity| capacity < needed) {
+        let what = format!("too small for the header: {needed} bytes are needed");
         return Err(Error::new(ErrorKind::NoSpace, what).at(device.name()));
     }
     let old = match Header::load(device) {
         Ok(header) => Some(header),
-        Err(error) if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported) => None,
+        Err(error) if matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Unsupported) => None,
         Err(error) => return Err(error),
     };
     let differences = match &old {
@@ -125,7 +126,7 @@ impl Backup<'_> {
         let name = self.file.name().to_owned();
         let header = Header::load(self.file).map_err(|error| {
             if error.kind() == ErrorKind::Unsupported {
-                Error::new(ErrorKind::Invalid, "not a LUKS header backup").at(&name).because(error)
+                Error::new(ErrorKind::Damaged, "not a LUKS header backup").at(&name).because(error)
             } else {
                 error
             }
@@ -138,18 +139,15 @@ impl Backup<'_> {
                 return Err(Error::new(ErrorKind::Unsupported, what).at(&name));
             }
         }
-        let needed = match &header {
-            Header::Luks1(header) => header.backup_bytes(),
-            Header::Luks2(_) => bytes(&header),
-        };
+        let needed = header_bytes(&header);
         if self.file_bytes < needed {
             let what = format!("the backup is cut off: {} bytes of {needed}", self.file_bytes);
-            return Err(Error::new(ErrorKind::Invalid, what).at(&name));
+            return Err(Error::new(ErrorKind::Damaged, what).at(&name));
         }
         if self.file_bytes > needed.saturating_add(SLACK) {
             let what =
                 format!("not a header backup: {} bytes where its header says {needed}", self.file_bytes);
-            return Err(Error::new(ErrorKind::Invalid, what).at(&name));
+            return Err(Error::new(ErrorKind::Damaged, what).at(&name));
         }
         Ok(header)
     }
@@ -540,8 +538,8 @@ fn copy_rest(device: &mut Blocking, backup: &mut Backup<'_>, new: &Header) -> Re
     let mut used: Vec<Place> = materials(new).iter().map(|material| material.place).collect();
     used.sort_by_key(|place| place.offset);
     let mut at = behind_header(new);
-    // LUKS1 rounds up to a page that may not be there.
-    let end = bytes(new).min(backup.file_bytes);
+    // What a LUKS1 backup holds beyond is rounding: on the device data may lie there.
+    let end = header_bytes(new);
     for place in used.into_iter().chain([Place { offset: end, bytes: 0 }]) {
         backup.copy(device, at, place.offset.saturating_sub(at), at)?;
         at = at.max(place.end());
@@ -560,7 +558,7 @@ fn behind_header(header: &Header) -> u64 {
 fn put_over(device: &mut Blocking, backup: &mut Backup<'_>, new: &Header) -> Result<()> {
     // 1. and 2.
     let from = behind_header(new);
-    let end = bytes(new).min(backup.file_bytes);
+    let end = header_bytes(new);
     backup.copy(device, from, end - from, from)?;
     device.flush()?;
     // 3. and 4.: the secondary copy first, so that a primary one is found only when all of it is there.

@@ -1,6 +1,6 @@
 //! Header copies, what is left where no copy is whole, and sizes of the devices.
 
-use proto::luks::{Summary, Version};
+use proto::luks::Summary;
 
 use super::{Patient, Report};
 use crate::backend::blocking::Blocking;
@@ -55,22 +55,23 @@ pub(super) fn copies(header: &Header, report: &mut Report) {
 ///
 /// # Errors
 /// `error`, if there is no trace of LUKS; of the device.
-pub(super) fn ruins(device: &mut Blocking, error: Error, report: &mut Report) -> Result<Summary> {
+pub(super) fn ruins(
+    device: &mut Blocking,
+    error: Error,
+    header_bytes: Option<u64>,
+    report: &mut Report,
+) -> Result<()> {
     let mut first = [0; luks1::HEADER_BYTES];
-    let mut version = Version::Luks2;
-    let mut uuid = String::new();
     let mut found = false;
     if there(device.read(0, &mut first))? && first.starts_with(PRIMARY) {
         found = true;
         if luks1::Header::is_here(&first) {
-            version = Version::Luks1;
-            uuid = text(&first[168..208]);
             ruined_luks1(&first, report);
         } else {
             let number = u16::from_be_bytes([first[6], first[7]]);
-            uuid = text(&first[168..208]);
             report.note("header", format!("byte 0 has the signature of LUKS, version {number}"), "");
         }
+        report.note("header", format!("its UUID reads {:?}", text(&first[168..208])), "");
     }
     let mut offset = *COPY_BYTES.start();
     while offset <= *COPY_BYTES.end() {
@@ -88,9 +89,6 @@ pub(super) fn ruins(device: &mut Blocking, error: Error, report: &mut Report) ->
                 ),
                 "",
             );
-            if uuid.is_empty() {
-                uuid = its_uuid;
-            }
         }
         offset *= 2;
     }
@@ -102,20 +100,10 @@ pub(super) fn ruins(device: &mut Blocking, error: Error, report: &mut Report) ->
         format!("no usable header: {}", error.chain()),
         "a header backup can be restored; otherwise save all of the keyslots area before anything is tried",
     );
-    Ok(Summary {
-        version,
-        uuid,
-        label: String::new(),
-        subsystem: String::new(),
-        seqid: None,
-        metadata_bytes: None,
-        keyslots_bytes: None,
-        segments: Vec::new(),
-        keyslots: Vec::new(),
-        requirements: Vec::new(),
-        flags: Vec::new(),
-        copies: if version == Version::Luks2 { vec!["damaged".to_owned(); 2] } else { Vec::new() },
-    })
+    if let Some(bytes) = header_bytes {
+        report.note("device", format!("it ends at byte {bytes}"), "");
+    }
+    Ok(())
 }
 
 fn ruined_luks1(first: &[u8; luks1::HEADER_BYTES], report: &mut Report) {

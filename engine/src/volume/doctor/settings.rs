@@ -161,10 +161,10 @@ fn iterations_wanted(hash: Hash) -> u32 {
     }
 }
 
-/// What one attempt is expected to take here.
+/// What one attempt is expected to take here; absent where that is not known.
 pub(super) fn unlock_seconds(header: &Header, id: u32) -> Option<f64> {
     let (kdf, key_bytes) = kdf_of(header, id)?;
     let kdf = kdf.ok()?;
     kdf.check().ok()?;
-    Some(kdf.estimate(key_bytes).as_secs_f64())
+    Some(kdf.estimate(key_bytes).ok()?.as_secs_f64())
 }

@@ -119,6 +119,8 @@ impl Case<'_> {
         if self.name.is_empty() {
             return Err("no data area is encrypted by software".to_owned());
         }
+        // It reads no headers: cryptsetup does that for it.
+        self.cryptsetup()?;
         let (version, why) = match self.cipher {
             _ if self.unit > 512 => ("4.12", format!("data units of {} bytes", self.unit)),
             _ if self.has_integrity => ("4.12", "data integrity".to_owned()),
