@@ -20,6 +20,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use engine::error::ErrorKind;
 use engine::format::luks2::metadata::Metadata;
 use engine::format::luks2::{Copy, Header, Loaded};
 use serde_json::{Map, Value};
@@ -289,6 +290,67 @@ const ODD: [&str; 12] = [
     "set /keyslots/0/priority 1",
     "set /segments/0/flags []",
 ];
+
+#[test]
+fn values_lie_as_deep_in_one_another_as_in_cryptsetup() {
+    let scratch = Scratch::new();
+    // In a token they begin at the fourth level.
+    for (arrays, inner, valid) in
+        [(28, "", true), (28, "0", true), (29, "", true), (29, "0", false), (30, "", false), (30, "0", false)]
+    {
+        let nested = format!("{}{inner}{}", "[".repeat(arrays), "]".repeat(arrays));
+        let path = build(&format!("replace \"unknown to all\" => {nested}")).image(&scratch);
+        assert_eq!(load_file(&path).is_ok(), valid, "{arrays} {inner}");
+        if has_cryptsetup() {
+            assert_eq!(cryptsetup_accepts(&scratch, &path), valid, "cryptsetup: {arrays} {inner}");
+        } else {
+            skip("no cryptsetup to compare with");
+        }
+    }
+}
+
+#[test]
+fn a_header_whose_numbers_would_change_is_read_and_not_written() {
+    let scratch = Scratch::new();
+    for (number, kept) in [
+        ("1.5", true),
+        ("18446744073709551615", true),
+        ("1.10", false),
+        ("1E2", false),
+        ("123456789012345678901", false),
+    ] {
+        let path = build(&format!("replace \"unknown to all\" => {{\"a\":[{number}]}}")).image(&scratch);
+        let mut header = load_file(&path).expect("valid").header;
+        let written = header.to_bytes(Copy::Primary);
+        assert_eq!(written.is_ok(), kept, "{number}");
+        if let Err(error) = written {
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{number}");
+            assert!(error.to_failure().hint.is_some_and(|hint| hint.contains("token 0")), "{number}");
+        }
+        // Without the token there is nothing to alter.
+        header.metadata.tokens.remove(&0).expect("it was there");
+        assert!(header.to_bytes(Copy::Primary).is_ok(), "{number}");
+        // Elsewhere nothing takes it away.
+        let path = build(&format!("set /other 0\nreplace \"other\":0 => \"other\":{number}")).image(&scratch);
+        let header = load_file(&path).expect("valid").header;
+        assert_eq!(header.to_bytes(Copy::Secondary).is_ok(), kept, "{number}");
+    }
+}
+
+#[test]
+fn a_header_that_could_not_be_read_again_is_not_made() {
+    let mut header = load_bytes(&{
+        let mut bytes = around(&valid_text());
+        bytes.resize(usize::try_from(DEVICE).expect("small"), 0);
+        bytes
+    })
+    .expect("valid")
+    .header;
+    let deep = (0..40).fold(Value::from(0), |inner, _| Value::Array(vec![inner]));
+    header.metadata.tokens.get_mut(&0).expect("a token").extra.insert("text".into(), deep);
+    let error = header.to_bytes(Copy::Primary).expect_err("refused");
+    assert!(error.chain().contains("32 values inside one another"), "{}", error.chain());
+}
 
 #[test]
 fn odd_headers_that_are_valid_are_accepted_and_kept() {

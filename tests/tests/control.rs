@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::{Body, Call, ErrorKind, Event, JobState, Reply};
 use rustix::process::Signal;
-use tests::{Client, Daemon, Endless, PATIENCE, Random, Start, eventually, is_root, skip};
+use tests::{Client, Daemon, Endless, PATIENCE, Random, Scratch, Start, eventually, is_root, skip};
 
 const NOBODY: u32 = 65534;
 
@@ -270,6 +270,60 @@ fn a_job_ends_with_its_connection_unless_detached() {
     drop(writer);
     drop(reader);
     eventually("the detached job ends", || active(&mut watcher) == 0);
+}
+
+/// `format --header`, with the header under its partial name; iterations decide how long it takes.
+fn format_detached(client: &mut Client, scratch: &Scratch, iterations: u32, keep_partial: bool) {
+    let new = tests::jobs::new_luks(proto::luks::Version::Luks2, None);
+    let header = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(scratch.join("header.partial"))
+        .expect("partial header");
+    let directory = std::fs::File::open(scratch.path()).expect("directory");
+    let key = tests::secret_pipe(b"one");
+    let commit = proto::Commit {
+        dir_fd: 1,
+        partial: "header.partial".into(),
+        name: "header".into(),
+        replace: false,
+        keep_partial,
+    };
+    let header_file = proto::luks::NewFile { fd: 0, name: "header".into(), commit: Some(commit) };
+    let kdf = proto::luks::KdfWish { iterations: Some(iterations), ..new.kdf.clone() };
+    let new = Box::new(proto::luks::New { header: Some(header_file), kdf, ..new });
+    let operation = proto::luks::Operation::Format { new, key_fd: 2 };
+    let request = proto::luks::Request { volume: None, header: None, lock_fd: None, operation };
+    let _ = client.request(Call::Luks(Box::new(request)), &[header.as_fd(), directory.as_fd(), key.as_fd()]);
+}
+
+#[test]
+fn the_partial_file_of_a_header_operation_goes_when_it_fails_or_nobody_waits() {
+    let daemon = Daemon::start();
+    // Nobody waits: the client is gone while the passphrase is hashed.
+    let scratch = Scratch::new();
+    let mut client = daemon.client();
+    format_detached(&mut client, &scratch, 5_000_000, false);
+    drop(client);
+    eventually("the partial header is gone", || !scratch.join("header.partial").exists());
+    assert!(!scratch.join("header").exists());
+    // It fails: its name is taken. The client lives, and could not know.
+    for (keep_partial, left) in [(false, false), (true, true)] {
+        let scratch = Scratch::new();
+        let _ = scratch.file("header", b"taken");
+        let mut client = daemon.client();
+        format_detached(&mut client, &scratch, 1000, keep_partial);
+        assert_eq!(client.refusal().1, ErrorKind::Conflict);
+        assert_eq!(scratch.join("header.partial").exists(), left);
+        assert_eq!(std::fs::read(scratch.join("header")).expect("there"), b"taken");
+    }
+    // It succeeds.
+    let scratch = Scratch::new();
+    let mut client = daemon.client();
+    format_detached(&mut client, &scratch, 1000, false);
+    assert!(matches!(client.receive().expect("an answer").body, Body::Ok(Reply::Luks(_))));
+    assert!(scratch.join("header").exists() && !scratch.join("header.partial").exists());
 }
 
 #[test]

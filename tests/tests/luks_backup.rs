@@ -111,12 +111,12 @@ fn a_backup_of_another_volume_or_a_damaged_one_is_refused() {
         let case = |name: &str, bytes: &[u8]| volume.scratch.file(name, bytes);
         let cut = case("cut", &whole[..whole.len() - 8192]);
         let words = if version == Version::Luks1 { "cut off" } else { "ends before its keyslots area" };
-        refused(volume.restore(&cut, true), ErrorKind::Invalid, words);
+        refused(volume.restore(&cut, true), ErrorKind::Damaged, words);
         let mut long = whole.clone();
         long.resize(whole.len() + (1 << 20), 0);
-        refused(volume.restore(&case("long", &long), true), ErrorKind::Invalid, "not a header backup");
+        refused(volume.restore(&case("long", &long), true), ErrorKind::Damaged, "not a header backup");
         let zeros = vec![0; whole.len()];
-        refused(volume.restore(&case("zeros", &zeros), true), ErrorKind::Invalid, "not a LUKS header backup");
+        refused(volume.restore(&case("zeros", &zeros), true), ErrorKind::Damaged, "not a LUKS header backup");
         assert!(volume.bytes() == before);
         volume.restore(&backup, true).expect("said so");
         volume.is_opened_by(&["one"]);

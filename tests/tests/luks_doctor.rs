@@ -41,13 +41,43 @@ fn both_copies_gone_is_explained_and_nothing_else() {
     let said: String = doctor.findings.iter().map(|finding| finding.message.as_str()).collect();
     assert!(said.contains("no usable header") && said.contains("byte 16384"), "{said}");
     assert!(doctor.tools.iter().all(|tool| !tool.opens));
-    let error = refused(Ask::new(&volume).run(Operation::Repair { dry_run: false }), ErrorKind::Invalid, "");
+    // Nothing was read, so nothing is said to be so.
+    assert_eq!(doctor.summary, None);
+    refused(Ask::new(&volume).run(Operation::Dump {}), ErrorKind::Damaged, "no valid LUKS2 header");
+    let error = refused(Ask::new(&volume).run(Operation::Repair { dry_run: false }), ErrorKind::Damaged, "");
     assert!(error.to_failure().hint.is_some_and(|hint| hint.contains("backup")));
     assert!(volume.bytes() == before);
     // And no LUKS at all is no case for a doctor.
     volume.damage(0, &vec![0; 5 << 20]);
     let none = Ask::new(&volume).run(Operation::Doctor { key_fd: None });
     refused(none, ErrorKind::Unsupported, "not a LUKS volume");
+}
+
+#[test]
+fn a_volume_cut_off_is_explained_by_its_size() {
+    let Some(volume) = Volume::new(Version::Luks2) else { return };
+    let file = File::options().write(true).open(&volume.path).expect("open");
+    file.set_len(10 << 20).expect("cut");
+    let doctor = volume.doctor(None);
+    assert_eq!(doctor.summary, None);
+    let said: Vec<_> = doctor.findings.iter().map(|finding| finding.message.as_str()).collect();
+    let (all, name) = (said.join("\n"), "volume");
+    assert!(all.contains("keyslots area does, at byte 16777216"), "{all}");
+    assert!(all.contains("it ends at byte 10485760"), "{all}");
+    let unusable = said.iter().find(|message| message.contains("no usable header")).expect("said");
+    assert_eq!(unusable.matches(&format!(": {name}")).count(), 1, "{unusable}");
+    refused(volume.we_open("one"), ErrorKind::Damaged, "ends before");
+}
+
+#[test]
+fn a_volume_without_keyslots_is_opened_by_nobody() {
+    for version in [Version::Luks1, Version::Luks2] {
+        let Some(volume) = Volume::new(version) else { return };
+        volume.remove(Some("one"), None, true).expect("removed");
+        let doctor = volume.doctor(None);
+        let opening: Vec<_> = doctor.tools.iter().filter(|tool| tool.opens).collect();
+        assert!(opening.is_empty(), "{opening:?}");
+    }
 }
 
 #[test]
@@ -106,7 +136,15 @@ fn tokens_live_in_the_header_and_cryptsetup_leaves_them_alone() {
     refuse(json!({"type": "luks2-keyring", "keyslots": ["0"]}), "key_description");
     let more = json!({"type": "luks2-keyring", "keyslots": ["0"], "key_description": "x", "more": 1});
     refuse(more, "nothing else");
-    refuse(json!({"type": "x", "keyslots": [], "fill": "x".repeat(4000)}), "bytes of JSON");
+    let deep = |levels| (1..levels).fold(json!(0), |inner, _| json!([inner]));
+    for levels in [30, 60, 120] {
+        refuse(json!({"type": "deep", "keyslots": ["0"], "n": deep(levels)}), "values inside one another");
+    }
+    for number in [json!(1.1), json!(1.234_567_890_123_456_8e29)] {
+        refuse(json!({"type": "x", "keyslots": [], "n": [{"a": number}]}), "no 64-bit integer");
+    }
+    let large = volume.token(json!({"type": "x", "keyslots": [], "fill": "x".repeat(12_000)}), None, false);
+    refused(large, ErrorKind::NoSpace, "does not fit");
     let mut secret = ours.clone();
     secret["passphrase"] = json!("hunter2");
     refuse(secret, "no field");
@@ -118,6 +156,12 @@ fn tokens_live_in_the_header_and_cryptsetup_leaves_them_alone() {
     let remove = |id| Ask::new(&volume).run(Operation::TokenRemove { id });
     refused(remove(9), ErrorKind::NotFound, "no token 9");
     assert!(volume.bytes() == before);
+    // As large and as deep as there is room: every program still reads it.
+    let large = json!({"type": "x", "keyslots": ["0"], "fill": "x".repeat(6000), "n": deep(29)});
+    volume.token(large.clone(), Some(7), true).expect("replaced");
+    assert_eq!(list()["7"], large);
+    does(&["luksDump", &volume.name()]);
+    volume.is_opened_by(&["three", "four"]);
     volume.token(json!({"type": "x", "keyslots": []}), Some(7), true).expect("replaced");
     done(remove(0).expect("removed"));
     assert_eq!(list().keys().collect::<BTreeSet<_>>(), BTreeSet::from([&"1".to_owned(), &"7".to_owned()]));
@@ -157,8 +201,7 @@ fn the_doctor_knows_who_opens_what() {
     assert!(
         doctor
             .summary
-            .as_ref()
-            .expect("a header that was read")
+            .expect("a summary")
             .keyslots
             .iter()
             .all(|slot| slot.unlock_seconds.is_some_and(|time| time > 0.0))

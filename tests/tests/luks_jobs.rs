@@ -15,7 +15,7 @@ use proto::luks::{KdfKind, KdfWish, New, NewFile, Open, Version};
 use proto::{Action, Commit, ErrorKind, Format, JobState};
 use tests::Scratch;
 use tests::jobs::{
-    MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, new_luks, noise, registry,
+    MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, me, new_luks, noise, registry,
     wait, wait_for,
 };
 
@@ -159,18 +159,19 @@ fn a_stream_that_is_no_volume_or_ends_inside_the_header_is_refused() {
     let scratch = Scratch::new();
     let path = volume(&registry, &scratch, &noise(MIB, 2), new_luks(Version::Luks2, None));
     let whole = std::fs::read(path).expect("volume");
-    for (bytes, words) in [
-        (noise(20 * MIB, 3), "LUKS"),
-        (whole[..100].to_vec(), "LUKS"),
-        (whole[..5000].to_vec(), "inside the header"),
-        (whole[..10 * MIB].to_vec(), "inside the header"),
+    for (bytes, kind, words) in [
+        (noise(20 * MIB, 3), ErrorKind::Unsupported, "LUKS"),
+        (noise(100, 3), ErrorKind::Unsupported, "not a LUKS volume"),
+        (whole[..100].to_vec(), ErrorKind::Damaged, "LUKS"),
+        (whole[..5000].to_vec(), ErrorKind::Damaged, "inside the header"),
+        (whole[..10 * MIB].to_vec(), ErrorKind::Damaged, "inside the header"),
     ] {
         let (read, write) = rustix::pipe::pipe().expect("pipe");
         let out = drained(read);
         let info = open(Action::Decrypt).streaming_from(fed(bytes)).streaming_to(write).run(&registry);
         assert_eq!(info.state, JobState::Failed);
-        let (_, message) = failure(&info);
-        assert!(message.contains(words), "{message}");
+        let (found, message) = failure(&info);
+        assert!(found == kind && message.contains(words), "{found:?} {message}");
         assert!(out.join().expect("drained").is_empty(), "nothing came out");
     }
 }
@@ -296,8 +297,40 @@ fn a_volume_cut_off_is_refused() {
         file.set_len(len).expect("cut");
         let (kind, message) =
             open(Action::Decrypt).reading(&path).creating(&scratch.join(&len.to_string())).refused(&registry);
-        assert_eq!(kind, ErrorKind::Invalid);
+        assert_eq!(kind, ErrorKind::Damaged);
         assert!(message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn a_source_that_is_hardly_what_was_meant_is_warned_of() {
+    let registry = registry(QueueChoice::Auto);
+    let scratch = Scratch::new();
+    let warnings = |request: Request| {
+        let (job, warnings) = registry.submit(&me(), request.submit, request.descriptors).expect("accepted");
+        assert_done(&wait(&registry, job));
+        warnings
+    };
+    // A header backup: nothing comes out.
+    let path = volume(&registry, &scratch, &noise(MIB, 2), new_luks(Version::Luks2, None));
+    let whole = std::fs::read(&path).expect("volume");
+    let backup = scratch.file("backup", &whole[..16 << 20]);
+    let said = warnings(open(Action::Decrypt).reading(&backup).creating(&scratch.join("nothing")));
+    assert!(said.iter().any(|warning| warning.contains("has no data")), "{said:?}");
+    let said = warnings(open(Action::Decrypt).reading(&path).creating(&scratch.join("plain")));
+    assert!(!said.iter().any(|warning| warning.contains("no data")), "{said:?}");
+    // The header of another volume, and the volume's own in a file beside it.
+    let other = Scratch::new();
+    let another = volume(&registry, &other, &noise(MIB, 3), new_luks(Version::Luks2, None));
+    for (header, name, warned) in [(&another, "a", true), (&path, "b", false)] {
+        let mut request = open(Action::Decrypt).reading(&path).creating(&scratch.join(name));
+        let fd = request.send(File::open(header).expect("header"));
+        request.submit.volume.as_mut().expect("volume").format = Format::Luks(Open {
+            header: Some(proto::luks::File { fd, name: "header".into() }),
+            ..Open::default()
+        });
+        let said = warnings(request);
+        assert_eq!(said.iter().any(|warning| warning.contains("another UUID")), warned, "{said:?}");
     }
 }
 

@@ -114,6 +114,7 @@ fn a_wrong_passphrase_changes_nothing_and_says_one_thing() {
         wrong(volume.change("nine", "three", None).expect_err("wrong"));
         wrong(volume.change("one", "three", Some(1)).expect_err("wrong"));
         wrong(volume.remove(Some("nine"), None, false).expect_err("wrong"));
+        wrong(volume.remove(Some("nine"), Some(0), false).expect_err("wrong"));
         let ask = Ask::new(&volume).secret(&[7; 64]).secret(b"three");
         let secret = Secret::VolumeKey;
         let adding = Operation::AddKey { key_fd: 1, secret, new_key_fd: 2, keyslot: None, kdf: cheap() };

@@ -234,7 +234,7 @@ fn either_copy_of_a_luks2_header_is_enough() {
         let whole = std::fs::read(scene.path("volume")).expect("read");
         scene.overwrite("volume", 4096, &[0; 512]);
         scene.overwrite("volume", copy_bytes + 4096, &[0; 512]);
-        refusal(Header::load(&mut scene.device("volume")), ErrorKind::Invalid, &["volume"]);
+        refusal(Header::load(&mut scene.device("volume")), ErrorKind::Damaged, &["volume"]);
         std::fs::write(scene.path("volume"), whole).expect("put back");
     }
 }
@@ -445,9 +445,9 @@ fn what_is_no_volume_is_said_to_be_none() {
     scene.overwrite("volume", 0, b"RBDL\xBA\xBE\x00\x02");
     refusal(Header::load(&mut scene.device("volume")), ErrorKind::Unsupported, &["librbd"]);
     scene.overwrite("volume", 0, b"LUKS\xBA\xBE\x00\x01");
-    refusal(Header::load(&mut scene.device("volume")), ErrorKind::Invalid, &["volume"]);
+    refusal(Header::load(&mut scene.device("volume")), ErrorKind::Damaged, &["volume"]);
     scene.overwrite("volume", 0, b"LUKS\xBA\xBE\x00\x02");
-    refusal(Header::load(&mut scene.device("volume")), ErrorKind::Invalid, &["volume"]);
+    refusal(Header::load(&mut scene.device("volume")), ErrorKind::Damaged, &["volume"]);
 }
 
 // ---- changes of headers
