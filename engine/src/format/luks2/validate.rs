@@ -197,7 +197,7 @@ fn luks2_keyslot(metadata: &Metadata, id: u32, at: &str) -> Result<()> {
     if keyslot.af_stripes != AF_STRIPES {
         return Err(invalid("af stripes is not 4000", at));
     }
-    if keyslot.area.size < (u64::from(keyslot.key_size) * u64::from(AF_STRIPES)).next_multiple_of(512) {
+    if keyslot.area.size < crate::format::af::material_bytes(keyslot.key_size) {
         return Err(invalid("area is smaller than its key material", at));
     }
     Ok(())
