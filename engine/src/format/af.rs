@@ -9,7 +9,7 @@
 //! Every stripe but the last is random, so a lost stripe is a lost key; on a medium that keeps stale copies of single
 //! sectors, one sector overwritten for good is enough. Source: LUKS On-Disk Format Specification 1.2.3, section 2.4.
 //!
-//! What this module refuses to do: find randomness (the caller's), encrypt, round up to sectors. It takes no memory: the
+//! What this module refuses to do: find randomness (the caller's), encrypt. It takes no memory: the
 //! intermediate key lives where the result goes, and the one hash output beside it is wiped.
 
 use zeroize::Zeroizing;
@@ -18,6 +18,15 @@ use crate::crypto::hash::{HASH_BYTES_MAX, Hash};
 
 /// Stripes of every LUKS keyslot.
 pub const STRIPES: u32 = 4000;
+
+/// A keyslot's material is whole sectors of this, bytes.
+const SECTOR_BYTES: u64 = 512;
+
+/// Bytes of keyslot material for a key, of either LUKS version: `key_bytes * 4000`, rounded up to whole sectors.
+#[must_use]
+pub fn material_bytes(key_bytes: u32) -> u64 {
+    (u64::from(key_bytes) * u64::from(STRIPES)).next_multiple_of(SECTOR_BYTES)
+}
 
 /// Split `key` into `stripes`: on entry its bytes are random (`key.len() * STRIPES`), on return they are the split key.
 ///

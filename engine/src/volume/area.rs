@@ -40,10 +40,11 @@ pub struct Wrapping<'a> {
     pub af_hash: Hash,
 }
 
-/// Bytes of material for a key: `key_bytes * 4000`, rounded up to whole sectors.
+/// [`af::material_bytes`] as lengths of memory; keys of 4 GiB and more, which there are none of, count as such.
 #[must_use]
 pub fn material_bytes(key_bytes: usize) -> usize {
-    (key_bytes * crate::format::af::STRIPES as usize).next_multiple_of(512)
+    let bytes = af::material_bytes(u32::try_from(key_bytes).unwrap_or(u32::MAX));
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 impl Wrapping<'_> {

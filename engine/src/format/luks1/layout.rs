@@ -1,7 +1,7 @@
 //! Where keyslot material and payload of a new header go: cryptsetup's layout, which QEMU accepts.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::af::STRIPES;
+use crate::format::af::{self, STRIPES};
 use crate::format::luks1::{Header, KEY_BYTES_MAX, KEYSLOTS, Keyslot};
 
 /// Material begins on multiples of 4096 bytes, and QEMU counts it in such.
@@ -79,7 +79,7 @@ impl Header {
     /// Bytes of one keyslot's material, whole sectors: `key_bytes * 4000`, rounded up to 512.
     #[must_use]
     pub fn material_bytes(&self) -> u64 {
-        u64::from(material_sectors(self.key_bytes)) * 512
+        af::material_bytes(self.key_bytes)
     }
 
     /// Bytes of header and keyslot material: what a backup holds.

@@ -48,12 +48,29 @@ fn config(metadata: &Metadata) -> Result<u64> {
     }
     // 2 * 4 MiB + 128 MiB at most.
     let end = 2 * copy_bytes + config.keyslots_size;
-    let first = metadata.data_segments().map(|(_, segment)| segment.offset).min().unwrap_or(0);
-    // 0: the header is on a device of its own.
-    if first != 0 && first < end {
-        return Err(invalid("the keyslots area reaches into the data", "config keyslots_size"));
-    }
+    data_behind(metadata, end)?;
     Ok(copy_bytes)
+}
+
+/// Data begins behind the keyslots area, which ends at `end`, or on another device.
+///
+/// A segment at 0 says that the header is detached; cryptsetup asks no more then. In its re-encryption of such a volume the
+/// segments that follow lie one behind the other, wherever the header's own areas end on theirs, and while it lasts nobody writes
+/// into keyslots. Any other segment in there is refused: adding or erasing keyslots would write over its data.
+fn data_behind(metadata: &Metadata, end: u64) -> Result<()> {
+    let is_reencrypting =
+        metadata.config.requirements.iter().any(|requirement| is_online_reencryption(requirement));
+    let mut behind = 0;
+    let mut segments: Vec<&Segment> = metadata.data_segments().map(|(_, segment)| segment).collect();
+    segments.sort_by_key(|segment| segment.offset);
+    for segment in segments {
+        let continues = segment.offset == behind && (behind == 0 || is_reencrypting);
+        if segment.offset < end && !continues {
+            return Err(invalid("the keyslots area reaches into the data", "config keyslots_size"));
+        }
+        behind = segment.size.and_then(|size| segment.offset.checked_add(size)).unwrap_or(u64::MAX);
+    }
+    Ok(())
 }
 
 fn references(metadata: &Metadata) -> Result<()> {
@@ -180,7 +197,7 @@ fn luks2_keyslot(metadata: &Metadata, id: u32, at: &str) -> Result<()> {
     if keyslot.af_stripes != AF_STRIPES {
         return Err(invalid("af stripes is not 4000", at));
     }
-    if keyslot.area.size < (u64::from(keyslot.key_size) * u64::from(AF_STRIPES)).next_multiple_of(512) {
+    if keyslot.area.size < crate::format::af::material_bytes(keyslot.key_size) {
         return Err(invalid("area is smaller than its key material", at));
     }
     Ok(())

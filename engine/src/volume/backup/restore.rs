@@ -37,7 +37,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks1;
 use crate::format::luks2::metadata::{Keyslot, SegmentKind};
 use crate::format::luks2::{Copy, Health, Loaded};
-use crate::volume::area::material_bytes;
 use crate::volume::keyslots::{GiveUp, check_requirements, stop};
 use crate::volume::{Header, random, store};
 
@@ -336,8 +335,7 @@ fn materials(header: &Header) -> Vec<Material> {
 }
 
 fn luks1_place(header: &luks1::Header, slot: &luks1::Keyslot) -> Place {
-    let bytes = u64::try_from(material_bytes(header.key_bytes as usize)).unwrap_or(u64::MAX);
-    Place { offset: slot.material_offset(), bytes }
+    Place { offset: slot.material_offset(), bytes: header.material_bytes() }
 }
 
 /// What to write before the header, and where; `None`: there is no careful way.
