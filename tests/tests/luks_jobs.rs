@@ -307,8 +307,9 @@ fn a_source_that_is_hardly_what_was_meant_is_warned_of() {
     let registry = registry(QueueChoice::Auto);
     let scratch = Scratch::new();
     let warnings = |request: Request| {
-        let (job, warnings) = registry.submit(&me(), request.submit, request.descriptors).expect("accepted");
-        assert_done(&wait(&registry, job));
+        let (job, warnings) =
+            registry.submit(&tests::jobs::me(), request.submit, request.descriptors).expect("accepted");
+        assert_done(&tests::jobs::wait(&registry, job));
         warnings
     };
     // A header backup: nothing comes out.
@@ -317,7 +318,7 @@ fn a_source_that_is_hardly_what_was_meant_is_warned_of() {
     let backup = scratch.file("backup", &whole[..16 << 20]);
     let said = warnings(open(Action::Decrypt).reading(&backup).creating(&scratch.join("nothing")));
     assert!(said.iter().any(|warning| warning.contains("has no data")), "{said:?}");
-    let said = warnings(open(Action::Decrypt).reading(&path).creating(&scratch.join("plain")));
+    let said = warnings(open(Action::Decrypt).reading(&path).creating(&scratch.join("back")));
     assert!(!said.iter().any(|warning| warning.contains("no data")), "{said:?}");
     // The header of another volume, and the volume's own in a file beside it.
     let other = Scratch::new();
