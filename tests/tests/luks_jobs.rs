@@ -15,7 +15,7 @@ use proto::luks::{KdfKind, KdfWish, New, NewFile, Open, Version};
 use proto::{Action, Commit, ErrorKind, Format, JobState};
 use tests::Scratch;
 use tests::jobs::{
-    MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, me, new_luks, noise, registry,
+    MIB, QUEUES, Request, assert_done, encrypted, failure, key_bytes, key_fd, new_luks, noise, registry,
     wait, wait_for,
 };
 
