@@ -492,6 +492,21 @@ pub fn secret_pipe(secret: &[u8]) -> OwnedFd {
     read
 }
 
+/// A sealed memory file that holds a secret: for tests beside which others start programs, because between their `fork` and
+/// their `exec` a child holds a copy of every descriptor, also of the writing end of a pipe that was just closed.
+///
+/// # Panics
+/// Without memory for it.
+#[must_use]
+pub fn sealed_secret(secret: &[u8]) -> OwnedFd {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    let fd = memfd_create("secret", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).expect("memfd");
+    let mut file = std::fs::File::from(fd);
+    file.write_all(secret).expect("written");
+    fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW).expect("sealed");
+    file.into()
+}
+
 /// An encryption between two pipes that runs until its writer closes, or somebody cancels it.
 #[derive(Debug)]
 pub struct Endless {

@@ -498,7 +498,8 @@ fn only(slots: &[(&str, u32)]) -> Image {
 #[test]
 fn a_luks1_restore_keeps_what_opens_across_both_sectors() {
     // Keyslots of the backup, keyslots of the volume. Of 6 a part, and all of 7, lie in the second sector.
-    let cases: [(&[(&'static str, u32)], &[(&'static str, u32)]); 9] = [
+    type Slots = &'static [(&'static str, u32)];
+    let cases: [(Slots, Slots); 9] = [
         (&[(ALICE, 1)], &[(CAROL, 6)]),
         (&[(ALICE, 1)], &[(CAROL, 7)]),
         (&[(ALICE, 6)], &[(CAROL, 1)]),
@@ -510,7 +511,7 @@ fn a_luks1_restore_keeps_what_opens_across_both_sectors() {
         (&[(ALICE, 6), (BOB, 7)], &[(CAROL, 6), ("dave's passphrase", 7)]),
     ];
     for (backup, now) in cases {
-        let names = |slots: &[(&'static str, u32)]| slots.iter().map(|slot| slot.0).collect::<Vec<_>>();
+        let names = |slots: Slots| slots.iter().map(|slot| slot.0).collect::<Vec<_>>();
         let (new, old) = (names(backup), names(now));
         let act = |world: &World| restore(world, false);
         let trial = trial(format!("restore {backup:?} over {now:?}"), only(now), &act, [&old, &new, &old]);

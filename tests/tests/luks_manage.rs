@@ -427,7 +427,9 @@ fn a_block_device_is_changed_while_the_callers_lock_file_stays_open() {
         };
         let caller = Caller { commit: &|_, _, _| panic!("nothing to commit"), give_up: &ask_give_up };
         carry_out(request, ask.fds, &caller).expect("added");
-        assert!(locked_throughout.get() && free());
+        assert!(locked_throughout.get());
+        // A child that another test is just starting may hold a copy of the descriptor for a moment.
+        tests::eventually("the lock to be free", free);
         let name = device.path().to_str().expect("UTF-8");
         for passphrase in ["one", "two"] {
             does(&["open", "--test-passphrase", "--key-file", &model.key_file(passphrase), name]);

@@ -423,8 +423,8 @@ fn opens_one_of(
             Err(error) => return Err(error),
         }
     }
+    // One phrase, as everywhere: no place in it.
     Err(Error::new(ErrorKind::WrongKey, WRONG_KEY)
-        .at(device.name())
         .hint("with a keyslot named, the passphrase must be of another one that stays"))
 }
 
