@@ -3,7 +3,6 @@
 //! Passphrases are `one` to `four`; each volume begins with `one`. KDFs are as cheap as they may be: the tests ask about headers.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,6 @@
 //! Jobs through the registry of this process: no socket, no second process, every descriptor in hand.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
