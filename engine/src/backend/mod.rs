@@ -19,6 +19,7 @@
 pub mod blocking;
 pub mod device;
 pub mod ordered;
+mod ports;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod space;

@@ -26,6 +26,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fs::FileType;
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::ports::Ports;
 use super::{Done, Op, Port, Position, Queue, QueueFacts, Refused, Wake, What};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -34,9 +35,6 @@ const CURRENT_POSITION: u64 = u64::MAX;
 
 /// `PIPE_BUF`: a pipe that polls as writable takes this much without blocking (pipe(7)).
 const PIPE_BUF: usize = 4096;
-
-/// Files on one queue, as for io_uring.
-const FILES_MAX: usize = crate::sys::ring::FILES_MAX as usize;
 
 #[derive(Debug)]
 struct Task {
@@ -328,7 +326,7 @@ pub struct ThreadsQueue {
     shared: Arc<Shared>,
     pool: Vec<JoinHandle<()>>,
     poller: Option<JoinHandle<()>>,
-    ports: Vec<Option<Attached>>,
+    ports: Ports<Attached>,
     pushed: Vec<Task>,
     in_flight: u32,
     depth: u32,
@@ -358,7 +356,7 @@ impl ThreadsQueue {
             shared,
             pool: Vec::new(),
             poller: None,
-            ports: Vec::new(),
+            ports: Ports::new(),
             pushed: Vec::new(),
             in_flight: 0,
             depth,
@@ -389,30 +387,19 @@ impl ThreadsQueue {
 
 impl Queue for ThreadsQueue {
     fn attach(&mut self, file: Arc<OwnedFd>) -> Result<Port> {
-        let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
-        if free >= FILES_MAX {
-            return Err(Error::new(ErrorKind::Limit, format!("more than {FILES_MAX} files on one queue")));
-        }
+        let port = self.ports.free()?;
         let may_block = may_block(&file);
-        let attached = Some(Attached { file, may_block, in_flight: 0, cancelled: Arc::default() });
-        match self.ports.get_mut(free) {
-            Some(place) => *place = attached,
-            None => self.ports.push(attached),
-        }
-        Ok(Port(u32::try_from(free).expect("a short table")))
+        self.ports.attach(port, Attached { file, may_block, in_flight: 0, cancelled: Arc::default() });
+        Ok(port)
     }
 
     fn detach(&mut self, port: Port) {
-        let attached = self
-            .ports
-            .get_mut(port.0 as usize)
-            .and_then(Option::take)
-            .expect("only attached ports are detached");
+        let attached = self.ports.detach(port);
         assert_eq!(attached.in_flight, 0, "operations in flight on the port to detach");
     }
 
     fn push(&mut self, op: Op) -> Result<(), (Refused, Op)> {
-        let Some(Some(attached)) = self.ports.get_mut(op.port.0 as usize) else {
+        let Some(attached) = self.ports.get_mut(op.port) else {
             return Err((Refused::UnknownPort, op));
         };
         if self.in_flight >= self.depth {
@@ -467,8 +454,7 @@ impl Queue for ThreadsQueue {
 
     fn reap(&mut self, done: &mut Vec<Done>) {
         for (port, one) in lock(&self.shared.finished).done.drain(..) {
-            let attached =
-                self.ports[port.0 as usize].as_mut().expect("a port with operations stays attached");
+            let attached = self.ports.get_mut(port).expect("a port with operations stays attached");
             attached.in_flight -= 1;
             self.in_flight -= 1;
             done.push(one);
@@ -476,7 +462,7 @@ impl Queue for ThreadsQueue {
     }
 
     fn cancel(&mut self, port: Port) {
-        if let Some(Some(attached)) = self.ports.get_mut(port.0 as usize) {
+        if let Some(attached) = self.ports.get_mut(port) {
             attached.cancelled.store(true, Ordering::Release);
             attached.cancelled = Arc::default();
             self.shared.tell_poller();
@@ -510,7 +496,7 @@ impl Wake for Shared {
 impl Drop for ThreadsQueue {
     /// Cancel what waits, let system calls in progress finish, then end the threads.
     fn drop(&mut self) {
-        for attached in self.ports.iter().flatten() {
+        for (_, attached) in self.ports.iter() {
             attached.cancelled.store(true, Ordering::Release);
         }
         lock(&self.shared.ready).stopping = true;

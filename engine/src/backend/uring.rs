@@ -8,11 +8,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::ports::Ports;
 use super::{Done, Op, Port, Position, Queue, QueueFacts, Refused, Span, Wake, What};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::sys::buffer::{Arena, Buf};
 use crate::sys::op::{CURRENT_POSITION, Submission, Transfer};
-use crate::sys::ring::{Completion, FILES_MAX, Ring, RingWaker};
+use crate::sys::ring::{Completion, Ring, RingWaker};
 
 /// What the caller of a submission needs to know again.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ struct Attached {
 /// See the module.
 pub struct UringQueue {
     ring: Ring<Ticket>,
-    ports: Vec<Option<Attached>>,
+    ports: Ports<Attached>,
     finished: Vec<Done>,
     /// A wake was collected that no `wait` has reported yet.
     woken: bool,
@@ -51,7 +52,7 @@ impl UringQueue {
         let ring = Ring::new(&arena.reference(), depth)?;
         Ok(Self {
             ring,
-            ports: Vec::new(),
+            ports: Ports::new(),
             finished: Vec::with_capacity(depth as usize),
             woken: false,
             collected: Vec::with_capacity(depth as usize),
@@ -63,7 +64,7 @@ impl UringQueue {
     }
 
     fn finish(&mut self, port: u32, token: u64, buf: Option<Buf>, result: std::io::Result<u32>) {
-        self.ports[port as usize].as_mut().expect("a port with operations stays attached").in_flight -= 1;
+        self.ports.get_mut(Port(port)).expect("a port with operations stays attached").in_flight -= 1;
         self.finished.push(Done { token, buf, result });
     }
 
@@ -140,8 +141,7 @@ impl UringQueue {
     /// A direct read that ends with a file of odd length comes back short; reading on from there is misaligned, and some
     /// filesystems refuse it rather than say "end". It is the end if the file ends there.
     fn is_direct_tail(&self, transfer: &Transfer, ticket: &Ticket) -> bool {
-        let port =
-            self.ports[transfer.file as usize].as_ref().expect("a port with operations stays attached");
+        let port = self.ports.get(Port(transfer.file)).expect("a port with operations stays attached");
         !transfer.write && ticket.moved > 0 && super::ends_at(port.file.as_fd(), transfer.offset)
     }
 
@@ -160,8 +160,8 @@ impl Drop for UringQueue {
     /// a pipe sees its end when the writer's queue is gone.
     fn drop(&mut self) {
         if self.ring.drain().is_ok() {
-            for (index, _) in (0..).zip(&self.ports).filter(|(_, port)| port.is_some()) {
-                let _ = self.ring.set_file(index, None);
+            for (port, _) in self.ports.iter() {
+                let _ = self.ring.set_file(port.0, None);
             }
         }
     }
@@ -188,32 +188,20 @@ fn transfer(write: bool, port: Port, position: Position, buf: Buf, span: Span) -
 
 impl Queue for UringQueue {
     fn attach(&mut self, file: Arc<OwnedFd>) -> Result<Port> {
-        let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
-        let index = u32::try_from(free).expect("a short table");
-        if index >= FILES_MAX {
-            return Err(Error::new(ErrorKind::Limit, format!("more than {FILES_MAX} files on one queue")));
-        }
-        self.ring.set_file(index, Some(file.as_fd()))?;
-        let attached = Some(Attached { file, in_flight: 0 });
-        match self.ports.get_mut(free) {
-            Some(place) => *place = attached,
-            None => self.ports.push(attached),
-        }
-        Ok(Port(index))
+        let port = self.ports.free()?;
+        self.ring.set_file(port.0, Some(file.as_fd()))?;
+        self.ports.attach(port, Attached { file, in_flight: 0 });
+        Ok(port)
     }
 
     fn detach(&mut self, port: Port) {
-        let attached = self
-            .ports
-            .get_mut(port.0 as usize)
-            .and_then(Option::take)
-            .expect("only attached ports are detached");
+        let attached = self.ports.detach(port);
         assert_eq!(attached.in_flight, 0, "operations in flight on the port to detach");
         self.ring.set_file(port.0, None).expect("emptying a place of our own table");
     }
 
     fn push(&mut self, op: Op) -> Result<(), (Refused, Op)> {
-        let Some(Some(attached)) = self.ports.get_mut(op.port.0 as usize) else {
+        let Some(attached) = self.ports.get_mut(op.port) else {
             return Err((Refused::UnknownPort, op));
         };
         if self.ring.in_flight() + self.finished.len() >= self.ring.depth() {

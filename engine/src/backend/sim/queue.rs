@@ -12,12 +12,10 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::{Raw, World};
+use crate::backend::ports::Ports;
 use crate::backend::threads::ThreadsQueue;
 use crate::backend::{Done, Op, Port, Position, Queue, QueueFacts, Refused, Wake, What, check_span};
-use crate::error::{Error, ErrorKind, Result};
-
-/// Files on one queue, as for the others.
-const FILES_MAX: usize = crate::sys::ring::FILES_MAX as usize;
+use crate::error::Result;
 
 /// Threads for files that are not simulated.
 const THREADS: u32 = 1;
@@ -89,7 +87,7 @@ impl Wake for Bell {
 pub(super) struct SimQueue {
     world: World,
     depth: u32,
-    ports: Vec<Option<Attached>>,
+    ports: Ports<Attached>,
     pushed: Vec<Flight>,
     flying: Vec<Flight>,
     finished: Vec<(Port, Done)>,
@@ -105,7 +103,7 @@ impl SimQueue {
         Self {
             world,
             depth,
-            ports: Vec::new(),
+            ports: Ports::new(),
             pushed: Vec::new(),
             flying: Vec::new(),
             finished: Vec::new(),
@@ -167,7 +165,7 @@ impl SimQueue {
 
     /// One transfer of the raw device for an operation; `None`: the rest takes another.
     fn advance(&mut self, flight: &mut Flight) -> Option<std::io::Result<u32>> {
-        let attached = self.ports[flight.op.port.0 as usize].as_ref().expect("attached while in flight");
+        let attached = self.ports.get(flight.op.port).expect("attached while in flight");
         let Home::Disk(disk) = attached.home else { unreachable!("only operations on disks fly") };
         let file = &attached.file;
         let mut world = self.world.lock();
@@ -225,28 +223,17 @@ fn place(position: Position, moved: u32, file: &OwnedFd) -> Result<u64, Errno> {
 
 impl Queue for SimQueue {
     fn attach(&mut self, file: Arc<OwnedFd>) -> Result<Port> {
-        let free = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
-        if free >= FILES_MAX {
-            return Err(Error::new(ErrorKind::Limit, format!("more than {FILES_MAX} files on one queue")));
-        }
+        let port = self.ports.free()?;
         let home = match self.world.find(&file)? {
             Some(disk) => Home::Disk(disk),
             None => Home::Real(self.real()?.attach(Arc::clone(&file))?),
         };
-        let attached = Some(Attached { file, home, in_flight: 0 });
-        match self.ports.get_mut(free) {
-            Some(place) => *place = attached,
-            None => self.ports.push(attached),
-        }
-        Ok(Port(u32::try_from(free).expect("a short table")))
+        self.ports.attach(port, Attached { file, home, in_flight: 0 });
+        Ok(port)
     }
 
     fn detach(&mut self, port: Port) {
-        let attached = self
-            .ports
-            .get_mut(port.0 as usize)
-            .and_then(Option::take)
-            .expect("only attached ports are detached");
+        let attached = self.ports.detach(port);
         assert_eq!(attached.in_flight, 0, "operations in flight on the port to detach");
         if let (Home::Real(port), Some(real)) = (attached.home, &mut self.real) {
             real.detach(port);
@@ -255,7 +242,7 @@ impl Queue for SimQueue {
 
     fn push(&mut self, mut op: Op) -> Result<(), (Refused, Op)> {
         let in_flight = self.in_flight();
-        let Some(Some(attached)) = self.ports.get_mut(op.port.0 as usize) else {
+        let Some(attached) = self.ports.get_mut(op.port) else {
             return Err((Refused::UnknownPort, op));
         };
         if in_flight >= self.depth {
@@ -286,7 +273,7 @@ impl Queue for SimQueue {
             self.kicks += 1;
             let mut world = self.world.lock();
             for mut flight in self.pushed.drain(..) {
-                let attached = self.ports[flight.op.port.0 as usize].as_ref().expect("attached");
+                let attached = self.ports.get(flight.op.port).expect("attached");
                 if let Home::Disk(disk) = attached.home {
                     flight.before = world.disks[disk].completed();
                 }
@@ -323,7 +310,7 @@ impl Queue for SimQueue {
 
     fn reap(&mut self, done: &mut Vec<Done>) {
         for (port, one) in self.finished.drain(..) {
-            let attached = self.ports[port.0 as usize].as_mut().expect("attached while in flight");
+            let attached = self.ports.get_mut(port).expect("attached while in flight");
             attached.in_flight -= 1;
             self.in_flight -= 1;
             done.push(one);
@@ -334,15 +321,15 @@ impl Queue for SimQueue {
     }
 
     fn cancel(&mut self, port: Port) {
-        let disk = match self.ports.get(port.0 as usize) {
-            Some(Some(Attached { home: Home::Disk(disk), .. })) => *disk,
-            Some(Some(Attached { home: Home::Real(there), .. })) => {
+        let disk = match self.ports.get(port) {
+            Some(Attached { home: Home::Disk(disk), .. }) => *disk,
+            Some(Attached { home: Home::Real(there), .. }) => {
                 if let Some(real) = &mut self.real {
                     real.cancel(*there);
                 }
                 return;
             }
-            _ => return,
+            None => return,
         };
         let pushed = self.pushed.extract_if(.., |flight| flight.op.port == port);
         let mut cancelled: Vec<Flight> = pushed.collect();
