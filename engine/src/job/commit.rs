@@ -45,19 +45,11 @@ impl Names {
     /// # Errors
     /// `Invalid` for bad names or descriptors, `Conflict` if the partial name means another file or the name is taken.
     pub fn new(directory: OwnedFd, commit: &proto::Commit, file: impl AsFd, owner: &Owner) -> Result<Self> {
-        check_name(&commit.partial)?;
-        check_name(&commit.name)?;
-        if commit.partial == commit.name {
+        let names = Self::to_undo(directory, commit, owner)?;
+        check_name(&names.name)?;
+        if names.partial == names.name {
             return Err(Error::new(ErrorKind::Invalid, "the partial name and the final name are the same"));
         }
-        let names = Self {
-            directory,
-            partial: commit.partial.clone(),
-            name: commit.name.clone(),
-            replace: commit.replace,
-            keep_partial: commit.keep_partial,
-            owner: owner.clone(),
-        };
         names.check_directory()?;
         names.check_same(&file)?;
         names.check_free()?;

@@ -44,7 +44,7 @@ use crate::format::luks2::metadata::{Keyslot, Metadata, SegmentKind};
 use crate::format::luks2::validate::OBJECTS_MAX;
 use crate::volume::unlock::{self, Unlocked, WRONG_KEY};
 use crate::volume::{Header, MAGIC, store};
-use change::{Addition, clear_luks1, destroy, luks1_material_bytes};
+use change::{Addition, clear_luks1, destroy};
 
 /// Keyslot numbers of LUKS1 headers end here.
 const LUKS1_KEYSLOTS: u32 = 8;
@@ -296,7 +296,7 @@ pub fn erase(device: &mut Blocking, confirmed: bool) -> Result<Done> {
             let mut after = before.clone();
             // 1. and 2.
             for keyslot in &mut after.keyslots {
-                store::random_fill(device, keyslot.material_offset(), luks1_material_bytes(before))?;
+                store::random_fill(device, keyslot.material_offset(), before.material_bytes())?;
                 clear_luks1(keyslot);
             }
             device.flush()?;

@@ -6,7 +6,6 @@ use crate::crypto::kdf::Argon2Kind;
 use crate::format::luks1;
 use crate::format::luks2::metadata::{self, KdfText, Luks2Keyslot, Metadata, SegmentKind};
 use crate::format::luks2::{Health, Loaded};
-use crate::volume::area::material_bytes;
 use crate::volume::{Header, LUKS1_UNIT_BYTES, key_bytes_of_segment};
 
 impl Header {
@@ -51,7 +50,7 @@ fn of_luks1(header: &luks1::Header) -> Summary {
             bound: true,
             priority: priority(1),
             area_offset: keyslot.material_offset(),
-            area_bytes: material_bytes(header.key_bytes as usize) as u64,
+            area_bytes: header.material_bytes(),
             ..bare_keyslot(id, "luks1")
         });
     Summary {

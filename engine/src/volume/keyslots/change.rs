@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Loaded;
 use crate::format::luks2::metadata::{Keyslot, Luks2Keyslot};
 use crate::format::{af, luks1};
-use crate::volume::area::{Wrapping, material_bytes};
+use crate::volume::area::Wrapping;
 use crate::volume::{Header, random, store};
 
 /// Cipher of the areas of new LUKS2 keyslots, as cryptsetup's default, and its key.
@@ -134,11 +134,6 @@ fn check_luks1_wish(wish: &KdfWish, hash: Hash) -> Result<()> {
     }
 }
 
-/// Bytes of the material of each keyslot.
-pub(super) fn luks1_material_bytes(header: &luks1::Header) -> u64 {
-    u64::try_from(material_bytes(header.key_bytes as usize)).unwrap_or(u64::MAX)
-}
-
 /// Out of use, with nothing left in it but its place.
 pub(super) fn clear_luks1(keyslot: &mut luks1::Keyslot) {
     *keyslot = luks1::Keyslot { active: false, iterations: 0, salt: [0; SALT_BYTES], ..*keyslot };
@@ -157,7 +152,7 @@ pub(super) fn destroy(
             let mut after = before.clone();
             let slot = &mut after.keyslots[id as usize];
             clear_luks1(slot);
-            (slot.material_offset(), luks1_material_bytes(before), Header::Luks1(after))
+            (slot.material_offset(), before.material_bytes(), Header::Luks1(after))
         }
         Header::Luks2(loaded) => {
             let mut next = loaded.clone();
