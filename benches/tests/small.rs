@@ -1,4 +1,4 @@
-//! The end-to-end sweep and the stage bench in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
+//! The sweep, the stage bench and the unlock bench in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -6,29 +6,30 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// Run the sweep with these cases in a directory of its own; its rows, and what it said on stderr.
-fn sweep(cases: &str) -> (Vec<Value>, String) {
-    let scratch =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-{cases}-{}", std::process::id()));
+/// Run a bench in its small mode in a directory of its own; its rows, and what it said on stderr. `name` tells runs of one
+/// program apart.
+fn small(program: &str, name: &str, arguments: &[&str]) -> (Vec<Value>, String) {
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-{name}-{}", std::process::id()));
     std::fs::create_dir_all(&scratch).expect("creates");
     let json = scratch.join("rows.json");
-    let output = Command::new(env!("CARGO_BIN_EXE_sweep"))
-        .args(["--small", "--cases", cases, "--dir"])
-        .arg(&scratch)
-        .arg("--json")
-        .arg(&json)
-        .output()
-        .expect("runs");
+    let mut command = Command::new(program);
+    command.arg("--small").args(arguments).arg("--dir").arg(&scratch).arg("--json").arg(&json);
+    let output = command.output().expect("runs");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     eprint!("{said}");
     let rows = std::fs::read_to_string(&json);
     let left: Vec<_> =
         std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
     std::fs::remove_dir_all(&scratch).expect("removes");
-    assert!(output.status.success(), "the sweep failed: {said}");
-    assert_eq!(left, [json], "the sweep left files behind");
+    assert!(output.status.success(), "{name} failed: {said}");
+    assert_eq!(left, [json], "{name} left files behind");
     let rows = rows.expect("rows were written");
     (rows.lines().map(|line| serde_json::from_str(line).expect("a row is JSON")).collect(), said)
+}
+
+/// The sweep with these cases.
+fn sweep(cases: &str) -> (Vec<Value>, String) {
+    small(env!("CARGO_BIN_EXE_sweep"), cases, &["--cases", cases])
 }
 
 /// Contenders that ran or were skipped aloud, so that none is lost in silence.
@@ -71,24 +72,7 @@ fn both_ways_between_files_are_measured_and_checked() {
 
 #[test]
 fn every_stage_is_measured_beside_its_limit() {
-    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-stage-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).expect("creates");
-    let json = scratch.join("rows.json");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stage"));
-    let output =
-        command.arg("--small").arg("--dir").arg(&scratch).arg("--json").arg(&json).output().expect("runs");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let rows = std::fs::read_to_string(&json);
-    let left: Vec<_> =
-        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
-    std::fs::remove_dir_all(&scratch).expect("removes");
-    assert!(output.status.success(), "the stage bench failed: {said}");
-    assert_eq!(left, [json], "the stage bench left files behind");
-    let rows: Vec<Value> = rows
-        .expect("rows were written")
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("a row is JSON"))
-        .collect();
+    let (rows, said) = small(env!("CARGO_BIN_EXE_stage"), "stage", &[]);
     for row in &rows {
         assert!(row["rate"]["min"].as_f64().is_some_and(|rate| rate > 0.0), "{row}");
         assert!(row["machine"]["kernel"].as_str().is_some_and(|kernel| !kernel.is_empty()), "{row}");
@@ -114,24 +98,7 @@ fn every_stage_is_measured_beside_its_limit() {
 
 #[test]
 fn key_derivations_are_measured_beside_cryptsetup() {
-    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("small-unlock-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).expect("creates");
-    let json = scratch.join("rows.json");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_unlock"));
-    let output =
-        command.arg("--small").arg("--dir").arg(&scratch).arg("--json").arg(&json).output().expect("runs");
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let rows = std::fs::read_to_string(&json);
-    let left: Vec<_> =
-        std::fs::read_dir(&scratch).expect("lists").map(|entry| entry.expect("entry").path()).collect();
-    std::fs::remove_dir_all(&scratch).expect("removes");
-    assert!(output.status.success(), "the unlock bench failed: {said}");
-    assert_eq!(left, [json], "the unlock bench left files behind");
-    let rows: Vec<Value> = rows
-        .expect("rows were written")
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("a row is JSON"))
-        .collect();
+    let (rows, _) = small(env!("CARGO_BIN_EXE_unlock"), "unlock", &[]);
     assert_eq!(rows.iter().filter(|row| row["contender"] == "ours").count(), 7);
     assert!(rows.iter().all(|row| row["seconds"]["median"].as_f64().is_some_and(|seconds| seconds > 0.0)));
     let beside = rows.iter().filter(|row| row["ratio"].is_object()).count();

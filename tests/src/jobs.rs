@@ -232,11 +232,7 @@ pub fn new_luks(version: proto::luks::Version, data_unit: Option<u32>) -> proto:
         data_offset: None,
         metadata_bytes: None,
         keyslots_bytes: None,
-        kdf: proto::luks::KdfWish {
-            kind: Some(proto::luks::KdfKind::Pbkdf2),
-            iterations: Some(1000),
-            ..proto::luks::KdfWish::default()
-        },
+        kdf: crate::header::cheap(),
         keyslot: None,
         volume_key_fd: None,
         header: None,

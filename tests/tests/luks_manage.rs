@@ -210,25 +210,7 @@ fn we_format_what_cryptsetup_opens_and_reads_back() {
         let path = scratch.join("volume");
         File::create(&path).expect("create").set_len(24 << 20).expect("extend");
         let volume = Volume { scratch, path };
-        let new = || {
-            Box::new(New {
-                version,
-                cipher: None,
-                key_bytes: None,
-                data_unit: None,
-                hash: None,
-                label: None,
-                subsystem: None,
-                uuid: None,
-                data_offset: None,
-                metadata_bytes: None,
-                keyslots_bytes: None,
-                kdf: cheap(),
-                keyslot: None,
-                volume_key_fd: None,
-                header: None,
-            })
-        };
+        let new = || plain(version);
         let ask = Ask::new(&volume).secret(b"one");
         let formatted = done(ask.run(Operation::Format { new: new(), key_fd: 1 }).expect("formatted"));
         assert_eq!(formatted.keyslot, Some(0));
