@@ -119,6 +119,7 @@ fn action(action: Action) -> &'static str {
         Action::Decrypt => "decrypt",
         Action::Verify => "verify",
         Action::Bench => "bench",
+        Action::Reencrypt => "reencrypt",
     }
 }
 
@@ -213,6 +214,7 @@ pub fn summary(job: &JobInfo) -> String {
         Action::Decrypt => "decrypted",
         Action::Verify => "equal:",
         Action::Bench => "measured",
+        Action::Reencrypt => "re-encrypted",
     };
     let bytes = job.progress.done_bytes;
     let mut text = format!("{verb} {}", amount::bytes(bytes));

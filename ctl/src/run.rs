@@ -457,6 +457,7 @@ mod tests {
                 failure,
                 first_difference: Some(8192),
                 bench: vec![],
+                reencrypt: None,
                 padded_bytes: 0,
                 cpu_seconds: (0.0, 0.0),
             }),

@@ -110,6 +110,7 @@ impl Request {
                 sink: None,
                 volume: Some(Volume { format: Format::Raw(raw), key_fd: 0 }),
                 bench: None,
+                reencrypt: None,
                 detach: true,
                 bytes_per_second: None,
                 tuning: Tuning::default(),

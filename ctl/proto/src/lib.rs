@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod errno;
 pub mod luks;
+pub mod reencrypt;
 pub mod socket;
 
 /// The version in every line's `v`. A daemon answers a request of another version with [`ErrorKind::Version`].
@@ -32,7 +33,7 @@ pub const MAX_RESPONSE: usize = 8 * 1024 * 1024;
 /// Longest `name` of a source or sink, bytes.
 pub const MAX_NAME: usize = 4096;
 /// Most descriptors one request may carry.
-pub const MAX_DESCRIPTORS: usize = 8;
+pub const MAX_DESCRIPTORS: usize = 32;
 /// Largest secret accepted through a descriptor, bytes (cryptsetup's own limit for key files).
 pub const MAX_SECRET: usize = 8 * 1024 * 1024;
 
@@ -134,6 +135,9 @@ pub struct Submit {
     /// What a `bench` job measures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bench: Option<Bench>,
+    /// What a `reencrypt` job does. It has neither source, sink nor volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reencrypt: Option<Box<reencrypt::Request>>,
     /// The job outlives this connection. Otherwise it is cancelled when the connection ends.
     #[serde(default)]
     pub detach: bool,
@@ -157,6 +161,8 @@ pub enum Action {
     Verify,
     /// Measure kernels or the pipeline on this machine; moves no volume.
     Bench,
+    /// Another volume key (or the first, or none any more) for a volume, in place.
+    Reencrypt,
 }
 
 /// The readable side.
@@ -505,6 +511,9 @@ pub struct Outcome {
     /// `bench`: one row per measurement.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bench: Vec<BenchRow>,
+    /// `reencrypt`: what was done; of a failed one, what it came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reencrypt: Option<Box<reencrypt::Report>>,
     /// Zero bytes appended by `pad`.
     #[serde(default)]
     pub padded_bytes: u64,

@@ -36,6 +36,7 @@ fn done() -> JobInfo {
         failure: None,
         first_difference: None,
         bench: vec![],
+        reencrypt: None,
         padded_bytes: 24,
         cpu_seconds: (0.2, 0.4),
     });

@@ -391,6 +391,7 @@ mod tests {
                 }),
                 first_difference: Some(wide),
                 bench: Vec::new(),
+                reencrypt: None,
                 padded_bytes: wide,
                 cpu_seconds: (long, long),
             }),

@@ -8,6 +8,7 @@
 //! | `run` | one job from start to end |
 //! | `encrypted` | the encrypted side: its header, and how the key is had |
 //! | `geometry` | where a volume's data lies, and what follows for sizes |
+//! | `reencrypt` | re-encryption in place |
 //! | `commit` | how a new file becomes visible, or vanishes |
 //! | `bench` | measuring instead of moving |
 //! | `rehearse` | the pipeline beside its limit, for `bench` |
@@ -19,6 +20,7 @@ pub mod commit;
 pub mod encrypted;
 pub mod geometry;
 pub mod prepare;
+pub mod reencrypt;
 pub mod rehearse;
 pub mod run;
 pub mod state;

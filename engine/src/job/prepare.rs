@@ -115,7 +115,9 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         Action::Encrypt => Work::Encrypt,
         Action::Decrypt => Work::Decrypt,
         Action::Verify => Work::Verify,
-        Action::Bench => return Err(Error::new(ErrorKind::Internal, "a bench moves no volume")),
+        Action::Bench | Action::Reencrypt => {
+            return Err(Error::new(ErrorKind::Internal, "not a copy of a volume"));
+        }
     };
     let side = if work == Work::Decrypt { &source } else { &sink };
     let opened = open_volume(&volume.format, work, side, key, owner, &mut descriptors, means)?;

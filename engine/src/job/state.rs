@@ -303,6 +303,7 @@ impl Job {
                 failure: failure.map(|error| error.to_failure()),
                 first_difference: inner.first_difference,
                 bench: std::mem::take(&mut inner.bench),
+                reencrypt: None,
                 padded_bytes,
                 cpu_seconds: (user - inner.cpu_before.0, system - inner.cpu_before.1),
             });

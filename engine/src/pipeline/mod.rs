@@ -8,15 +8,19 @@
 //! | `worker` | the loop |
 //! | `slot` | one chunk in flight |
 //! | `crypt` | what is done to a chunk that is here |
+//! | `rewrite` | a transfer in place: chunks held back behind barriers |
+//! | `carrier` | driving a transfer step by step |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
 //! Default layout *sharded*: every worker carries every transfer, and they claim chunks of its plan by one atomic. A
 //! transfer with an ordered end (a pipe) is carried by a single worker: order costs nothing when nothing is handed over,
 //! and one core crypts faster than any pipe moves.
 
+pub mod carrier;
 pub mod crypt;
 pub mod holes;
 pub mod plan;
+pub mod rewrite;
 pub mod segment;
 pub mod slot;
 pub mod transfer;

@@ -12,6 +12,7 @@
 //! | `keyslots` | add, remove, change, convert, erase |
 //! | `backup` | header backup and restore |
 //! | `repair` | damaged headers |
+//! | `reencrypt` | re-encryption in place: begin, open, recover, end |
 //! | `random` | random bytes from the kernel |
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
@@ -27,6 +28,7 @@ pub mod keyslots;
 pub mod manage;
 pub mod plan;
 pub mod random;
+pub mod reencrypt;
 pub mod repair;
 pub mod store;
 pub mod summary;

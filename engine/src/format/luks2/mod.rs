@@ -11,6 +11,7 @@
 //! | `emit` | from structures to JSON |
 //! | `validate` | the rules over all of it |
 //! | `load` | which of the two copies is to be believed |
+//! | `reencrypt` | a re-encryption as the metadata has it |
 //! | `edit` | new headers, free places, objects removed with what refers to them |
 
 pub mod binary;
@@ -21,6 +22,7 @@ pub mod json;
 mod load;
 pub mod metadata;
 mod parse;
+pub mod reencrypt;
 pub mod validate;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -1,0 +1,1 @@
+//! What it would do, and how long it would take.

@@ -1,0 +1,12 @@
+//! Re-encryption in place as a job.
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `mod` | from the request to the end |
+//! | `steps` | the loop over hotzones: which barrier moves when |
+//! | `proof` | digests of the plaintext before and after |
+//! | `dry` | what it would do, and how long it would take |
+
+pub mod dry;
+pub mod proof;
+pub mod steps;

@@ -1,0 +1,1 @@
+//! The loop over hotzones: which barrier moves when.

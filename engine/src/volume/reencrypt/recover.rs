@@ -1,0 +1,1 @@
+//! An interrupted step made whole; the table of what is done when.

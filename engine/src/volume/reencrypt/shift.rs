@@ -1,0 +1,1 @@
+//! Making room for a header in front of plain data.

@@ -1,0 +1,1 @@
+//! The ledger in a journal file beside a volume without a header.
