@@ -392,6 +392,7 @@ impl Inner {
             sparse_bytes: totals.sparse_bytes,
             elapsed_seconds: if self.unlocking { 0.0 } else { elapsed },
             unlocking: self.unlocking && !self.state.is_final(),
+            phase: None,
             unlock_seconds: if self.unlocking { elapsed } else { self.unlock.as_secs_f64() },
             bytes_per_second: rate,
             eta_seconds: match (self.state, left) {
