@@ -39,15 +39,6 @@ pub const NOTE: &str = "cryptctl-overwrite";
 /// Its field: pairs of first byte and bytes, as texts.
 const NOTE_AREAS: &str = "areas";
 
-/// The boundary when all is done.
-#[must_use]
-pub fn ends_at(process: &Process, total: u64) -> u64 {
-    match process.direction {
-        Direction::Forward => total,
-        Direction::Backward => 0,
-    }
-}
-
 /// Progress kept in the header of a LUKS2 volume.
 pub struct LuksLedger {
     header: Blocking,
@@ -75,12 +66,12 @@ impl LuksLedger {
             Direction::Backward => (hot.end() == self.boundary, hot.start()),
         };
         let unit = self.process.step_bytes();
-        let aligned = free_end.is_multiple_of(unit) || free_end == ends_at(&self.process, self.total);
+        let aligned = free_end.is_multiple_of(unit) || free_end == self.process.ends_at(self.total);
         let short = self.process.hotzone_max().is_none_or(|most| hot.len() <= most);
         let within = hot.end() <= self.total;
         let moved = self.process.moved.map_or(0, |moved| moved.bytes);
-        let across = hot.start() < moved && moved < hot.end();
-        if follows && aligned && short && within && !across {
+        let whole = hot.start() >= moved || (hot.start() == 0 && hot.end() == moved);
+        if follows && aligned && short && within && whole {
             return Ok(());
         }
         let what = format!(
@@ -207,7 +198,7 @@ pub fn commit(
     boundary: u64,
     total: u64,
 ) -> Result<()> {
-    if boundary == ends_at(process, total) {
+    if boundary == process.ends_at(total) {
         return take_down(header, loaded, process, total);
     }
     let mut next = loaded.clone();
@@ -223,7 +214,7 @@ pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, 
     // 1. Data was moved only out of the way of a header that lies on the same device.
     if let (Some(moved), Mode::Encrypt) = (process.moved, process.mode) {
         let mut next = loaded.clone();
-        write::clean(&mut next.header.metadata, process, ends_at(process, total), total)?;
+        write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
         put(header, loaded, next)?;
         store::random_fill(header, moved.offset, moved.bytes)?;
         header.flush()?;
@@ -231,9 +222,8 @@ pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, 
     // 2.
     let mut next = loaded.clone();
     let mut gone = vec![process.area];
-    for id in write::finish(&mut next.header.metadata, process)? {
-        gone.extend(loaded.header.metadata.keyslots.get(&id).and_then(Keyslot::area));
-    }
+    write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
+    gone.extend(write::finish(&mut next.header.metadata, process)?.into_iter().map(|(_, area)| area));
     let noted = note(&mut next, &gone);
     let _held = store::lock_device(header, true)?;
     store::write_luks2(header, &mut next)?;
