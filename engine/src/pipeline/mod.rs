@@ -18,6 +18,7 @@
 
 pub mod carrier;
 pub mod crypt;
+pub mod hashing;
 pub mod holes;
 pub mod plan;
 pub mod rewrite;
