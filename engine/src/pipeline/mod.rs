@@ -9,6 +9,7 @@
 //! | `slot` | one chunk in flight |
 //! | `crypt` | what is done to a chunk that is here |
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |
+//! | `hashing` | the hashes of `crypto` as a rewrite asks for them |
 //! | `carrier` | driving a transfer step by step |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
@@ -18,6 +19,7 @@
 
 pub mod carrier;
 pub mod crypt;
+pub mod hashing;
 pub mod holes;
 pub mod plan;
 pub mod rewrite;
