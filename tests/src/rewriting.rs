@@ -20,7 +20,13 @@ pub const PASS: &[u8] = b"correct horse";
 ///
 /// # Panics
 /// If it cannot be made.
-pub fn volume(registry: &Arc<Registry>, scratch: &Scratch, plain: &[u8], unit: u32, keyslots: Option<u64>) -> PathBuf {
+pub fn volume(
+    registry: &Arc<Registry>,
+    scratch: &Scratch,
+    plain: &[u8],
+    unit: u32,
+    keyslots: Option<u64>,
+) -> PathBuf {
     let source = scratch.file("plain", plain);
     let path = scratch.join("volume");
     let mut new = new_luks(Version::Luks2, Some(unit));

@@ -23,7 +23,9 @@ fn every_protection_on_every_queue_keeps_the_plaintext_and_changes_the_key() {
                 let after = std::fs::read(&path).expect("volume");
                 assert_eq!(before.len(), after.len(), "{what}");
                 let data = before.len() - bytes;
-                let same = (data..after.len()).step_by(512).filter(|&at| before[at..at + 512] == after[at..at + 512]);
+                let same = (data..after.len())
+                    .step_by(512)
+                    .filter(|&at| before[at..at + 512] == after[at..at + 512]);
                 assert_eq!(same.count(), 0, "{what}: sectors that are as before");
                 assert!(plaintext(&registry, &scratch, &path, PASS) == plain, "{what}");
                 assert_eq!(info.progress.done_bytes, bytes as u64, "{what}");

@@ -78,8 +78,8 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
     let protection = opened.ledger.protection();
     let most = opened.ledger.hotzone_max().unwrap_or(u64::MAX);
     let whole_bytes = opened.moved.map_or(0, |moved| moved.bytes);
-    let (hotzone_bytes, chunk_bytes) = sizes(most, opened.ledger.step_bytes(), shape)
-        .ok_or_else(|| too_small(most, &shape.name))?;
+    let (hotzone_bytes, chunk_bytes) =
+        sizes(most, opened.ledger.step_bytes(), shape).ok_or_else(|| too_small(most, &shape.name))?;
     let track = Track::new(opened.direction, opened.total, whole_bytes);
     let from = track.order_of(opened.boundary);
 
@@ -186,7 +186,9 @@ fn sizes(most: u64, step: u64, shape: &Shape) -> Option<(u64, u32)> {
 }
 
 fn too_small(most: u64, name: &str) -> Error {
-    let what = format!("steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least");
+    let what = format!(
+        "steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least"
+    );
     Error::new(ErrorKind::Unsupported, what).at(name)
 }
 
@@ -243,4 +245,3 @@ impl Prover for Proving {
         self.0.contribution(offset, plaintext)
     }
 }
-
