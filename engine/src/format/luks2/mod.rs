@@ -195,7 +195,8 @@ impl Header {
             if size > largest.size {
                 largest = Area { offset: from, size };
             }
-            from = from.max(area.end().and_then(|end| end.checked_next_multiple_of(AREA_ALIGN)).unwrap_or(end));
+            from =
+                from.max(area.end().and_then(|end| end.checked_next_multiple_of(AREA_ALIGN)).unwrap_or(end));
         }
         if largest.size == 0 {
             return Err(Error::new(ErrorKind::NoSpace, "the keyslots area is full").hint("remove a keyslot"));

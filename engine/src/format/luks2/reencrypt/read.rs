@@ -60,11 +60,16 @@ fn is_required(metadata: &Metadata) -> Result<bool> {
         [REQUIREMENT] => {}
         // CVE-2021-4122: nothing proves that it is what was begun.
         ["online-reencrypt"] => {
-            return Err(damaged("a re-encryption of before cryptsetup 2.4.3, without a digest that proves it", at)
-                .hint("cryptsetup repair converts it, with a passphrase; then resume it"));
+            return Err(damaged(
+                "a re-encryption of before cryptsetup 2.4.3, without a digest that proves it",
+                at,
+            )
+            .hint("cryptsetup repair converts it, with a passphrase; then resume it"));
         }
         ["online-reencrypt-v3"] => {
-            return Err(unsupported("decryption that also moves the data to the front (online-reencrypt-v3)"));
+            return Err(unsupported(
+                "decryption that also moves the data to the front (online-reencrypt-v3)",
+            ));
         }
         [other] => return Err(unsupported(format!("a re-encryption of a newer kind ({other})"))),
         _ => return Err(damaged("more than one online-reencrypt requirement", at)),
@@ -245,9 +250,7 @@ fn side(metadata: &Metadata, id: u32, segment: &Segment) -> Result<Side> {
 fn moved(segment: &Segment) -> Result<Moved> {
     match (&segment.kind, segment.size) {
         (SegmentKind::Linear, Some(bytes)) => Ok(Moved { bytes, offset: segment.offset }),
-        (SegmentKind::Linear, None) => {
-            Err(damaged("size is dynamic", "backup-moved-segment"))
-        }
+        (SegmentKind::Linear, None) => Err(damaged("size is dynamic", "backup-moved-segment")),
         _ => Err(unsupported("encrypted data that was moved first")),
     }
 }
@@ -444,7 +447,9 @@ fn fixed_total(
     let Some(size) = segment.size else { return Ok(None) };
     // Both sides begin at one place when nothing moves.
     let total = segment.offset.checked_sub(process.new.offset).and_then(|from| from.checked_add(size));
-    total.map(Some).ok_or_else(|| damaged("offset is less than that of backup-final", &format!("segment {id}")))
+    total
+        .map(Some)
+        .ok_or_else(|| damaged("offset is less than that of backup-final", &format!("segment {id}")))
 }
 
 /// Rules for the numbers of a state, before segments are made of them.
@@ -460,17 +465,26 @@ pub(super) fn check_numbers(process: &Process, state: State) -> Result<()> {
         State::Finished | State::Clean { boundary: None } => Ok(()),
         State::Clean { boundary: Some(boundary) } => {
             check(aligned(boundary), "the boundary is not a multiple of both sector sizes")?;
-            check(boundary > 0 && total.is_none_or(|total| boundary < total), "the boundary is not within the data")?;
+            check(
+                boundary > 0 && total.is_none_or(|total| boundary < total),
+                "the boundary is not within the data",
+            )?;
             let moved = process.moved.map_or(0, |moved| moved.bytes);
             check(boundary >= moved, "the boundary is within the segment that was moved")
         }
         State::Crash { start, end } => {
             check(aligned(start) && aligned(end), "the hotzone is not a multiple of both sector sizes")?;
-            check(start < end && total.is_none_or(|total| end <= total), "the hotzone is not within the data")?;
+            check(
+                start < end && total.is_none_or(|total| end <= total),
+                "the hotzone is not within the data",
+            )?;
             let max = process.hotzone_max();
             check(max.is_none_or(|max| end - start <= max), "the hotzone is larger than what protects it")?;
             let moved = process.moved.map_or(0, |moved| moved.bytes);
-            check(start >= moved || (start, end) == (0, moved), "the hotzone is partly within the segment that was moved")
+            check(
+                start >= moved || (start, end) == (0, moved),
+                "the hotzone is partly within the segment that was moved",
+            )
         }
     }
 }

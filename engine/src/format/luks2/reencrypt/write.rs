@@ -239,7 +239,10 @@ pub fn finish(metadata: &mut Metadata, process: &Process) -> Result<Vec<(u32, Ar
 fn at(metadata: &Metadata, process: &Process, total: u64) -> Result<(State, Process)> {
     let (state, fixed) = read::state(metadata, process)?;
     if fixed.is_some_and(|fixed| fixed != total) {
-        return Err(internal(format!("{total} bytes of data where the header has {}", fixed.unwrap_or_default())));
+        return Err(internal(format!(
+            "{total} bytes of data where the header has {}",
+            fixed.unwrap_or_default()
+        )));
     }
     Ok((state, Process { total: fixed, ..process.clone() }))
 }
@@ -250,7 +253,11 @@ fn install(metadata: &mut Metadata, process: &Process, state: State, has_tail: b
     let mut parts = layout::parts(process, state, has_tail)
         .ok_or_else(|| internal(format!("no data segments can be made for state {state:?}")))?;
     let backups = Backups::of(metadata)?;
-    let sides = [(Some(backups.previous), &process.old), (Some(backups.last), &process.new), (backups.moved, &process.old)];
+    let sides = [
+        (Some(backups.previous), &process.old),
+        (Some(backups.last), &process.new),
+        (backups.moved, &process.old),
+    ];
     for (segment, side) in sides {
         let Some(segment) = segment else { continue };
         parts.push(Part { digests: layout::backup_digests(segment, side), segment: segment.clone() });
