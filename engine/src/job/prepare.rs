@@ -413,7 +413,7 @@ fn check_sizes(
 ) -> Result<Sizes> {
     let side = if work == Work::Decrypt { source } else { sink };
     let volume = match (work, side.size(), geometry) {
-        (Work::Encrypt, ..) | (_, None, _) | (_, _, None) => None,
+        (Work::Encrypt | Work::Recrypt, ..) | (_, None, _) | (_, _, None) => None,
         // What a verification finds missing is a difference, not an error.
         (Work::Verify, Some(bytes), Some(geometry)) => geometry.plain_bytes(side, bytes).ok(),
         (Work::Decrypt, Some(bytes), Some(geometry)) => Some(geometry.plain_bytes(side, bytes)?),
@@ -542,7 +542,7 @@ fn depth_in_all(source: &Device, sink: &Device) -> u32 {
 }
 
 /// Workers that may take part, and chunks in flight on each.
-fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Means) -> Result<(usize, u32)> {
+pub(super) fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Means) -> Result<(usize, u32)> {
     let in_all = depth_in_all(source, sink);
     let workers = match tuning.workers {
         Some(0) => return Err(Error::new(ErrorKind::Invalid, "a job needs a worker")),
