@@ -29,6 +29,9 @@ pub mod transfer;
 pub mod worker;
 pub mod zeros;
 
+#[cfg(test)]
+mod tests;
+
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -107,7 +110,12 @@ impl Pipeline {
         if workers.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
         }
-        Ok(Self { workers, queue: config.queue, buffer_bytes: config.buffer_bytes, next: AtomicUsize::new(0) })
+        Ok(Self {
+            workers,
+            queue: config.queue,
+            buffer_bytes: config.buffer_bytes,
+            next: AtomicUsize::new(0),
+        })
     }
 
     /// The workers as they are.

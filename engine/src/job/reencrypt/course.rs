@@ -78,8 +78,8 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
     let protection = opened.ledger.protection();
     let most = opened.ledger.hotzone_max().unwrap_or(u64::MAX);
     let whole_bytes = opened.moved.map_or(0, |moved| moved.bytes);
-    let (hotzone_bytes, chunk_bytes) = sizes(most, opened.ledger.step_bytes(), shape)
-        .ok_or_else(|| too_small(most, &shape.name))?;
+    let (hotzone_bytes, chunk_bytes) =
+        sizes(most, opened.ledger.step_bytes(), shape).ok_or_else(|| too_small(most, &shape.name))?;
     let track = Track::new(opened.direction, opened.total, whole_bytes);
     let from = track.order_of(opened.boundary);
 
@@ -150,6 +150,34 @@ pub fn reread(opened: &Opened, shape: &Shape, proof: Arc<Proof>) -> Result<Cours
     Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: 2 * shape.depth })
 }
 
+/// Lay the course of reading this part of the device as it is, to see how fast that goes.
+#[must_use]
+pub fn sample(shape: &Shape, start: u64, end: u64) -> Course {
+    let plan = Plan::new(Some(end), shape.chunk_bytes);
+    plan.start_at(start);
+    let (news, listener) = unbounded();
+    let transfer = transfer(shape, plan);
+    let plain = || Segments::new(vec![Segment { start: 0, offset: 0, unit_bytes: 512, cipher: None }]);
+    transfer.set_rewrite(Rewrite {
+        old: plain(),
+        new: plain(),
+        fused: None,
+        checksums: None,
+        journal: None,
+        prover: None,
+        read_only: true,
+        news,
+    });
+    Course {
+        transfer,
+        news: listener,
+        track: Track::new(Direction::Forward, end, 0),
+        from: start,
+        hotzone_bytes: u64::from(shape.chunk_bytes),
+        buffers: 2 * shape.depth,
+    }
+}
+
 fn transfer(shape: &Shape, plan: Plan) -> Arc<Transfer> {
     let end = || End {
         file: Arc::clone(&shape.file),
@@ -186,7 +214,9 @@ fn sizes(most: u64, step: u64, shape: &Shape) -> Option<(u64, u32)> {
 }
 
 fn too_small(most: u64, name: &str) -> Error {
-    let what = format!("steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least");
+    let what = format!(
+        "steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least"
+    );
     Error::new(ErrorKind::Unsupported, what).at(name)
 }
 
@@ -243,4 +273,3 @@ impl Prover for Proving {
         self.0.contribution(offset, plaintext)
     }
 }
-

@@ -24,7 +24,7 @@ pub mod steps;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::reencrypt::{Format, Mode, Phase, Report};
+use proto::reencrypt::{Format, Luks, Mode, Phase, Report};
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
@@ -39,8 +39,8 @@ use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
-use crate::volume::reencrypt::{Opened, Side, begin, open};
 use crate::volume::Header;
+use crate::volume::reencrypt::{Opened, Side, begin, open};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
@@ -53,10 +53,10 @@ const PAUSE_POLL: Duration = Duration::from_millis(100);
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
 pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
     wait_while_paused(job)?;
-    if prepared.dry_run {
-        return dry::run(job, pipeline, &prepared);
-    }
     let desk = Desk::new(pipeline, &prepared);
+    if prepared.dry_run {
+        return dry::run(job, &desk, &prepared);
+    }
     job.unlocking();
     let opened = desk.open(job, &mut prepared);
     job.unlocked();
@@ -92,7 +92,9 @@ fn last_words(prepared: &Prepared) -> &'static str {
             "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more"
         }
         (Mode::Decrypt, _) => "the data is plain now; its header opens nothing any more",
-        _ => "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)",
+        _ => {
+            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)"
+        }
     }
 }
 
@@ -163,13 +165,7 @@ impl<'a> Desk<'a> {
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
         }
-        let wish = begin::Wish {
-            mode: prepared.mode(),
-            luks,
-            resilience: prepared.resilience,
-            data_bytes: prepared.data_bytes(),
-            block_bytes: prepared.block_bytes(),
-        };
+        let wish = self.wish(prepared, luks);
         let header = self.blocking(prepared.header())?;
         let new_key = prepared.new_key.as_ref();
         let begun = begin::begin(header, &mut data, &wish, &prepared.keys, new_key, &give_up);
@@ -207,13 +203,17 @@ impl<'a> Desk<'a> {
         Err(Error::new(ErrorKind::Unsupported, "volumes without a header"))
     }
 
-    fn shape(&self, prepared: &Prepared, opened: &Opened, memory: &Memory) -> Shape {
-        let mut align = self.align;
-        if align > 1 && !course::is_aligned(opened, align) {
-            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
-            prepared.data.disable_direct();
-            align = 1;
+    fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {
+        begin::Wish {
+            mode: prepared.mode(),
+            luks,
+            resilience: prepared.resilience,
+            data_bytes: prepared.data_bytes(),
+            block_bytes: prepared.block_bytes(),
         }
+    }
+
+    fn shape(&self, prepared: &Prepared, align: u32, memory: &Memory) -> Shape {
         Shape {
             file: prepared.data.file().clone(),
             name: prepared.data.name().to_owned(),
@@ -237,14 +237,24 @@ impl<'a> Desk<'a> {
         proving: Option<&Proving>,
     ) -> Result<()> {
         let memory = Memory::take();
-        let shape = self.shape(prepared, opened, &memory);
+        let mut align = self.align;
+        if align > 1 && !course::is_aligned(opened, align) {
+            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
+            prepared.data.disable_direct();
+            align = 1;
+        }
+        let shape = self.shape(prepared, align, &memory);
         let course = course::lay(opened, &shape, proving.map(Proving::key))?;
         report.hotzone_bytes = course.hotzone_bytes;
         job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
         job.report(report.clone());
         let mut data = self.blocking(&prepared.data)?;
-        let mut carrier =
-            self.pipeline.carry(&course.transfer, course.news.clone(), prepared.workers_max, course.buffers)?;
+        let mut carrier = self.pipeline.carry(
+            &course.transfer,
+            course.news.clone(),
+            prepared.workers_max,
+            course.buffers,
+        )?;
         let mut ticked = Instant::now();
         let mut wish = || {
             let now = Instant::now();
@@ -296,9 +306,9 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         hint
     };
     Err(match failure {
-        Some(cause) => {
-            Error::new(cause.kind(), format!("re-encryption stopped: {what}")).at(prepared.data.name()).because(cause)
-        }
+        Some(cause) => Error::new(cause.kind(), format!("re-encryption stopped: {what}"))
+            .at(prepared.data.name())
+            .because(cause),
         None => Error::new(ErrorKind::Cancelled, format!("cancelled: {what}")).at(prepared.data.name()),
     }
     .hint(hint))
@@ -344,7 +354,11 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
 
 fn in_words(side: &Side) -> Option<String> {
     let (area, key) = side.cipher.as_ref()?;
-    Some(format!("{}, {}-bit key, {}-byte data units", area.spec.name(), key.len() * 8, area.unit_bytes))
+    Some(words(area.spec.name(), key.len(), area.unit_bytes))
+}
+
+fn words(cipher: &str, key_bytes: usize, unit_bytes: u32) -> String {
+    format!("{cipher}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
 }
 
 /// A request that never began: a new header goes.
