@@ -71,7 +71,8 @@ pub struct VolumeArgs {
     /// Where a raw volume's progress is kept: a new file, or that of what was begun
     ///
     /// Created readable by you alone. On another disk than the volume it is faster; on a filesystem in memory it does not
-    /// outlast a power cut. Without it an interrupted re-encryption cannot be gone on with, and nothing can be read.
+    /// outlast a power cut. Without it an interrupted re-encryption cannot be gone on with, and nothing can be read. When all
+    /// is done it is not needed any more.
     #[arg(long, value_name = "FILE")]
     pub journal: Option<PathBuf>,
     /// Bits of the new volume key: 512 is AES-256 [default: as it is; raw: bits of the old key, 512]
