@@ -9,7 +9,6 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, unbounded};
 
 use crate::crypto::proof::Proof;
-use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter, sha256};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{Checksum, Direction};
@@ -227,8 +226,7 @@ fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Se
             return Ok(Segment { start, offset, unit_bytes: 512, cipher: None });
         };
         // Counters go on behind the seam as if there were none.
-        let sectors = area.offset_sectors + start / 512;
-        let cipher = area.spec.build(kernel, key, area.unit_bytes, sectors)?;
+        let cipher = area.build(kernel, key, start)?;
         Ok(Segment { start, offset, unit_bytes: area.unit_bytes, cipher: Some(cipher) })
     };
     Ok(Segments::new(match moved {
@@ -241,9 +239,7 @@ fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Se
 fn fused(opened: &Opened, kernel: Kernel) -> Result<Option<Box<dyn Recrypter>>> {
     let part = |side: &Side| -> Result<Option<(VolumeKey, Layout)>> {
         let Some((area, key)) = &side.cipher else { return Ok(None) };
-        let CipherSpec::AesXts(kind) = area.spec else { return Ok(None) };
-        let (unit_bytes, offset_sectors) = (area.unit_bytes, area.offset_sectors);
-        let layout = Layout { unit_bytes, kind, large: false, offset_sectors };
+        let Some(layout) = area.layout() else { return Ok(None) };
         Ok(Some((VolumeKey::new(key.as_bytes())?, layout)))
     };
     match (part(&opened.old)?, part(&opened.new)?) {

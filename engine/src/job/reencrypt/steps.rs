@@ -140,8 +140,16 @@ impl Loop<'_> {
         self.committed == self.course.track.total()
     }
 
+    /// Nothing more is to be begun. A read that failed is no reason: what lies before it can still be done.
     fn is_to_stop(&mut self) -> bool {
-        (self.wish)() == Wish::Stop || self.course.transfer.has_failed()
+        (self.wish)() == Wish::Stop || self.course.transfer.gate.is_stopped() || self.is_stuck()
+    }
+
+    /// A read has failed, and nothing more arrives that could be done.
+    fn is_stuck(&self) -> bool {
+        (self.idle || self.ended)
+            && self.course.transfer.has_failed()
+            && self.arrivals.reach() == self.arrivals.next()
     }
 
     /// Hotzone after hotzone.

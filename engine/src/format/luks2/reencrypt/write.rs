@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::layout::{self, Part};
-use super::read::{self, Backups, REQUIREMENT};
+use super::read::{self, Backups};
+use super::valid::{FINAL, MOVED, PREVIOUS, REQUIREMENT};
 use super::{Checksum, Direction, Mode, Moved, Process, Resilience, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Header;
@@ -80,11 +81,11 @@ pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
         _ => Vec::new(),
     };
     let mut parts: Vec<Part> = Vec::new();
-    let moved = begin.moved.and_then(|_| now.first()).map(|segment| flagged(segment, "backup-moved-segment"));
-    for segment in now.into_iter().chain(moved).chain([flagged(&previous, "backup-previous")]) {
+    let moved = begin.moved.and_then(|_| now.first()).map(|segment| flagged(segment, MOVED));
+    for segment in now.into_iter().chain(moved).chain([flagged(&previous, PREVIOUS)]) {
         parts.push(Part { digests: crypt(old_digest, &segment), segment });
     }
-    let target = flagged(&begin.target, "backup-final");
+    let target = flagged(&begin.target, FINAL);
     parts.push(Part { digests: crypt(begin.new_digest, &target), segment: target });
     set_segments(&mut metadata, parts);
     // 2. The keyslot.
