@@ -35,6 +35,7 @@ pub mod hash;
 #[cfg(target_arch = "x86_64")]
 mod isa;
 pub mod kdf;
+pub mod keyed;
 pub mod limit;
 pub mod measure;
 mod portable;

@@ -6,8 +6,10 @@
 //! | `luks1` | LUKS On-Disk Format Specification 1.2.3 |
 //! | `luks2` | LUKS2 On-Disk Format Specification 1.1.4 |
 //! | `af` | the anti-forensic splitter of both |
+//! | `checkpoint` | how far a copy has come, and what it is a copy of |
 
 pub mod af;
+pub mod checkpoint;
 pub mod luks1;
 pub mod luks2;
 pub mod raw;

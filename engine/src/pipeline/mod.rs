@@ -10,6 +10,7 @@
 //! | `crypt` | what is done to a chunk that is here |
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |
 //! | `carrier` | driving a transfer step by step |
+//! | `marks` | how far a transfer has come without a gap |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
 //! Default layout *sharded*: every worker carries every transfer, and they claim chunks of its plan by one atomic. A
@@ -19,6 +20,7 @@
 pub mod carrier;
 pub mod crypt;
 pub mod holes;
+pub mod marks;
 pub mod plan;
 pub mod rewrite;
 pub mod segment;

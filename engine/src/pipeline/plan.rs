@@ -70,6 +70,17 @@ impl Plan {
         self.chunk_bytes
     }
 
+    /// Begin at `order` instead of 0. Before the first claim.
+    pub fn start_at(&self, order: u64) {
+        self.next.store(order, Ordering::Release);
+    }
+
+    /// Where the next chunk would begin: everything before was claimed.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
     /// Claim the next chunk.
     pub fn claim(&self) -> Claim {
         // A compare-and-swap and not an add, so that a refused claim leaves no gap behind a barrier or an end.
@@ -286,6 +297,14 @@ mod tests {
         assert_eq!(extent(plan.claim()), (3, 7));
         assert_eq!(extent(plan.claim()), (7, 8));
         assert_eq!(extent(plan.claim()), (8, 12));
+        assert_eq!(plan.claim(), Claim::Exhausted);
+    }
+
+    #[test]
+    fn a_plan_begins_where_it_is_told_to() {
+        let plan = Plan::new(Some(10), 4);
+        plan.start_at(6);
+        assert_eq!(extent(plan.claim()), (6, 10));
         assert_eq!(plan.claim(), Claim::Exhausted);
     }
 

@@ -18,6 +18,7 @@ use crate::backend::{Done, Op, Port, Position, Queue, Refused, What};
 use crate::error::{Error, ErrorKind};
 use crate::pipeline::crypt::transform;
 use crate::pipeline::holes::HoleCache;
+use crate::pipeline::marks::Unfinished;
 use crate::pipeline::plan::{Admission, Claim};
 use crate::pipeline::slot::{Fill, Side, Slot, State};
 use crate::pipeline::transfer::{End, Transfer};
@@ -69,6 +70,8 @@ struct Active {
     sink: Port,
     record: StageRecord,
     holes: HoleCache,
+    /// For the transfer's marks, if it keeps them.
+    unfinished: Unfinished,
     slots: u32,
     syscalls_before: u64,
     /// The plan has nothing more.
@@ -81,6 +84,24 @@ struct Active {
     writing: bool,
     /// Start of the chunk whose turn it is on an ordered sink.
     sink_turn: u64,
+}
+
+impl Active {
+    /// Claim a chunk, and keep account of it if anybody asks for that.
+    fn claim_chunk(&mut self, worker: usize) -> Claim {
+        let Some(marks) = self.transfer.marks() else { return self.transfer.plan.claim() };
+        self.unfinished.before_claim(marks, worker, &self.transfer.plan);
+        let claim = self.transfer.plan.claim();
+        let start = if let Claim::Extent(extent) = &claim { Some(extent.start()) } else { None };
+        self.unfinished.claimed(marks, worker, start);
+        claim
+    }
+
+    fn mark_finished(&mut self, worker: usize, start: u64) {
+        if let Some(marks) = self.transfer.marks() {
+            self.unfinished.finished(marks, worker, start);
+        }
+    }
 }
 
 /// What one attempt to claim came to.
@@ -168,6 +189,7 @@ impl Worker {
             sink,
             record: StageRecord::default(),
             holes: HoleCache::default(),
+            unfinished: Unfinished::with_capacity(self.buffers),
             slots: 0,
             syscalls_before: self.queue.syscalls(),
             exhausted: false,
@@ -262,7 +284,7 @@ impl Worker {
             Admission::NotBefore(when) => return Attempt::Later(when),
             Admission::Paused | Admission::Stopped => return Attempt::Idle,
         }
-        let extent = match transfer.plan.claim() {
+        let extent = match active.claim_chunk(self.index) {
             Claim::Extent(extent) => extent,
             Claim::Blocked => return Attempt::Idle,
             Claim::Exhausted => {
@@ -280,6 +302,7 @@ impl Worker {
             // Zero plaintext that a hole holds already (or that is compared with one): nothing moves.
             counters.add_sparse(if verify { 0 } else { extent.len() });
             counters.add_done(extent.len());
+            active.mark_finished(self.index, extent.start());
             return Attempt::Started;
         }
         active.slots += 1;
@@ -504,6 +527,7 @@ impl Worker {
         let active = self.active[at].as_mut().expect("a slot's transfer is active");
         active.transfer.counters[self.index].add_done(slot.source_len.into());
         active.sink_turn = slot.extent.end();
+        active.mark_finished(self.index, slot.extent.start());
         let ordered = active.transfer.sink.stream;
         self.release(key);
         if ordered {
