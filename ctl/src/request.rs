@@ -100,6 +100,7 @@ pub fn bench(args: &Bench) -> Submit {
         detach: false,
         bytes_per_second: None,
         tuning: Tuning::default(),
+        checkpoint: None,
     }
 }
 
@@ -146,6 +147,7 @@ fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
         detach: moving.detach,
         bytes_per_second: moving.throttle,
         tuning,
+        checkpoint: None,
     }
 }
 

@@ -114,6 +114,7 @@ impl Request {
                 detach: true,
                 bytes_per_second: None,
                 tuning: Tuning::default(),
+                checkpoint: None,
             },
             descriptors: vec![key_fd(&key_bytes())],
         }

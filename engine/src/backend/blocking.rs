@@ -48,6 +48,13 @@ impl Blocking {
     /// No queue or buffer can be had; `Invalid`: an alignment that is no power of two.
     pub fn open(file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Self> {
         let mut arena = Arena::new(1, BUFFER_BYTES)?;
+        // Whole jobs on simulated disks: what they read and write by way of this passes through their world too.
+        #[cfg(feature = "sim")]
+        if let Some(world) = crate::backend::sim::World::holding(&file)? {
+            let queue = world.queue(&arena, 1);
+            let buf = arena.take_all().pop().expect("an arena of one buffer");
+            return Self::over(queue, buf, file, name, align);
+        }
         let queue = open_queue(QueueChoice::Threads, &arena, 1)?;
         let buf = arena.take_all().pop().expect("an arena of one buffer");
         Self::over(queue, buf, file, name, align)

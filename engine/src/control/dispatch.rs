@@ -286,7 +286,8 @@ fn check_names(submit: &Submit) -> Result<()> {
         Some(Format::NewLuks(new)) => new.header.as_ref().map(|header| ("header", &header.name)),
         Some(Format::Raw(_)) | None => None,
     };
-    [source, sink, header].into_iter().flatten().try_for_each(check_name)
+    let checkpoint = submit.checkpoint.as_ref().map(|checkpoint| ("checkpoint", &checkpoint.name));
+    [source, sink, header, checkpoint].into_iter().flatten().try_for_each(check_name)
 }
 
 /// The same for a header operation.
@@ -371,6 +372,7 @@ mod tests {
             submitted_ms: wide,
             progress: proto::Progress {
                 done_bytes: wide,
+                resumed_bytes: wide,
                 total_bytes: Some(wide),
                 hole_bytes: wide,
                 sparse_bytes: wide,

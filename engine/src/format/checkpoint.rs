@@ -32,7 +32,7 @@
 //! | 80 | 4 | bytes of the text |
 //! | 84 | 4 | bytes of the header, 0: none |
 //! | 88 | | text: lines `name=value` in a fixed order, of everything that shapes the sink's bytes and of what the source and the sink are |
-//! | | | header of a new LUKS volume, see [`crate::volume::keep`] |
+//! | | | header of a new LUKS volume, as `volume::keep` has it |
 //!
 //! K is HMAC-SHA256 under the volume key of `cryptd checkpoint 1` and the salt: nothing in the file says anything about the
 //! volume key or the plaintext to who does not have the key. The header is as secret as the one in front of a LUKS volume:

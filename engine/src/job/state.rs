@@ -44,6 +44,8 @@ struct Inner {
     transfer: Option<Arc<Transfer>>,
     /// What the transfer had done when it was dropped.
     totals: Totals,
+    /// Where it began.
+    began_at: u64,
     /// Of workers that have left, and of stages that no worker carries. Some 150 KiB: made when there is something in it,
     /// and forgotten long before the job is.
     record: Option<Box<StageRecord>>,
@@ -104,6 +106,7 @@ impl Job {
                 unlock: Duration::ZERO,
                 transfer,
                 totals: Totals::default(),
+                began_at: 0,
                 record: None,
                 syscalls: 0,
                 outcome: None,
@@ -286,7 +289,9 @@ impl Job {
     pub fn end(&self, ended: Result<crate::job::run::Ending>) {
         let state = {
             let mut inner = self.inner();
-            inner.totals = inner.transfer.take().map(|transfer| transfer.totals()).unwrap_or_default();
+            if let Some(transfer) = inner.transfer.take() {
+                (inner.totals, inner.began_at) = (transfer.totals(), transfer.began_at());
+            }
             let (user, system) = cpu_seconds();
             let (state, failure, padded_bytes) = match ended {
                 Ok(ending) => (JobState::Done, None, ending.padded_bytes),
@@ -384,9 +389,12 @@ impl Inner {
         } else {
             self.clock.rate(now, totals.done_bytes)
         };
-        let left = total_bytes.map(|total| total.saturating_sub(totals.done_bytes));
+        let began_at = self.transfer.as_ref().map_or(self.began_at, |transfer| transfer.began_at());
+        let done_bytes = began_at + totals.done_bytes;
+        let left = total_bytes.map(|total| total.saturating_sub(done_bytes));
         Progress {
-            done_bytes: totals.done_bytes,
+            done_bytes,
+            resumed_bytes: began_at,
             total_bytes,
             hole_bytes: totals.hole_bytes,
             sparse_bytes: totals.sparse_bytes,

@@ -63,8 +63,10 @@ pub fn open(
     give_up: &dyn Fn() -> bool,
 ) -> Result<NewHeader> {
     let bad = || Error::new(ErrorKind::Damaged, "the kept header is damaged").at(name);
-    let long = |at: usize| kept.get(at..at + 8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes")));
-    let short = |at: usize| kept.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+    let long =
+        |at: usize| kept.get(at..at + 8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes")));
+    let short =
+        |at: usize| kept.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
     let (header_bytes, offset) = (long(0).ok_or_else(bad)?, long(8).ok_or_else(bad)?);
     let (head, tail) = (short(16).ok_or_else(bad)? as usize, short(20).ok_or_else(bad)? as usize);
     let rest = kept.get(FIXED_BYTES..).filter(|rest| Some(rest.len()) == head.checked_add(tail));
