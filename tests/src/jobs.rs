@@ -180,6 +180,15 @@ impl Request {
         self
     }
 
+    /// With a checkpoint in this open file.
+    pub fn keeping(mut self, checkpoint: impl Into<OwnedFd>, resume: bool) -> Self {
+        let fd = self.send(checkpoint);
+        let name = "checkpoint".to_owned();
+        let wish = proto::Checkpoint { fd, name, entry: None, resume, interval_ms: Some(1) };
+        self.submit.checkpoint = Some(Box::new(wish));
+        self
+    }
+
     /// With other tuning.
     pub fn tuned(mut self, tune: impl FnOnce(&mut Tuning)) -> Self {
         tune(&mut self.submit.tuning);

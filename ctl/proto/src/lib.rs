@@ -173,6 +173,9 @@ pub struct Checkpoint {
     pub interval_ms: Option<u32>,
 }
 
+/// What the file of a checkpoint begins with, or 4096 bytes further on, once it has been written.
+pub const CHECKPOINT_MAGIC: [u8; 8] = *b"CRYPTDCP";
+
 /// A file by its place in a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

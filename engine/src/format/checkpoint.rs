@@ -42,7 +42,8 @@ use crate::crypto::hash::Hash;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a slot begins with.
-const MAGIC: [u8; 8] = *b"CRYPTDCP";
+const MAGIC: [u8; 8] = proto::CHECKPOINT_MAGIC;
+const _: () = assert!(matches!(&MAGIC, b"CRYPTDCP"));
 const VERSION: u32 = 1;
 /// Bytes of a slot.
 pub const SLOT_BYTES: usize = 512;

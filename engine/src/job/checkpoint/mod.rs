@@ -148,6 +148,12 @@ impl Checkpoint {
             let mut bytes = vec![0; slot.description_bytes as usize];
             store.read(DESCRIPTION_OFFSET, &mut bytes)?;
             if digest(&bytes) == slot.description_digest {
+                if slot.watermark == 0 && sink.nature() != Nature::File {
+                    // Nothing on the device tells whether it is the same, and what is on it was not asked for again.
+                    let what =
+                        "the copy had written nothing to the device yet: there is nothing to go on with";
+                    return Err(Error::new(ErrorKind::NotFound, what).at(name).hint(ANEW));
+                }
                 self.description =
                     Description::parse(&bytes).map_err(|error| error.as_damage().at(name).hint(ANEW))?;
                 self.found = Some(slot);
