@@ -15,8 +15,8 @@
 //!
 //! A copy goes on: 10. the key, the source and what the sink holds before the watermark are checked, and nothing was
 //! written before all of that was right; 11. a sink file is cut off at the watermark, so that nothing of what the crash
-//! left beyond it stays; 12. the plan begins at the watermark, or a little before, at a whole chunk: what is written there
-//! again is what is there.
+//! left beyond it stays; 12. the plan begins at the watermark, or a little before, where a block of both devices begins: what
+//! is written there again is what is there.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::checkpoint::{DESCRIPTION_OFFSET, SLOT_BYTES, Slot, digest};
 use crate::job::checkpoint::{ANEW, Checkpoint, compare};
 use crate::pipeline::slot::Side;
-use crate::pipeline::transfer::Transfer;
+use crate::pipeline::transfer::{Transfer, UNIT_BYTES_MAX};
 use crate::volume::unlock::WRONG_KEY;
 
 /// Also before its time, after so many bytes.
@@ -107,7 +107,7 @@ impl<'a> Keeper<'a> {
             sink.set_len(if watermark == 0 { 0 } else { place })?;
         }
         transfer.keep_marks();
-        transfer.start_at(whole_chunk(transfer, watermark));
+        transfer.start_at(whole_blocks(transfer, watermark));
         if watermark == total {
             transfer.padded(whole_units(transfer, total) - total);
         }
@@ -195,9 +195,9 @@ fn whole_units(transfer: &Transfer, bytes: u64) -> u64 {
     segment.start + (bytes - segment.start.min(bytes)).next_multiple_of(segment.unit_bytes.into())
 }
 
-/// The last place at or before `offset` where a chunk may begin.
-fn whole_chunk(transfer: &Transfer, offset: u64) -> u64 {
+/// The last place at or before `offset` where a chunk may begin. With chunks of the same size as before it is `offset` itself.
+fn whole_blocks(transfer: &Transfer, offset: u64) -> u64 {
     let start = transfer.segments().at(offset).start;
-    let chunk = transfer.plan.chunk_bytes();
-    if Some(offset) == transfer.plan.end() { offset } else { start + (offset - start) / chunk * chunk }
+    let block = u64::from(UNIT_BYTES_MAX.max(transfer.source.align).max(transfer.sink.align));
+    if Some(offset) == transfer.plan.end() { offset } else { start + (offset - start) / block * block }
 }
