@@ -130,6 +130,10 @@ fn write_volume(
     let sink = endpoint::inspect_sink(&ends.sink, &source, force, mode)?;
     let checkpoint = if args.is_resumable() { Some(checkpoint(args, &source, &sink)?) } else { None };
     let sink = again(sink)?;
+    let checkpoint = match checkpoint {
+        Some(place) if args.resume => Some(place.again(args.force)?),
+        other => other,
+    };
     let header = match &wanted.header {
         Some(path) if making => {
             let header = endpoint::inspect_header(path, "--header", &source, force)?;
@@ -167,8 +171,7 @@ fn checkpoint(args: &SinkArgs, source: &End, sink: &Sink) -> Result<Place> {
             return Err(Error::usage(what).hint("name a file for it: --checkpoint FILE"));
         }
     };
-    let place = Place::checkpoint(&path, args.force)?;
-    if args.resume { place.again(args.force) } else { Ok(place) }
+    Place::checkpoint(&path, args.force)
 }
 
 fn existing_header(wanted: &Wanted) -> Result<Option<Sink>> {
@@ -334,6 +337,51 @@ mod tests {
         assert!(dir.path().join("out.partial").exists());
         partials[0].refused();
         assert!(!dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn a_checkpoint_is_made_beside_the_partial_and_found_again() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("dir");
+        let words = "decrypt @/in @/out --format raw --key file:@/key";
+        let (partial, mark) = (dir.path().join("out.partial"), dir.path().join("out.partial.checkpoint"));
+        let error = typed(dir.path(), &format!("{words} --resume")).err().expect("nothing there");
+        assert!(error.to_string().contains("nothing to resume"), "{error}");
+        let (submit, count, partials) =
+            sent(dir.path(), &format!("{words} --resumable --checkpoint-every 0.5"));
+        let wish = submit.checkpoint.expect("a checkpoint");
+        let entry = wish.entry.expect("removable");
+        assert_eq!(
+            (entry.name.as_str(), wish.resume, wish.interval_ms),
+            ("out.partial.checkpoint", false, Some(500))
+        );
+        assert!(wish.fd != entry.dir_fd && count == 6);
+        let mode = std::fs::metadata(&mark).expect("made").mode();
+        assert_eq!(mode & 0o077, 0, "{mode:o}: it may hold a header");
+        // A daemon that goes away leaves both; the locks go with the descriptors.
+        let said: Vec<String> = partials.iter().filter_map(PartialFile::abandon).collect();
+        assert!(said.iter().any(|text| text.contains("--resume goes on")), "{said:?}");
+        drop(partials);
+        assert!(partial.exists() && mark.exists());
+        let (submit, _, partials) = sent(dir.path(), &format!("{words} --resume"));
+        assert!(submit.checkpoint.is_some_and(|wish| wish.resume));
+        // What was found is not ours to remove.
+        partials.iter().for_each(PartialFile::refused);
+        assert!(partial.exists() && mark.exists());
+    }
+
+    #[test]
+    fn what_has_passed_a_pipe_cannot_be_resumed() {
+        let dir = tempfile::tempdir().expect("dir");
+        for option in ["--resumable", "--checkpoint @/mark", "--checkpoint-every 1"] {
+            let fifo = dir.path().join("fifo");
+            let _ = rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600));
+            // Open for both, or opening it would wait for the other end.
+            let _held = std::fs::File::options().read(true).write(true).open(&fifo).expect("opens");
+            let error =
+                refused(dir.path(), &format!("encrypt @/fifo @/out --format raw --key file:@/key {option}"));
+            assert!(error.to_string().contains("is a stream"), "{error}");
+        }
     }
 
     #[test]
