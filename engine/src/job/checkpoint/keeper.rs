@@ -17,6 +17,9 @@
 //! written before all of that was right; 11. a sink file is cut off at the watermark, so that nothing of what the crash
 //! left beyond it stays; 12. the plan begins at the watermark, or a little before, where a block of both devices begins: what
 //! is written there again is what is there.
+//!
+//! Writes that a killed daemon left to the kernel cannot come late: until they have ended they hold the open file, and with
+//! it the lock (of a device, the exclusive opening) that the next job has to get.
 
 use std::time::{Duration, Instant};
 
