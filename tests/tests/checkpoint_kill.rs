@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proto::Reply;
 use rustix::process::{Pid, Signal, kill_process};
-use tests::{Place, Random, User, as_each_user, eventually, is_root, skip};
+use tests::{Place, Random, User, eventually, is_root, skip};
 
 const MIB: usize = 1 << 20;
 /// Slow enough to be caught in its middle, with a checkpoint every few chunks.
@@ -106,27 +106,23 @@ fn copies_survive_a_daemon_that_is_killed_at_random_instants() {
 
 #[test]
 fn an_interrupt_keeps_what_was_done_and_says_how_to_go_on() {
-    as_each_user(|user| {
-        let place = Place::new(user);
-        let plain = place.noise("plain", 8 * MIB);
-        let job = place.spawn("encrypt @/plain @/volume RAW --resumable --throttle 4M --chunk-size 64k");
-        let _ = place.moving();
-        job.signal(Signal::INT);
-        let _ = job.wait().exit(1, &["volume.partial was kept", "the same command with --resume goes on"]);
-        assert_eq!(place.names(), ["plain", "volume.partial", "volume.partial.checkpoint"]);
-        let _ =
-            place.run("encrypt @/plain @/volume RAW").exit(1, &["left behind", "--resume goes on with it"]);
-        let _ = place.run("encrypt @/plain @/volume RAW --resumable").exit(1, &["left behind", "--resume"]);
-        assert_eq!(place.names(), ["plain", "volume.partial", "volume.partial.checkpoint"]);
-        let ran = place.run("encrypt @/plain @/volume RAW --resume").done();
-        assert!(ran.stderr.contains("that were done before"), "{}", ran.stderr);
-        assert_eq!(place.names(), ["plain", "volume"]);
-        let _ = place.run("decrypt @/volume @/back RAW").done();
-        assert!(place.read("back") == plain);
-        let _ = place
-            .run("encrypt @/plain @/volume RAW --resume")
-            .exit(1, &["nothing to resume", "may have ended"]);
-    });
+    let place = Place::new(User::Me);
+    let plain = place.noise("plain", 8 * MIB);
+    let job = place.spawn("encrypt @/plain @/volume RAW --resumable --throttle 4M --chunk-size 64k");
+    let _ = place.moving();
+    job.signal(Signal::INT);
+    let _ = job.wait().exit(1, &["volume.partial was kept", "the same command with --resume goes on"]);
+    assert_eq!(place.names(), ["plain", "volume.partial", "volume.partial.checkpoint"]);
+    let _ = place.run("encrypt @/plain @/volume RAW").exit(1, &["left behind", "--resume goes on with it"]);
+    let _ = place.run("encrypt @/plain @/volume RAW --resumable").exit(1, &["left behind", "--resume"]);
+    assert_eq!(place.names(), ["plain", "volume.partial", "volume.partial.checkpoint"]);
+    let ran = place.run("encrypt @/plain @/volume RAW --resume").done();
+    assert!(ran.stderr.contains("that were done before"), "{}", ran.stderr);
+    assert_eq!(place.names(), ["plain", "volume"]);
+    let _ = place.run("decrypt @/volume @/back RAW").done();
+    assert!(place.read("back") == plain);
+    let _ =
+        place.run("encrypt @/plain @/volume RAW --resume").exit(1, &["nothing to resume", "may have ended"]);
 }
 
 #[test]
