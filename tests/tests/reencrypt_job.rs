@@ -217,7 +217,7 @@ fn a_volume_is_re_encrypted_by_one_job_at_a_time_and_two_volumes_by_two() {
     let job = scene.slowly(Resilience::Checksum).start(&scene.registry).expect("accepted");
     for second in [
         Rewrite::of(&scene.path),
-        // From another daemon, as far as the table of this one goes: its registry does not matter.
+        // Whichever registry it is sent to.
         Rewrite::of(&scene.path).with(|request| request.resume_only = true),
     ] {
         let error = second.start(&other.registry).expect_err("taken");
@@ -225,7 +225,8 @@ fn a_volume_is_re_encrypted_by_one_job_at_a_time_and_two_volumes_by_two() {
     }
     let aside = Rewrite::of(&other.path).start(&scene.registry).expect("another volume");
     assert_done(&wait(&scene.registry, aside));
-    scene.registry.throttle(job, None).expect("lifted");
+    // It may have ended by now.
+    let _ = scene.registry.throttle(job, None);
     assert_done(&wait(&scene.registry, job));
     assert!(scene.has_its_plaintext(&scene.path));
     assert!(other.has_its_plaintext(&other.path));
