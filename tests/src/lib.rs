@@ -10,6 +10,7 @@ pub mod luks;
 pub mod luks2;
 mod place;
 pub mod rewrite;
+pub mod rewriting;
 pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};

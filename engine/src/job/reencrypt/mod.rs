@@ -24,14 +24,14 @@ pub mod steps;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::reencrypt::{Format, Mode, Phase, Report};
+use proto::reencrypt::{Format, Luks, Mode, Phase, Report};
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{self as format, Direction, Resilience};
-use crate::job::reencrypt::course::Shape;
+use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::proof::Proving;
 use crate::job::reencrypt::request::Prepared;
@@ -39,8 +39,10 @@ use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
+use crate::pipeline::slot::Side;
+use crate::units::Extent;
 use crate::volume::Header;
-use crate::volume::reencrypt::{Opened, Side, begin, open, sidecar};
+use crate::volume::reencrypt::{self as volume, Opened, begin, open, sidecar};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
@@ -53,10 +55,10 @@ const PAUSE_POLL: Duration = Duration::from_millis(100);
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
 pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
     wait_while_paused(job)?;
-    if prepared.dry_run {
-        return dry::run(job, pipeline, &prepared);
-    }
     let desk = Desk::new(pipeline, &prepared);
+    if prepared.dry_run {
+        return dry::run(job, &desk, &prepared);
+    }
     job.unlocking();
     let opened = desk.open(job, &mut prepared);
     job.unlocked();
@@ -161,13 +163,7 @@ impl<'a> Desk<'a> {
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
         }
-        let wish = begin::Wish {
-            mode: prepared.mode(),
-            luks,
-            resilience: prepared.resilience,
-            data_bytes: prepared.data_bytes(),
-            block_bytes: prepared.block_bytes(),
-        };
+        let wish = self.wish(prepared, luks);
         let header = self.blocking(prepared.header())?;
         let new_key = prepared.new_key.as_ref();
         let begun = begin::begin(header, &mut data, &wish, &prepared.keys, new_key, &give_up);
@@ -222,13 +218,17 @@ impl<'a> Desk<'a> {
         sidecar::begin(self.blocking(beside)?, &wish, old, new)
     }
 
-    fn shape(&self, prepared: &Prepared, opened: &Opened, memory: &Memory) -> Shape {
-        let mut align = self.align;
-        if align > 1 && !course::is_aligned(opened, align) {
-            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
-            prepared.data.disable_direct();
-            align = 1;
+    fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {
+        begin::Wish {
+            mode: prepared.mode(),
+            luks,
+            resilience: prepared.resilience,
+            data_bytes: prepared.data_bytes(),
+            block_bytes: prepared.block_bytes(),
         }
+    }
+
+    fn shape(&self, prepared: &Prepared, align: u32, memory: &Memory) -> Shape {
         Shape {
             file: prepared.data.file().clone(),
             name: prepared.data.name().to_owned(),
@@ -252,7 +252,13 @@ impl<'a> Desk<'a> {
         proving: Option<&Proving>,
     ) -> Result<()> {
         let memory = Memory::take();
-        let shape = self.shape(prepared, opened, &memory);
+        let mut align = self.align;
+        if align > 1 && !course::is_aligned(opened, align) {
+            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
+            prepared.data.disable_direct();
+            align = 1;
+        }
+        let shape = self.shape(prepared, align, &memory);
         let course = course::lay(opened, &shape, proving.map(Proving::key))?;
         report.hotzone_bytes = course.hotzone_bytes;
         job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
@@ -264,12 +270,15 @@ impl<'a> Desk<'a> {
             prepared.workers_max,
             course.buffers,
         )?;
-        let mut ticked = Instant::now();
+        let (mut ticked, mut dropped) = (Instant::now(), 0);
         let mut wish = || {
             let now = Instant::now();
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
                 job.tick(now);
+                if shape.align == 1 && !prepared.data.is_memory() {
+                    dropped = drop_passed(&prepared.data, &course, dropped);
+                }
             }
             if job.is_cancelled() { Wish::Stop } else { Wish::Go }
         };
@@ -287,6 +296,20 @@ impl<'a> Desk<'a> {
         drop((course, memory));
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
     }
+}
+
+/// Buffered: start writing what is complete and drop what has passed, so that a volume does not push everybody else's pages out.
+/// Returns how far it got, in order.
+fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
+    // All that is in flight lies within two hotzones of what is done.
+    let done = course.transfer.totals().done_bytes.saturating_sub(2 * course.hotzone_bytes);
+    if let Some(extent) = course.track.extent(course.from + dropped, course.from + done.max(dropped)) {
+        let place = course.transfer.place(Side::Sink, extent.start());
+        if let Some(extent) = Extent::new(place, place + extent.len()) {
+            data.drop_cache(extent);
+        }
+    }
+    done.max(dropped)
 }
 
 /// How it ended, for the user.
@@ -361,9 +384,13 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
     }
 }
 
-fn in_words(side: &Side) -> Option<String> {
+fn in_words(side: &volume::Side) -> Option<String> {
     let (area, key) = side.cipher.as_ref()?;
-    Some(format!("{}, {}-bit key, {}-byte data units", area.spec.name(), key.len() * 8, area.unit_bytes))
+    Some(words(area.spec.name(), key.len(), area.unit_bytes))
+}
+
+fn words(cipher: &str, key_bytes: usize, unit_bytes: u32) -> String {
+    format!("{cipher}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
 }
 
 /// A request that never began: a new header goes.
