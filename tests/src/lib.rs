@@ -9,6 +9,7 @@ mod loop_device;
 pub mod luks;
 pub mod luks2;
 mod place;
+pub mod reencrypt;
 pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
