@@ -451,6 +451,9 @@ pub struct Progress {
     /// The passphrase is being hashed; data moves after that.
     #[serde(default)]
     pub unlocking: bool,
+    /// `reencrypt`: what is done now, once it has been unlocked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<reencrypt::Phase>,
     /// Seconds spent on the header and its passphrase before data moved.
     #[serde(default)]
     pub unlock_seconds: f64,

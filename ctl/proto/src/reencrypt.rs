@@ -133,6 +133,18 @@ pub struct RawPair {
     pub journal: File,
 }
 
+/// What a running re-encryption is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Makes an interrupted step whole.
+    Recovering,
+    /// Rewrites the data.
+    Rewriting,
+    /// Reads everything once more and compares.
+    Verifying,
+}
+
 /// What a re-encryption was, or (dry run) would be.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {

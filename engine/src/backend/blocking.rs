@@ -86,6 +86,12 @@ impl Blocking {
         &self.file
     }
 
+    /// What transfers are widened to, bytes; 1: buffered.
+    #[must_use]
+    pub fn align(&self) -> u32 {
+        u32::try_from(self.align).expect("it was a u32")
+    }
+
     /// Fill `into` from `offset`.
     ///
     /// # Errors

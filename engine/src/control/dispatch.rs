@@ -376,6 +376,7 @@ mod tests {
                 sparse_bytes: wide,
                 elapsed_seconds: long,
                 unlocking: false,
+                phase: Some(proto::reencrypt::Phase::Recovering),
                 unlock_seconds: long,
                 bytes_per_second: long,
                 eta_seconds: Some(long),

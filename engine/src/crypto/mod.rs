@@ -18,6 +18,8 @@
 //! | `spec` | ciphers by their dm-crypt names |
 //! | `cbc` | AES-CBC, to read old volumes |
 //! | `hash`, `kdf` | the hashes and key derivations of LUKS headers |
+//! | `sha256` | SHA-256 of many blocks side by side, for checksums and proofs |
+//! | `proof` | a keyed digest of plaintext, in any order |
 //! | `argon` | Argon2's memory and lanes |
 //! | `calibrate`, `room` | what a key derivation shall cost here, and the memory it may take |
 //!
@@ -38,12 +40,14 @@ pub mod kdf;
 pub mod limit;
 pub mod measure;
 mod portable;
+pub mod proof;
 mod recrypt;
 mod room;
 #[cfg(target_arch = "x86_64")]
 mod schedule;
 mod secret;
 mod select;
+pub mod sha256;
 pub mod spec;
 mod tweak;
 #[cfg(target_arch = "x86_64")]

@@ -201,7 +201,7 @@ const ANSWERS: [(&[u8], u64, [u8; 64]); 2] = [
 ];
 
 /// Hexadecimal digits to bytes, while compiling.
-const fn hex<const N: usize>(text: &str) -> [u8; N] {
+pub(super) const fn hex<const N: usize>(text: &str) -> [u8; N] {
     const fn digit(byte: u8) -> u8 {
         match byte {
             b'0'..=b'9' => byte - b'0',

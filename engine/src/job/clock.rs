@@ -40,6 +40,11 @@ impl Clock {
         elapsed
     }
 
+    /// What was sampled so far counts something else.
+    pub fn forget_samples(&mut self) {
+        self.samples.clear();
+    }
+
     /// Time spent running.
     #[must_use]
     pub fn elapsed(&self, now: Instant) -> Duration {

@@ -413,7 +413,7 @@ fn check_sizes(
 ) -> Result<Sizes> {
     let side = if work == Work::Decrypt { source } else { sink };
     let volume = match (work, side.size(), geometry) {
-        (Work::Encrypt, ..) | (_, None, _) | (_, _, None) => None,
+        (Work::Encrypt | Work::Recrypt, ..) | (_, None, _) | (_, _, None) => None,
         // What a verification finds missing is a difference, not an error.
         (Work::Verify, Some(bytes), Some(geometry)) => geometry.plain_bytes(side, bytes).ok(),
         (Work::Decrypt, Some(bytes), Some(geometry)) => Some(geometry.plain_bytes(side, bytes)?),

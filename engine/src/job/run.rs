@@ -127,7 +127,7 @@ fn whole_units(transfer: &Transfer, bytes: u64) -> u64 {
 fn sink_end(transfer: &Transfer, bytes: u64) -> u64 {
     match transfer.work {
         Work::Encrypt => transfer.segments().place(0) + whole_units(transfer, bytes),
-        Work::Decrypt | Work::Verify => bytes,
+        Work::Decrypt | Work::Verify | Work::Recrypt => bytes,
     }
 }
 

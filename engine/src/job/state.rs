@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use proto::reencrypt::Phase;
 use proto::{Action, BenchRow, ErrorKind, JobId, JobInfo, JobState, Outcome, Progress};
 
 use crate::error::{Error, Result};
@@ -27,7 +28,6 @@ pub struct Job {
     sink: String,
     submitted: SystemTime,
     submitted_at: Instant,
-    total_bytes: Option<u64>,
     cancelled: AtomicBool,
     inner: Mutex<Inner>,
     changed: Box<dyn Fn(JobId) + Send + Sync>,
@@ -40,10 +40,14 @@ struct Inner {
     unlocking: bool,
     /// How long that took.
     unlock: Duration,
+    /// Bytes to move, if known.
+    total_bytes: Option<u64>,
     /// Dropped at the end, and the volume key with it.
     transfer: Option<Arc<Transfer>>,
     /// What the transfer had done when it was dropped.
     totals: Totals,
+    /// Of a re-encryption.
+    rewriting: Rewriting,
     /// Of workers that have left, and of stages that no worker carries. Some 150 KiB: made when there is something in it,
     /// and forgotten long before the job is.
     record: Option<Box<StageRecord>>,
@@ -54,6 +58,21 @@ struct Inner {
     cpu_before: (f64, f64),
     /// Workers that carry it.
     cores: f64,
+}
+
+/// What only a re-encryption has: its transfers are made while it runs, and others did a part of its work before.
+#[derive(Default)]
+struct Rewriting {
+    /// What users asked for while there was no transfer to tell.
+    paused: bool,
+    rate: Option<u64>,
+    /// What it is at.
+    phase: Option<Phase>,
+    /// Bytes that were new before it began.
+    done_before: u64,
+    /// While it is verified: what it had come to, and of how much.
+    kept: Option<(Totals, u64, Option<u64>)>,
+    report: Option<Box<proto::reencrypt::Report>>,
 }
 
 /// What a job is made of.
@@ -95,15 +114,16 @@ impl Job {
             sink,
             submitted: SystemTime::now(),
             submitted_at: Instant::now(),
-            total_bytes,
             cancelled: AtomicBool::new(false),
             inner: Mutex::new(Inner {
                 state: JobState::Queued,
                 clock: Clock::default(),
                 unlocking: false,
                 unlock: Duration::ZERO,
+                total_bytes,
                 transfer,
                 totals: Totals::default(),
+                rewriting: Rewriting::default(),
                 record: None,
                 syscalls: 0,
                 outcome: None,
@@ -148,7 +168,7 @@ impl Job {
     pub fn begin(&self) {
         {
             let mut inner = self.inner();
-            let paused = inner.transfer.as_ref().is_some_and(|transfer| transfer.gate.is_paused());
+            let paused = inner.is_paused();
             inner.cpu_before = cpu_seconds();
             inner.enter(if paused { JobState::Paused } else { JobState::Running });
         }
@@ -167,6 +187,47 @@ impl Job {
         inner.unlock = inner.clock.restart(Instant::now());
     }
 
+    /// A re-encryption's data path, made while it runs: what users asked for meanwhile holds for it. `total` bytes in all, of which
+    /// `done_before` are none of its work.
+    pub fn attach(&self, transfer: Arc<Transfer>, phase: Phase, total: u64, done_before: u64) {
+        let mut inner = self.inner();
+        transfer.gate.set_paused(inner.rewriting.paused);
+        transfer.gate.set_rate(inner.rewriting.rate);
+        if phase == Phase::Verifying {
+            inner.rewriting.kept = Some((inner.totals, inner.rewriting.done_before, inner.total_bytes));
+        }
+        inner.total_bytes = Some(total);
+        inner.rewriting.phase = Some(phase);
+        inner.rewriting.done_before = done_before;
+        inner.totals = Totals::default();
+        inner.transfer = Some(transfer);
+        // Rates of another phase are none of this one's.
+        inner.clock.forget_samples();
+    }
+
+    /// The transfer has ended: drop it, and keep what it came to. What was verified is no more than what was done.
+    pub fn detach(&self) {
+        let mut inner = self.inner();
+        inner.totals = inner.transfer.take().map(|transfer| transfer.totals()).unwrap_or_default();
+        inner.rewriting.phase = None;
+        if let Some((totals, done_before, total_bytes)) = inner.rewriting.kept.take() {
+            inner.totals = totals;
+            inner.rewriting.done_before = done_before;
+            inner.total_bytes = total_bytes;
+        }
+    }
+
+    /// What a re-encryption has come to so far; with the outcome, however it ends.
+    pub fn report(&self, report: proto::reencrypt::Report) {
+        self.inner().rewriting.report = Some(Box::new(report));
+    }
+
+    /// Is it paused, or to be so when it begins?
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.inner().is_paused()
+    }
+
     /// Pause or resume. A queued job keeps its state and starts paused.
     ///
     /// # Errors
@@ -175,17 +236,17 @@ impl Job {
         // Gate and state change under one lock, or a state could be shown that the gate does not have.
         let changed = {
             let mut inner = self.inner();
-            let (state, transfer) = (inner.state, inner.transfer.clone());
-            match (state, transfer) {
-                (JobState::Queued, Some(transfer)) => {
-                    transfer.gate.set_paused(paused);
+            let can = self.action == Action::Reencrypt || inner.transfer.is_some();
+            match inner.state {
+                JobState::Queued if can => {
+                    inner.hold(paused);
                     false
                 }
-                (JobState::Running | JobState::Paused, Some(transfer)) => {
-                    transfer.gate.set_paused(paused);
+                JobState::Running | JobState::Paused if can => {
+                    inner.hold(paused);
                     inner.enter(if paused { JobState::Paused } else { JobState::Running })
                 }
-                (JobState::Flushing, Some(_)) => false,
+                JobState::Flushing if can => false,
                 _ => {
                     drop(inner);
                     return Err(self.refused(if paused { "paused" } else { "resumed" }));
@@ -209,12 +270,21 @@ impl Job {
                 "a rate of 0 bytes per second never ends; pause the job instead",
             ));
         }
-        let transfer = self.transfer().ok_or_else(|| self.refused("throttled"))?;
-        transfer.gate.set_rate(bytes_per_second);
+        let mut inner = self.inner();
+        let can = self.action == Action::Reencrypt && !inner.state.is_final();
+        match &inner.transfer {
+            Some(transfer) => transfer.gate.set_rate(bytes_per_second),
+            None if can => {}
+            None => {
+                drop(inner);
+                return Err(self.refused("throttled"));
+            }
+        }
+        inner.rewriting.rate = bytes_per_second;
         Ok(())
     }
 
-    /// Ask for its end.
+    /// Ask for its end. A re-encryption is not cut short by it: it looks for this itself where it is safe to stop.
     ///
     /// # Errors
     /// `Conflict` when it is final already.
@@ -223,7 +293,9 @@ impl Job {
             return Err(self.refused("cancelled"));
         }
         self.cancelled.store(true, Ordering::Release);
-        if let Some(transfer) = self.transfer() {
+        if self.action != Action::Reencrypt
+            && let Some(transfer) = self.transfer()
+        {
             transfer.fail(cancelled());
         }
         Ok(())
@@ -286,7 +358,9 @@ impl Job {
     pub fn end(&self, ended: Result<crate::job::run::Ending>) {
         let state = {
             let mut inner = self.inner();
-            inner.totals = inner.transfer.take().map(|transfer| transfer.totals()).unwrap_or_default();
+            if let Some(transfer) = inner.transfer.take() {
+                inner.totals = transfer.totals();
+            }
             let (user, system) = cpu_seconds();
             let (state, failure, padded_bytes) = match ended {
                 Ok(ending) => (JobState::Done, None, ending.padded_bytes),
@@ -303,7 +377,7 @@ impl Job {
                 failure: failure.map(|error| error.to_failure()),
                 first_difference: inner.first_difference,
                 bench: std::mem::take(&mut inner.bench),
-                reencrypt: None,
+                reencrypt: inner.rewriting.report.take(),
                 padded_bytes,
                 cpu_seconds: (user - inner.cpu_before.0, system - inner.cpu_before.1),
             });
@@ -348,7 +422,7 @@ impl Job {
                 .submitted
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
-            progress: inner.progress(self.total_bytes),
+            progress: inner.progress(),
             outcome: inner.state.is_final().then(|| inner.outcome.clone()).flatten(),
         }
     }
@@ -371,27 +445,44 @@ impl Inner {
         true
     }
 
+    fn is_paused(&self) -> bool {
+        match &self.transfer {
+            Some(transfer) => transfer.gate.is_paused(),
+            None => self.rewriting.paused,
+        }
+    }
+
+    fn hold(&mut self, paused: bool) {
+        self.rewriting.paused = paused;
+        if let Some(transfer) = &self.transfer {
+            transfer.gate.set_paused(paused);
+        }
+    }
+
     fn current(&self) -> Totals {
         self.transfer.as_ref().map_or(self.totals, |transfer| transfer.totals())
     }
 
-    fn progress(&self, total_bytes: Option<u64>) -> Progress {
+    fn progress(&self) -> Progress {
         let now = Instant::now();
         let totals = self.current();
+        let total_bytes = self.total_bytes;
+        let done_bytes = self.rewriting.done_before + totals.done_bytes;
         let elapsed = self.clock.elapsed(now).as_secs_f64();
         let rate = if self.state.is_final() {
             per_second(totals.done_bytes, elapsed)
         } else {
             self.clock.rate(now, totals.done_bytes)
         };
-        let left = total_bytes.map(|total| total.saturating_sub(totals.done_bytes));
+        let left = total_bytes.map(|total| total.saturating_sub(done_bytes));
         Progress {
-            done_bytes: totals.done_bytes,
+            done_bytes,
             total_bytes,
             hole_bytes: totals.hole_bytes,
             sparse_bytes: totals.sparse_bytes,
             elapsed_seconds: if self.unlocking { 0.0 } else { elapsed },
             unlocking: self.unlocking && !self.state.is_final(),
+            phase: self.rewriting.phase.filter(|_| !self.state.is_final()),
             unlock_seconds: if self.unlocking { elapsed } else { self.unlock.as_secs_f64() },
             bytes_per_second: rate,
             eta_seconds: match (self.state, left) {
@@ -399,7 +490,10 @@ impl Inner {
                 _ => None,
             },
             bottleneck: totals.bottleneck(elapsed * self.cores),
-            throttle_bytes_per_second: self.transfer.as_ref().and_then(|transfer| transfer.gate.rate()),
+            throttle_bytes_per_second: match &self.transfer {
+                Some(transfer) => transfer.gate.rate(),
+                None => self.rewriting.rate.filter(|_| !self.state.is_final()),
+            },
         }
     }
 }

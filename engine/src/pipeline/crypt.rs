@@ -69,6 +69,7 @@ pub fn transform(
         }
         Work::Decrypt => {}
         Work::Verify => unreachable!("handled above"),
+        Work::Recrypt => unreachable!("a rewrite is crypted on its own way"),
     }
     // Once a chunk costs nothing that can be measured, and no frame keeps a round key after the job.
     burn_stack();

@@ -50,6 +50,7 @@ impl HoleCache {
             Work::Decrypt => transfer.keep_holes,
             // Zeros on the plaintext side and a kept hole on the encrypted side are equal without a look.
             Work::Verify => transfer.keep_holes && self.is_hole(Side::Sink, transfer, extent),
+            Work::Recrypt => return Fill::Read,
         };
         if kept { Fill::Kept } else { Fill::Hole }
     }

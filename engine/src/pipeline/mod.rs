@@ -9,6 +9,7 @@
 //! | `slot` | one chunk in flight |
 //! | `crypt` | what is done to a chunk that is here |
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |
+//! | `hashing` | the hashes of `crypto` as a rewrite asks for them |
 //! | `carrier` | driving a transfer step by step |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
@@ -18,6 +19,7 @@
 
 pub mod carrier;
 pub mod crypt;
+pub mod hashing;
 pub mod holes;
 pub mod plan;
 pub mod rewrite;
@@ -32,16 +34,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use proto::WorkerStatus;
 
 pub use crate::backend::QueueChoice;
 use crate::backend::{Wake, open_queue};
 use crate::error::{Error, ErrorKind};
-use crate::pipeline::transfer::Transfer;
+use crate::pipeline::carrier::Carried;
+use crate::pipeline::rewrite::News;
+use crate::pipeline::transfer::{Transfer, Work};
 use crate::pipeline::worker::{Command, Worker};
 use crate::sys::affinity;
-use crate::sys::buffer::Arena;
+use crate::sys::buffer::{Arena, Buf};
 use crate::telemetry::record::StageRecord;
 
 /// How long a snapshot of statistics waits for a busy worker.
@@ -121,9 +125,35 @@ impl Pipeline {
         self.buffer_bytes
     }
 
-    /// Carry a transfer, on at most `workers_max` workers. Its end comes on [`Transfer::ended`].
+    /// Carry a transfer, on at most `workers_max` workers. Its end comes on [`Transfer::ended`]. One that rewrites a device is
+    /// carried step by step instead: [`Pipeline::carry`].
     pub fn run(&self, transfer: &Arc<Transfer>, workers_max: usize) {
+        assert!(transfer.work != Work::Recrypt, "a rewrite brings its own buffers");
         let count = if transfer.is_ordered() { 1 } else { workers_max.clamp(1, self.workers.len()) };
+        self.start_on(transfer, count, Vec::new());
+    }
+
+    /// Carry a transfer that rewrites a device in place, on at most `workers_max` workers, each with `buffers` buffers of the
+    /// transfer's own: so many chunks are held at once. Its [`Transfer::set_rewrite`] has been said, with the other end of
+    /// `news`; its end comes as [`carrier::Turn::Ended`].
+    ///
+    /// # Errors
+    /// No memory: nothing has begun.
+    pub fn carry(
+        &self,
+        transfer: &Arc<Transfer>,
+        news: Receiver<News>,
+        workers_max: usize,
+        buffers: u32,
+    ) -> Result<Carried<'_>, Error> {
+        let count = workers_max.clamp(1, self.workers.len());
+        let own = (0..count).map(|_| carrier::own_buffers(transfer, buffers));
+        let own = own.collect::<Result<Vec<_>, Error>>()?;
+        self.start_on(transfer, count, own);
+        Ok(Carried::new(self, transfer.clone(), news))
+    }
+
+    fn start_on(&self, transfer: &Arc<Transfer>, count: usize, mut buffers: Vec<Vec<Buf>>) {
         transfer.begin(u32::try_from(count).expect("workers are few"));
         let first = if transfer.is_ordered() {
             self.least_ordered()
@@ -137,7 +167,7 @@ impl Pipeline {
                 // Kept alive by the transfer itself: gone when it is.
                 lock(&worker.ordered).push(Arc::downgrade(transfer));
             }
-            worker.send(Command::Start(transfer.clone()));
+            worker.send(Command::Start(transfer.clone(), buffers.pop().unwrap_or_default()));
         }
     }
 
@@ -220,7 +250,7 @@ fn start_worker(index: usize, cpu: u32, config: &PipelineConfig) -> Result<Handl
                 pages: memory.pages.name().to_owned(),
             };
             let wake = opened.waker();
-            Ok((Worker::new(index, opened, arena.take_all(), inbox), wake, status))
+            Ok((Worker::new(index, opened, arena.take_all(), config.buffers_per_worker, inbox), wake, status))
         })();
         match made {
             Ok((worker, wake, status)) => {

@@ -4,25 +4,39 @@
 //! ends, or where a stream turned out to end. A barrier ([`Plan::open_until`]) keeps chunks beyond it unclaimed until
 //! whoever set it knows that everything before is durable: crash safety lives here, not in the worker loop.
 //!
+//! A plan may go backward ([`Plan::backward`]): then the chunks come from the volume's end. Barriers, where a plan starts and where it
+//! ends are said in *order*: bytes from where the plan would begin, whichever way it goes. A transfer that rewrites its own
+//! source knows two more barriers: what may be put into the journal ([`Plan::journal`]) and what may be overwritten
+//! ([`Plan::write_until`]).
+//!
 //! A [`Gate`] holds what a user may change while the transfer runs: pause, stop, and the rate limit.
 
 use std::num::NonZeroU64;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::pipeline::transfer::UNIT_BYTES_MAX;
 use crate::units::Extent;
 
 /// The extents of one transfer.
 #[derive(Debug)]
 pub struct Plan {
     chunk_bytes: u64,
+    /// The volume's size, if the plan goes backward from there.
+    mirror: Option<u64>,
     next: AtomicU64,
     /// One past the last byte there is; `u64::MAX` while a stream's end is unknown.
     end: AtomicU64,
     /// One past the last byte that may be claimed now.
     open: AtomicU64,
-    /// Where segments meet, ascending: no chunk crosses one. Most plans have none.
+    /// Where `open` stood before: no chunk crosses it.
+    opened: AtomicU64,
+    /// One past the last byte that may be overwritten now.
+    write: AtomicU64,
+    /// The hotzone whose old bytes belong in the journal now.
+    journal: Mutex<Option<Extent>>,
+    /// Plaintext offsets where segments meet, ascending: no chunk crosses one. Most plans have none.
     seams: OnceLock<Vec<u64>>,
 }
 
@@ -44,14 +58,29 @@ impl Plan {
         assert!(chunk_bytes > 0, "a chunk has bytes");
         Self {
             chunk_bytes: chunk_bytes.into(),
+            mirror: None,
             next: AtomicU64::new(0),
             end: AtomicU64::new(total.unwrap_or(u64::MAX)),
             open: AtomicU64::new(u64::MAX),
+            opened: AtomicU64::new(u64::MAX),
+            write: AtomicU64::new(u64::MAX),
+            journal: Mutex::new(None),
             seams: OnceLock::new(),
         }
     }
 
-    /// No chunk crosses one of these offsets, which ascend. To be said once, before the first claim.
+    /// All of `0..total`, its last chunk first.
+    #[must_use]
+    pub fn backward(total: u64, chunk_bytes: u32) -> Self {
+        Self { mirror: Some(total), ..Self::new(Some(total), chunk_bytes) }
+    }
+
+    /// What comes before `order` is done already. To be said before workers begin.
+    pub fn start_at(&self, order: u64) {
+        self.next.store(order, Ordering::Release);
+    }
+
+    /// No chunk crosses one of these plaintext offsets, which ascend. To be said once, before the first claim.
     ///
     /// # Panics
     /// If it was said before.
@@ -59,9 +88,47 @@ impl Plan {
         assert!(self.seams.set(seams).is_ok(), "a plan is cut once");
     }
 
+    /// The first seam behind `start`, all in order.
     fn seam_after(&self, start: u64) -> u64 {
         let seams = self.seams.get().map_or(&[][..], Vec::as_slice);
-        seams.iter().copied().find(|seam| *seam > start).unwrap_or(u64::MAX)
+        match self.mirror {
+            None => seams.iter().copied().find(|seam| *seam > start).unwrap_or(u64::MAX),
+            Some(total) => {
+                let before = seams.iter().rev().copied().find(|seam| *seam < total.saturating_sub(start));
+                before.map_or(u64::MAX, |seam| total - seam)
+            }
+        }
+    }
+
+    /// The plaintext of a run of order.
+    fn extent(&self, start: u64, stop: u64) -> Extent {
+        let (start, stop) = match self.mirror {
+            None => (start, stop),
+            Some(total) => (total - stop, total - start),
+        };
+        Extent::new(start, stop).expect("a run has bytes")
+    }
+
+    /// Where a chunk stands in the plan: the order of its first byte claimed, and one past its last.
+    #[must_use]
+    pub fn order_of(&self, extent: Extent) -> (u64, u64) {
+        match self.mirror {
+            None => (extent.start(), extent.end()),
+            Some(total) => (total - extent.end(), total - extent.start()),
+        }
+    }
+
+    /// Where a chunk from `start` ends that nothing else cuts. A plan may begin anywhere, and a volume end anywhere: later chunks
+    /// are cut at multiples of the largest data unit all the same.
+    fn chunk_end(&self, start: u64) -> u64 {
+        let stop = start.saturating_add(self.chunk_bytes);
+        let unit = u64::from(UNIT_BYTES_MAX);
+        let beyond = match self.mirror {
+            None => stop % unit,
+            Some(total) if stop < total => (unit - (total - stop) % unit) % unit,
+            Some(_) => 0,
+        };
+        if beyond < stop - start { stop - beyond } else { stop }
     }
 
     /// Bytes of one chunk; only the last of the plan may be shorter.
@@ -83,11 +150,14 @@ impl Plan {
             if start >= open {
                 return Claim::Blocked;
             }
-            let stop = start.saturating_add(self.chunk_bytes).min(end).min(open).min(self.seam_after(start));
+            let mut stop = self.chunk_end(start).min(end).min(open).min(self.seam_after(start));
+            // After `open`: who sees a barrier that has moved sees where it stood.
+            let opened = self.opened.load(Ordering::Acquire);
+            if start < opened {
+                stop = stop.min(opened);
+            }
             match self.next.compare_exchange_weak(start, stop, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => {
-                    return Claim::Extent(Extent::new(start, stop).expect("start < end and start < open"));
-                }
+                Ok(_) => return Claim::Extent(self.extent(start, stop)),
                 Err(moved) => start = moved,
             }
         }
@@ -111,9 +181,44 @@ impl Plan {
         (end != u64::MAX).then_some(end)
     }
 
-    /// Move the barrier: nothing at or beyond `offset` is handed out until it moves again.
-    pub fn open_until(&self, offset: u64) {
-        self.open.store(offset, Ordering::Release);
+    /// Move the barrier: nothing at or beyond `order` is handed out until it moves again. No chunk crosses the place where it
+    /// stood before, nor those before that if everything up to them had been claimed.
+    pub fn open_until(&self, order: u64) {
+        let opened = self.open.load(Ordering::Relaxed);
+        if opened != order {
+            self.opened.store(opened, Ordering::Release);
+            self.open.store(order, Ordering::Release);
+        }
+    }
+
+    /// Move the write barrier of a transfer that rewrites its source: chunks that end at or before `order` may be overwritten.
+    /// Open to the end unless it is moved.
+    pub fn write_until(&self, order: u64) {
+        self.write.store(order, Ordering::Release);
+    }
+
+    /// May this chunk be overwritten?
+    #[must_use]
+    pub fn may_write(&self, extent: Extent) -> bool {
+        self.order_of(extent).1 <= self.write.load(Ordering::Acquire)
+    }
+
+    /// The old bytes of this hotzone (an extent of plaintext, whichever way the plan goes) may be written to the journal; those
+    /// of another no longer. Chunks do not cross its ends.
+    pub fn journal(&self, hot: Extent) {
+        *self.journalled() = Some(hot);
+    }
+
+    /// Where in the journal this chunk belongs, counted from the area's beginning; `None`: nowhere yet.
+    #[must_use]
+    pub fn journal_place(&self, extent: Extent) -> Option<u64> {
+        let hot = (*self.journalled())?;
+        (hot.start() <= extent.start() && extent.end() <= hot.end()).then(|| extent.start() - hot.start())
+    }
+
+    /// Locked for a few loads, and only by transfers with a journal.
+    fn journalled(&self) -> MutexGuard<'_, Option<Extent>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

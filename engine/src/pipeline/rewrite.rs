@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use crossbeam::channel::Sender;
 
-use crate::crypto::Recrypter;
+use crate::crypto::{Recrypter, burn_stack};
 use crate::pipeline::segment::Segments;
 use crate::units::Extent;
 
@@ -29,7 +29,7 @@ pub enum News {
         extent: Extent,
         /// Hashes of its old blocks, packed in their order, if they were asked for.
         checksums: Box<[u8]>,
-        /// Its plaintext's contribution to the digest, if that was asked for.
+        /// Its plaintext's contribution to the digest, if that was asked for; with a journal it comes with [`News::Written`].
         proof: Option<[u8; 32]>,
     },
     /// Its old bytes are in the journal; not durable.
@@ -41,6 +41,8 @@ pub enum News {
     Written {
         /// Its plaintext.
         extent: Extent,
+        /// With a journal: its plaintext's contribution to the digest, if that was asked for. The plaintext is not there sooner.
+        proof: Option<[u8; 32]>,
     },
 }
 
@@ -86,4 +88,50 @@ pub struct Rewrite {
     pub read_only: bool,
     /// Who wants to know. Never blocks: unbounded.
     pub news: Sender<News>,
+}
+
+/// Both ciphers work on this much at a time where there is no fused pass: it stays in the first level cache.
+const WINDOW_BYTES: usize = 16 << 10;
+
+impl Rewrite {
+    /// Turn the old bytes of a chunk into the new ones (or, when only reading, what is there into plaintext). Returns the
+    /// plaintext's contribution, if that is asked for.
+    pub(super) fn crypt(&self, extent: Extent, bytes: &mut [u8]) -> Option<[u8; 32]> {
+        let start = extent.start();
+        let (old, new) = (self.old.at(start), self.new.at(start));
+        // Asked once for all of a chunk: a hasher works on many blocks side by side.
+        let proof = match (&self.prover, &self.fused) {
+            (prover, _) if self.read_only => {
+                new.decrypt(start, bytes);
+                prover.as_ref().map(|prover| prover.contribution(start, bytes))
+            }
+            (Some(prover), _) => {
+                old.decrypt(start, bytes);
+                let proof = prover.contribution(start, bytes);
+                new.encrypt(start, bytes);
+                Some(proof)
+            }
+            (None, Some(fused)) => {
+                fused.recrypt(start, bytes);
+                None
+            }
+            (None, None) => {
+                let mut at = start;
+                for window in bytes.chunks_mut(WINDOW_BYTES) {
+                    old.decrypt(at, window);
+                    new.encrypt(at, window);
+                    at += window.len() as u64;
+                }
+                None
+            }
+        };
+        // No frame keeps a round key after the job.
+        burn_stack();
+        proof
+    }
+
+    pub(super) fn tell(&self, news: News) {
+        // Who listened may have given up; the transfer ends then by its gate.
+        let _ = self.news.send(news);
+    }
 }

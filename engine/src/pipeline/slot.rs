@@ -4,6 +4,11 @@
 //!            ┌─────────── hole: nothing to read ───────────┐
 //! claimed ─▶ Reading(one side, or both to verify) ─▶ Ready ─▶ (crypt) ─▶ Turn ─▶ Writing(runs) ─▶ released
 //!                                                                         └ ordered sinks wait for their turn
+//!
+//! A chunk that is rewritten in place waits behind barriers:
+//!
+//! claimed ─▶ Reading ─▶ Ready ─▶ (crypt) ─────────────────────────────────▶ Held(write) ─▶ Writing ─▶ released
+//!                             ╲▶ Held(journal) ─▶ Journalling ─▶ Held(write) ─▶ (crypt) ─▶ Writing ─▶ released
 //! ```
 //! The buffers are in the slot when nothing is in flight, and travel with the operation when something is.
 
@@ -40,6 +45,13 @@ pub enum State {
         /// What it will write.
         runs: Runs,
     },
+    /// Waits for a barrier; its key lies in the heap of its transfer.
+    Held(Hold),
+    /// Its old bytes are on their way to the journal.
+    Journalling {
+        /// What is being written.
+        span: Span,
+    },
     /// A write is in flight.
     Writing {
         /// What is being written.
@@ -47,6 +59,15 @@ pub enum State {
         /// What is left after it.
         rest: Runs,
     },
+}
+
+/// What a chunk that is rewritten in place waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// That its old bytes may be put into the journal.
+    Journal,
+    /// That it may be overwritten.
+    Write,
 }
 
 /// How a chunk's source bytes come to be.
@@ -79,6 +100,8 @@ pub struct Slot {
     pub state: State,
     /// When it got there.
     pub since: Instant,
+    /// Its contribution to a digest of plaintext, until that is told.
+    pub proof: Option<[u8; 32]>,
     /// The source side's bytes, crypted in place.
     pub buf: Option<Buf>,
     /// The sink side's bytes, when verifying.

@@ -14,6 +14,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use crate::backend::device::Device;
 use crate::error::Error;
 use crate::pipeline::plan::{Gate, Plan};
+use crate::pipeline::rewrite::Rewrite;
 use crate::pipeline::segment::Segments;
 use crate::pipeline::slot::Side;
 use crate::telemetry::record::{Counters, StageRecord, Totals};
@@ -30,15 +31,17 @@ pub enum Work {
     Decrypt,
     /// Plaintext on the source side, ciphertext on the sink side; compare, write nothing.
     Verify,
+    /// Ciphertext in, other ciphertext out, in place: both sides are the same file. See [`crate::pipeline::rewrite`].
+    Recrypt,
 }
 
 impl Work {
-    /// Which side holds ciphertext.
+    /// Which side holds ciphertext; of a re-encryption, where both do, the side that is new.
     #[must_use]
     pub fn encrypted_side(self) -> Side {
         match self {
             Self::Decrypt => Side::Source,
-            Self::Encrypt | Self::Verify => Side::Sink,
+            Self::Encrypt | Self::Verify | Self::Recrypt => Side::Sink,
         }
     }
 }
@@ -80,7 +83,8 @@ pub struct TransferSpec {
     pub pad: bool,
     /// Holes of the encrypted side are holes of the plaintext.
     pub keep_holes: bool,
-    /// Most chunks in flight on one worker.
+    /// Most chunks in flight on one worker. Of a re-encryption, whose chunks are held back in between: most reads, and most
+    /// writes.
     pub depth: u32,
     /// The extents.
     pub plan: Plan,
@@ -94,6 +98,7 @@ pub struct Transfer {
     /// Live counters, one per worker of the pipeline.
     pub counters: Box<[Counters]>,
     segments: OnceLock<Segments>,
+    rewrite: OnceLock<Rewrite>,
     report: Mutex<Report>,
     difference: AtomicU64,
     latch: Arc<Latch>,
@@ -147,6 +152,7 @@ impl Transfer {
             gate: Gate::default(),
             counters: (0..workers).map(|_| Counters::default()).collect(),
             segments: OnceLock::new(),
+            rewrite: OnceLock::new(),
             report: Mutex::default(),
             difference: AtomicU64::new(u64::MAX),
             latch: Arc::new(Latch { parts: AtomicU32::new(0), finished }),
@@ -183,9 +189,31 @@ impl Transfer {
         self.segments.get().expect("segments are set before workers begin")
     }
 
+    /// How a re-encryption goes: to be said once, before workers begin.
+    ///
+    /// # Panics
+    /// If it was said before, or of a transfer that does something else.
+    pub fn set_rewrite(&self, rewrite: Rewrite) {
+        assert!(self.work == Work::Recrypt, "only a re-encryption rewrites");
+        assert!(self.rewrite.set(rewrite).is_ok(), "a transfer's rewrite is set once");
+    }
+
+    /// How a re-encryption goes.
+    ///
+    /// # Panics
+    /// Before [`Transfer::set_rewrite`].
+    #[must_use]
+    pub fn rewrite(&self) -> &Rewrite {
+        self.rewrite.get().expect("a rewrite is set before workers begin")
+    }
+
     /// Where plaintext byte `at` lies on one side.
     #[must_use]
     pub fn place(&self, side: Side, at: u64) -> u64 {
+        if self.work == Work::Recrypt {
+            let rewrite = self.rewrite();
+            return if side == Side::Source { rewrite.old.place(at) } else { rewrite.new.place(at) };
+        }
         if side == self.work.encrypted_side() { self.segments().place(at) } else { at }
     }
 
@@ -194,6 +222,10 @@ impl Transfer {
     }
 
     /// The first failure wins and shuts the gate; later ones are its echoes. Workers see it at their next turn: wake them.
+    ///
+    /// Once a worker has seen it, as once it has seen [`Gate::stop`], it starts no further write. What a re-encryption holds is let go
+    /// of unwritten; writes in flight still come back and are reported. What of that is durable, and what the device says of it
+    /// next time, is the business of who moves the barriers.
     pub fn fail(&self, error: Error) {
         self.report().failure.get_or_insert(error);
         self.gate.stop();

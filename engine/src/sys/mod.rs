@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod buffer;
 pub mod fsuid;
+pub mod lock;
 pub mod op;
 pub mod process;
 pub mod ring;

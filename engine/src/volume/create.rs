@@ -22,9 +22,9 @@ use crate::volume::{DataArea, Header, random, secondary_offsets, store};
 use proto::luks::{New, Version};
 
 /// What checking a volume key shall take, as in cryptsetup.
-const DIGEST_TIME: Duration = Duration::from_millis(125);
+pub(super) const DIGEST_TIME: Duration = Duration::from_millis(125);
 /// Its iterations where the wish forbids measuring, as in cryptsetup.
-const DIGEST_ITERATIONS_MIN: u32 = 1000;
+pub(super) const DIGEST_ITERATIONS_MIN: u32 = 1000;
 /// Zeros at a time in [`NewHeader::stream`].
 const PIECE: usize = 1 << 20;
 
@@ -151,14 +151,14 @@ pub fn make_unless(
     })
 }
 
-fn random_key(bytes: u32) -> Result<Secret> {
+pub(super) fn random_key(bytes: u32) -> Result<Secret> {
     let mut key = Secret::zeroed(bytes as usize)?;
     random::fill(key.as_mut_bytes())?;
     Ok(key)
 }
 
 /// New volumes are XTS: with equal halves the tweak is encrypted under the key of the data, and the mode loses its proof.
-fn check_key(key: &Secret, key_bytes: u32) -> Result<()> {
+pub(super) fn check_key(key: &Secret, key_bytes: u32) -> Result<()> {
     if key.len() != key_bytes as usize {
         return Err(Error::new(
             ErrorKind::Invalid,
@@ -173,7 +173,7 @@ fn check_key(key: &Secret, key_bytes: u32) -> Result<()> {
 }
 
 /// A random UUID (RFC 9562, version 4) in canonical form.
-fn random_uuid() -> Result<String> {
+pub(super) fn random_uuid() -> Result<String> {
     let mut bytes = [0; 16];
     random::fill(&mut bytes)?;
     bytes[6] = bytes[6] & 0x0F | 0x40;
@@ -182,7 +182,7 @@ fn random_uuid() -> Result<String> {
     Ok([&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-"))
 }
 
-fn random_salt<const BYTES: usize>() -> Result<[u8; BYTES]> {
+pub(super) fn random_salt<const BYTES: usize>() -> Result<[u8; BYTES]> {
     let mut salt = [0; BYTES];
     random::fill(&mut salt)?;
     Ok(salt)

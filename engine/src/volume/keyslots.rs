@@ -339,7 +339,7 @@ pub(super) fn load_to_change(device: &mut Blocking) -> Result<Header> {
 
 /// A first copy that is damaged is made anew by every change; but what begins otherwise may be somebody's filesystem or
 /// partition table on a disk that was reused, and the second copy a leftover.
-fn refuse_overwritten(device: &mut Blocking) -> Result<()> {
+pub(super) fn refuse_overwritten(device: &mut Blocking) -> Result<()> {
     let mut magic = [0; MAGIC.len()];
     match device.read(0, &mut magic) {
         Ok(()) if magic != MAGIC => {
@@ -432,7 +432,7 @@ pub(super) fn stop(give_up: GiveUp<'_>) -> Result<()> {
     if give_up() { Err(Error::new(ErrorKind::Cancelled, "cancelled; nothing was written")) } else { Ok(()) }
 }
 
-fn list(ids: &[u32]) -> String {
+pub(super) fn list(ids: &[u32]) -> String {
     ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ")
 }
 

@@ -136,6 +136,14 @@ pub fn with_volume_key(header: &Header, key: Secret) -> Result<Unlocked> {
     if fits { Ok(Unlocked { keyslot: None, key }) } else { Err(wrong_key()) }
 }
 
+/// Is this what the digest was made of? For what is no volume key.
+///
+/// # Errors
+/// `Unsupported`: a digest this build does not know; `Limit`: one that would take too long.
+pub(super) fn meets(digest: &Digest, secret: &Secret) -> Result<bool> {
+    Check::of_digest(digest)?.is_met_by(secret)
+}
+
 fn wrong_key() -> Error {
     Error::new(ErrorKind::WrongKey, WRONG_KEY)
 }

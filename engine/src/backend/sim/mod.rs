@@ -247,6 +247,11 @@ impl World {
         Box::new(queue::SimQueue::new(self.clone(), depth))
     }
 
+    /// As [`World::queue`]; it registers no buffers, so it asks for none.
+    pub(crate) fn bare_queue(&self, depth: u32) -> Box<dyn Queue> {
+        Box::new(queue::SimQueue::new(self.clone(), depth))
+    }
+
     /// For a pipeline's configuration: its workers use this world's queues while it lives. With more than one worker the
     /// order of things is the scheduler's too, and a seed repeats itself no longer.
     ///

@@ -22,6 +22,11 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The same of an object that was kept as one.
+    pub fn of_object(at: String, object: &'a Map<String, Value>) -> Self {
+        Self { at, object }
+    }
+
     /// The same for the top level.
     pub fn top(object: &'a Map<String, Value>) -> Self {
         Self { at: String::from("metadata"), object }

@@ -166,11 +166,8 @@ impl Header {
                 .hint("remove a keyslot")
         };
         let size = bytes.max(1).checked_next_multiple_of(AREA_ALIGN).ok_or_else(no_room)?;
-        let mut taken: Vec<Area> =
-            self.metadata.keyslots.values().filter_map(metadata::Keyslot::area).collect();
-        taken.sort_by_key(|area| area.offset);
         let mut offset = self.keyslots_offset();
-        for area in taken {
+        for area in self.taken_areas() {
             if offset.checked_add(size).is_some_and(|end| end <= area.offset) {
                 break;
             }
@@ -183,5 +180,35 @@ impl Header {
             Some(end) if end <= self.backup_bytes() => Ok(offset),
             _ => Err(no_room()),
         }
+    }
+
+    /// The largest gap of the keyslots area, the first of equals.
+    ///
+    /// # Errors
+    /// `NoSpace`: there is none.
+    pub fn largest_free_area(&self) -> Result<Area> {
+        let end = self.backup_bytes();
+        let mut largest = Area { offset: 0, size: 0 };
+        let mut from = self.keyslots_offset();
+        for area in self.taken_areas().into_iter().chain([Area { offset: end, size: 0 }]) {
+            let size = area.offset.min(end).saturating_sub(from) / AREA_ALIGN * AREA_ALIGN;
+            if size > largest.size {
+                largest = Area { offset: from, size };
+            }
+            from =
+                from.max(area.end().and_then(|end| end.checked_next_multiple_of(AREA_ALIGN)).unwrap_or(end));
+        }
+        if largest.size == 0 {
+            return Err(Error::new(ErrorKind::NoSpace, "the keyslots area is full").hint("remove a keyslot"));
+        }
+        Ok(largest)
+    }
+
+    /// Areas of all keyslots by offset.
+    fn taken_areas(&self) -> Vec<Area> {
+        let mut taken: Vec<Area> =
+            self.metadata.keyslots.values().filter_map(metadata::Keyslot::area).collect();
+        taken.sort_by_key(|area| area.offset);
+        taken
     }
 }

@@ -1,9 +1,31 @@
 //! A new re-encryption: keyslots for the new key, the first header.
+//!
+//! | file | what begins |
+//! |---|---|
+//! | `begin` | the wish, and which of these it is |
+//! | `rotate` | from one volume key to another; from a volume to plain data |
+//! | `slots` | which passphrase opens which keyslot, and the new ones |
+//! | `encrypt` | from plain data to a volume |
+//!
+//! # Write order
+//! 1. Material of the new keyslots into free places of the keyslots area, 2. flush, 3. one header write: new keyslots, their digest, the
+//! re-encryption's keyslot, its protection digest and the requirement, all at once. A power cut before 3 leaves noise in free
+//! places; behind it a re-encryption of which nothing is done. So there is never a keyslot whose key is nobody's, as cryptsetup leaves
+//! them when it is cut off between its several header writes; ones it left are named when they are in the way.
+
+mod encrypt;
+mod rotate;
+mod slots;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::Secret;
-use crate::error::Result;
-use crate::format::luks2::reencrypt::Mode;
+use crate::crypto::hash::Hash;
+use crate::crypto::kdf::{Kdf, digest_iterations};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::metadata::Digest;
+use crate::format::luks2::reencrypt::{Checksum, Mode, Process, Resilience, digest, write};
+use crate::format::luks2::{Header as Luks2Header, metadata::Metadata};
+use crate::volume::create::{DIGEST_ITERATIONS_MIN, DIGEST_TIME, random_salt};
 use crate::volume::keyslots::GiveUp;
 use crate::volume::reencrypt::Opened;
 
@@ -52,8 +74,10 @@ pub fn plan(
     new_key: Option<&Secret>,
     give_up: GiveUp<'_>,
 ) -> Result<Planned> {
-    let _ = (header, wish, keys, new_key, give_up);
-    unimplemented!()
+    match wish.mode {
+        Mode::Reencrypt | Mode::Decrypt => rotate::plan(header, wish, keys, new_key, give_up),
+        Mode::Encrypt => encrypt::plan(header, wish, new_key),
+    }
 }
 
 /// Begin it: the header says so, durably, and no data has been touched. `data`: the data device, for `encrypt` with a shift; the same
@@ -69,6 +93,105 @@ pub fn begin(
     new_key: Option<&Secret>,
     give_up: GiveUp<'_>,
 ) -> Result<Opened> {
-    let _ = (header, data, wish, keys, new_key, give_up);
-    unimplemented!()
+    match wish.mode {
+        Mode::Reencrypt | Mode::Decrypt => rotate::begin(header, wish, keys, new_key, give_up),
+        Mode::Encrypt => encrypt::begin(header, data, wish, new_key, give_up),
+    }
+}
+
+/// How steps are protected where data stays in its place. `unit`: the larger data unit.
+fn in_place(wish: &Wish<'_>, unit: u32, total: u64) -> Result<Resilience> {
+    Ok(match wish.resilience.unwrap_or(proto::reencrypt::Resilience::Checksum) {
+        proto::reencrypt::Resilience::Checksum => {
+            // What cryptsetup makes it: it would change another one when it goes on. Smaller where the data is no whole
+            // number of such blocks.
+            let whole = 1_u64.checked_shl(total.trailing_zeros()).unwrap_or(u64::MAX);
+            let block = wish.block_bytes.max(unit).checked_next_power_of_two().unwrap_or(unit);
+            let block_bytes = u32::try_from(whole).map_or(block, |whole| block.min(whole));
+            Resilience::Checksum(Checksum { hash: Hash::Sha256, block_bytes })
+        }
+        proto::reencrypt::Resilience::Journal => Resilience::Journal,
+        proto::reencrypt::Resilience::None => Resilience::None,
+        proto::reencrypt::Resilience::Datashift => {
+            let what = "resilience datashift is for data that moves, and this data stays where it is";
+            return Err(Error::new(ErrorKind::Invalid, what)
+                .hint("it goes with --encrypt --reduce-device-size; checksum protects here"));
+        }
+    })
+}
+
+/// The area holds what protects the smallest step.
+fn check_area(process: &Process) -> Result<()> {
+    let (most, least) = (process.hotzone_max(), process.step_bytes());
+    if most.is_none_or(|most| most >= least) {
+        return Ok(());
+    }
+    let what = format!(
+        "the free part of the keyslots area, {} bytes, protects no step of {least} bytes",
+        process.area.size
+    );
+    Err(Error::new(ErrorKind::NoSpace, what)
+        .hint("remove a keyslot, or say --resilience none after a backup"))
+}
+
+/// Iterations of a new digest: what takes an eighth of a second, unless the wish forbids measuring.
+fn iterations(wish: &Wish<'_>, hash: Hash) -> u32 {
+    match wish.luks.kdf.as_ref().and_then(|kdf| kdf.iterations) {
+        Some(_) => DIGEST_ITERATIONS_MIN,
+        None => digest_iterations(hash, DIGEST_TIME),
+    }
+}
+
+/// A digest of a secret, bound to nothing yet.
+fn digest_of(secret: &Secret, hash: Hash, iterations: u32) -> Result<Digest> {
+    let salt: [u8; 32] = random_salt()?;
+    let mut made = vec![0; hash.bytes()];
+    Kdf::Pbkdf2 { hash, iterations }.derive(secret.as_bytes(), &salt, &mut made)?;
+    Ok(Digest::pbkdf2(hash.name(), iterations, salt.into(), made))
+}
+
+/// As [`digest_of`], of nothing: of the same length, to see whether all has room.
+fn nominal_digest(hash: Hash) -> Digest {
+    Digest::pbkdf2(hash.name(), 10_000_000, vec![0; 32], vec![0; hash.bytes()])
+}
+
+/// Add the protection digest, and see that the header can be written.
+fn protect(
+    header: &mut Luks2Header,
+    process: &mut Process,
+    keys: [Option<&Secret>; 2],
+    iterations: u32,
+) -> Result<()> {
+    let message = digest::message(&header.metadata, process, keys[0], keys[1])?;
+    let made = digest_of(&message, Hash::Sha256, iterations)?;
+    write::protect(&mut header.metadata, process, made)?;
+    header.check()
+}
+
+/// As [`protect`], of nothing.
+fn protect_nominally(header: &mut Luks2Header, process: &mut Process) -> Result<()> {
+    write::protect(&mut header.metadata, process, nominal_digest(Hash::Sha256))?;
+    header.check()
+}
+
+/// A cipher in words.
+fn cipher_words(name: &str, key_bytes: usize, unit_bytes: u32) -> String {
+    format!("{name}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
+}
+
+/// Keyslots of keys that no data has.
+fn unbound(metadata: &Metadata) -> Vec<u32> {
+    let of_nothing = metadata.digests.values().filter(|digest| digest.segments.is_empty());
+    of_nothing.flat_map(|digest| &digest.keyslots).copied().collect()
+}
+
+/// Want of room, with what may be in the way.
+fn no_room(error: Error, metadata: &Metadata) -> Error {
+    match unbound(metadata).as_slice() {
+        [] => error,
+        ids if error.kind() == ErrorKind::NoSpace => error.hint(format!(
+            "keyslots {ids:?} hold keys that open no data, as an interrupted cryptsetup leaves them; remove those nobody needs"
+        )),
+        _ => error,
+    }
 }

@@ -41,7 +41,7 @@ pub enum Protection {
 }
 
 /// Where the progress of a re-encryption is kept. The data itself is flushed by the driver.
-pub trait Ledger: Send {
+pub trait Ledger {
     /// What a step needs of the workers.
     fn protection(&self) -> Protection;
 

@@ -1,1 +1,318 @@
 //! The ledger in a LUKS2 header.
+//!
+//! # Write orders
+//! Of a step, see [`super::ledger`]. Saving: 1. the header is still ours, 2. checksums into the area. Beginning: 3. flush of the area, before
+//! the header: one that is durable before its checksums would take stale ones for those of the hotzone, and old blocks for new ones;
+//! 4. header *crash* (both copies, a flush each). Committing: 5. header *clean*.
+//!
+//! Behind the last step:
+//! 1. (Only where the first bytes were moved to make room for the header.) The header says that all data is new, the re-encryption
+//!    still being required; the moved bytes, plaintext, are overwritten; flush. Not after 2, for from there on they belong to the
+//!    volume's data. A crash in between: the state *finished*, and a resume takes up here.
+//! 2. One header that ends it: the data as it shall be, nothing of the old key, no requirement; and a note of the places that held the
+//!    old key's material and the area. One write and not two, *clean* and then the end: a last *clean* state without moved bytes looks
+//!    like a first one, and cryptsetup would begin anew over new data.
+//! 3. These places are overwritten, flush.
+//! 4. A header without the note.
+//!
+//! Why the material is destroyed behind the header and not before: until 2 is durable the last hotzone may be half old, and the old key
+//! is needed to recover it. Why the note: after a crash between 2 and 4 nothing else would know that wrapped copies of the old key still lie
+//! there. It is a token of a type of ours ([`NOTE`]), which other programs keep and do not act on; it opens nothing. Whoever opens
+//! the volume to re-encrypt it next does 3 and 4, without any key ([`sweep`]). Places that have become another program's keyslot since
+//! are left alone.
+//!
+//! The metadata lock is held around each header write only (and from 2 to 4), so that other programs can read the header in between.
+
+use serde_json::{Map, Value};
+
+use crate::backend::blocking::Blocking;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::Loaded;
+use crate::format::luks2::metadata::{Area, Keyslot, Metadata, Token};
+use crate::format::luks2::reencrypt::{Direction, Mode, Process, Resilience, write};
+use crate::units::Extent;
+use crate::volume::reencrypt::ledger::{Ledger, Protection};
+use crate::volume::{Header, store};
+
+/// Type of the token that names places still to be overwritten.
+pub const NOTE: &str = "cryptctl-overwrite";
+/// Its field: pairs of first byte and bytes, as texts.
+const NOTE_AREAS: &str = "areas";
+
+/// Progress kept in the header of a LUKS2 volume.
+pub struct LuksLedger {
+    header: Blocking,
+    loaded: Loaded,
+    process: Process,
+    total: u64,
+    boundary: u64,
+    /// The hotzone begun, not committed.
+    hot: Option<Extent>,
+    /// A write failed: what is on disk is not known any more.
+    broken: bool,
+}
+
+impl LuksLedger {
+    /// At rest at `boundary`. `loaded`: the header on disk.
+    #[must_use]
+    pub fn new(header: Blocking, loaded: Loaded, process: Process, total: u64, boundary: u64) -> Self {
+        Self { header, loaded, process, total, boundary, hot: None, broken: false }
+    }
+
+    /// A hotzone that follows the boundary and is as its protection wants it.
+    fn check(&self, hot: Extent) -> Result<()> {
+        let (follows, free_end) = match self.process.direction {
+            Direction::Forward => (hot.start() == self.boundary, hot.end()),
+            Direction::Backward => (hot.end() == self.boundary, hot.start()),
+        };
+        let unit = self.process.step_bytes();
+        let aligned = free_end.is_multiple_of(unit) || free_end == self.process.ends_at(self.total);
+        let short = self.process.hotzone_max().is_none_or(|most| hot.len() <= most);
+        let within = hot.end() <= self.total;
+        let moved = self.process.moved.map_or(0, |moved| moved.bytes);
+        let whole = hot.start() >= moved || (hot.start() == 0 && hot.end() == moved);
+        if follows && aligned && short && within && whole {
+            return Ok(());
+        }
+        let what = format!(
+            "a step of bytes {}..{} is none that follows {} of {}",
+            hot.start(),
+            hot.end(),
+            self.boundary,
+            self.total
+        );
+        Err(Error::new(ErrorKind::Internal, what).at(self.header.name()))
+    }
+
+    fn refuse_if_broken(&self) -> Result<()> {
+        if !self.broken {
+            return Ok(());
+        }
+        let what = "a write of the header failed before: what it says now is not known";
+        Err(Error::new(ErrorKind::Io, what)
+            .at(self.header.name())
+            .hint("resume the re-encryption: that reads the header anew, and recovers the step"))
+    }
+
+    /// Whatever fails in `work` leaves the ledger refusing.
+    fn guarded(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.refuse_if_broken()?;
+        let done = work(self);
+        self.broken = done.is_err();
+        done
+    }
+}
+
+impl Ledger for LuksLedger {
+    fn protection(&self) -> Protection {
+        match self.process.resilience {
+            Resilience::None | Resilience::Datashift { .. } => Protection::None,
+            Resilience::Checksum(checksum) => Protection::Checksums(checksum),
+            Resilience::Journal => Protection::Journal {
+                file: self.header.file().clone(),
+                name: self.header.name().to_owned(),
+                offset: self.process.area.offset,
+                align: self.header.align(),
+            },
+        }
+    }
+
+    fn step_bytes(&self) -> u64 {
+        self.process.step_bytes()
+    }
+
+    fn hotzone_max(&self) -> Option<u64> {
+        self.process.hotzone_max()
+    }
+
+    fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
+        let Resilience::Checksum(checksum) = self.process.resilience else { return Ok(()) };
+        self.check(hot)?;
+        if checksums.len() as u64 != checksum.bytes_for(hot.len()) || self.hot.is_some() {
+            let what = "checksums of another step than the next";
+            return Err(Error::new(ErrorKind::Internal, what).at(self.header.name()));
+        }
+        self.guarded(|ledger| {
+            // 1. A place that is another program's keyslot by now is not written to.
+            let before = Header::Luks2(Box::new(ledger.loaded.clone()));
+            store::unchanged(&mut ledger.header, &before)?;
+            // 2.
+            ledger.header.write(ledger.process.area.offset, checksums)
+        })
+    }
+
+    fn begin(&mut self, hot: Extent) -> Result<()> {
+        self.check(hot)?;
+        self.guarded(|ledger| {
+            // 3.
+            if matches!(ledger.process.resilience, Resilience::Checksum(_) | Resilience::Journal) {
+                ledger.header.flush()?;
+            }
+            // 4.
+            let mut next = ledger.loaded.clone();
+            write::hot(&mut next.header.metadata, &ledger.process, hot, ledger.total)?;
+            put(&mut ledger.header, &mut ledger.loaded, next)
+        })?;
+        self.hot = Some(hot);
+        Ok(())
+    }
+
+    fn commit(&mut self, hot: Extent) -> Result<()> {
+        let of_the_step = self.hot.is_some_and(|begun| match self.process.resilience {
+            // Stopped early: less than what was begun with.
+            Resilience::None => begun.start() <= hot.start() && hot.end() <= begun.end(),
+            _ => begun == hot,
+        });
+        if !of_the_step {
+            let what = "a step is committed that was not begun";
+            return Err(Error::new(ErrorKind::Internal, what).at(self.header.name()));
+        }
+        self.check(hot)?;
+        let boundary = self.process.boundary_after(hot);
+        // 5.
+        self.guarded(|ledger| {
+            commit(&mut ledger.header, &mut ledger.loaded, &ledger.process, boundary, ledger.total)
+        })?;
+        self.boundary = boundary;
+        self.hot = None;
+        Ok(())
+    }
+}
+
+/// One header write under the metadata lock.
+fn put(header: &mut Blocking, loaded: &mut Loaded, mut next: Loaded) -> Result<()> {
+    let _held = store::lock_device(header, true)?;
+    store::write_luks2(header, &mut next)?;
+    *loaded = next;
+    Ok(())
+}
+
+/// Everything up to `boundary` is new and durable: say so; at the end, take the re-encryption down.
+///
+/// # Errors
+/// `Conflict`: the header on disk is not `loaded`. Else of the device.
+pub fn commit(
+    header: &mut Blocking,
+    loaded: &mut Loaded,
+    process: &Process,
+    boundary: u64,
+    total: u64,
+) -> Result<()> {
+    if boundary == process.ends_at(total) {
+        return take_down(header, loaded, process, total);
+    }
+    let mut next = loaded.clone();
+    write::clean(&mut next.header.metadata, process, boundary, total)?;
+    put(header, loaded, next)
+}
+
+/// All data is new and durable: end it, in the order of the module's head.
+///
+/// # Errors
+/// As [`commit`]; once more is harmless.
+pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, total: u64) -> Result<()> {
+    // 1. Data was moved only out of the way of a header that lies on the same device.
+    if let (Some(moved), Mode::Encrypt) = (process.moved, process.mode) {
+        let mut next = loaded.clone();
+        write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
+        put(header, loaded, next)?;
+        store::random_fill(header, moved.offset, moved.bytes)?;
+        header.flush()?;
+    }
+    // 2.
+    let mut next = loaded.clone();
+    let mut gone = vec![process.area];
+    write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
+    gone.extend(write::finish(&mut next.header.metadata, process)?.into_iter().map(|(_, area)| area));
+    let noted = note(&mut next, &gone);
+    let _held = store::lock_device(header, true)?;
+    store::write_luks2(header, &mut next)?;
+    *loaded = next;
+    // 3. and 4.
+    overwrite(header, loaded, &gone, noted)
+}
+
+/// Add the note; its number. Without room for it (32 tokens, a full header) it is done without: a crash in the next moments would then
+/// leave wrapped copies of the old key, which opens nothing, where no header points.
+fn note(next: &mut Loaded, areas: &[Area]) -> Option<u32> {
+    let id = next.header.metadata.free_token().ok()?;
+    let areas = areas.iter().map(|area| Value::from(vec![area.offset.to_string(), area.size.to_string()]));
+    let extra = Map::from_iter([(NOTE_AREAS.to_owned(), areas.collect())]);
+    next.header.metadata.tokens.insert(id, Token { kind: NOTE.to_owned(), keyslots: Vec::new(), extra });
+    if next.header.check().is_err() {
+        next.header.metadata.tokens.remove(&id);
+        return None;
+    }
+    Some(id)
+}
+
+/// The places of a note that are places at all.
+fn noted(metadata: &Metadata) -> Option<(u32, Vec<Area>)> {
+    let (id, token) = metadata.tokens.iter().find(|(_, token)| token.kind == NOTE)?;
+    let pair = |value: &Value| {
+        let number = |index: usize| value.get(index)?.as_str()?.parse::<u64>().ok();
+        Some(Area { offset: number(0)?, size: number(1)? })
+    };
+    let areas = token.extra.get(NOTE_AREAS).and_then(Value::as_array);
+    Some((*id, areas.map_or_else(Vec::new, |areas| areas.iter().filter_map(pair).collect())))
+}
+
+/// Is something of an old key still to be overwritten?
+#[must_use]
+pub fn is_unswept(metadata: &Metadata) -> bool {
+    noted(metadata).is_some()
+}
+
+/// Steps 3 and 4 of the end, where a crash left them undone. True: there was something to do. Needs no key; `loaded` is
+/// the header on disk before and after.
+///
+/// # Errors
+/// `Conflict`: the header on disk is not `loaded`. Else of the device.
+pub fn sweep(header: &mut Blocking, loaded: &mut Loaded) -> Result<bool> {
+    let Some((id, areas)) = noted(&loaded.header.metadata) else { return Ok(false) };
+    let _held = store::lock_device(header, true)?;
+    overwrite(header, loaded, &areas, Some(id))?;
+    Ok(true)
+}
+
+/// Under the exclusive lock.
+fn overwrite(header: &mut Blocking, loaded: &mut Loaded, areas: &[Area], note: Option<u32>) -> Result<()> {
+    // 3. What the header on disk uses is not touched, nor what is not of its keyslots area: a note is anybody's to write.
+    let before = Header::Luks2(Box::new(loaded.clone()));
+    store::unchanged(header, &before)?;
+    for area in unused(loaded, areas) {
+        store::random_fill(header, area.start(), area.len())?;
+    }
+    header.flush()?;
+    // 4.
+    if let Some(id) = note {
+        let mut next = loaded.clone();
+        next.header.metadata.tokens.remove(&id);
+        store::write_luks2(header, &mut next)?;
+        *loaded = next;
+    }
+    Ok(())
+}
+
+/// What of these areas lies in the keyslots area and is no keyslot's.
+fn unused(loaded: &Loaded, areas: &[Area]) -> Vec<Extent> {
+    let used: Vec<Area> = loaded.header.metadata.keyslots.values().filter_map(Keyslot::area).collect();
+    let (first, last) = (loaded.header.keyslots_offset(), loaded.header.backup_bytes());
+    let mut free: Vec<Extent> = areas
+        .iter()
+        .filter_map(|area| Extent::new(area.offset.max(first), area.end().unwrap_or(u64::MAX).min(last)))
+        .collect();
+    for area in used {
+        let end = area.end().unwrap_or(u64::MAX);
+        free = free
+            .into_iter()
+            .flat_map(|one| {
+                let before = Extent::new(one.start(), one.end().min(area.offset));
+                let behind = Extent::new(one.start().max(end), one.end());
+                [before, behind]
+            })
+            .flatten()
+            .collect();
+    }
+    free
+}

@@ -8,12 +8,14 @@
 //! | `sidecar` | the ledger in a journal file beside a volume without a header |
 //! | `begin` | a new one: keyslots for the new key, the first header |
 //! | `open` | one under way: both keys, the protection digest |
-//! | `recover` | an interrupted step made whole; the table of what is done when |
+//! | `decide` | the table of what is done when |
+//! | `recover` | an interrupted step made whole |
 //! | `shift` | making room for a header in front of plain data |
 //!
 //! Data moves through the workers (`job::reencrypt`), except for the one step of a recovery.
 
 pub mod begin;
+pub mod decide;
 pub mod ledger;
 pub mod luks;
 pub mod open;

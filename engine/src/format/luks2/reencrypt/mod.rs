@@ -13,11 +13,13 @@
 //! | file | its one purpose |
 //! |---|---|
 //! | `mod` | the process and its state |
+//! | `layout` | the data segments of each state |
 //! | `read` | from metadata: every rule checked, forged ones refused |
 //! | `write` | to metadata: begin, hot, clean, finish |
 //! | `digest` | the bytes the protection digest covers |
 
 pub mod digest;
+mod layout;
 pub mod read;
 pub mod write;
 
@@ -36,6 +38,20 @@ pub enum Mode {
     Decrypt,
 }
 
+impl Mode {
+    const ALL: [Self; 3] = [Self::Reencrypt, Self::Encrypt, Self::Decrypt];
+
+    /// Its name on disk.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reencrypt => "reencrypt",
+            Self::Encrypt => "encrypt",
+            Self::Decrypt => "decrypt",
+        }
+    }
+}
+
 /// Where the first step is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
@@ -43,6 +59,17 @@ pub enum Direction {
     Forward,
     /// At the end.
     Backward,
+}
+
+impl Direction {
+    /// Its name on disk.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+        }
+    }
 }
 
 /// How blocks are hashed.
@@ -68,6 +95,19 @@ pub enum Resilience {
         /// Bytes.
         shift: u64,
     },
+}
+
+impl Resilience {
+    /// Its name on disk.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Checksum(_) => "checksum",
+            Self::Journal => "journal",
+            Self::Datashift { .. } => "datashift",
+        }
+    }
 }
 
 /// One side of it.
@@ -111,7 +151,10 @@ pub struct Process {
     pub new: Side,
     /// Datashift: the first bytes of the old side were moved out of the header's way: how many, and where they lie now.
     pub moved: Option<Moved>,
-    /// The digest over all this, [`digest::message`]; absent: metadata of old, to be repaired and never resumed.
+    /// Bytes of plaintext, where the metadata says: always when data moves. `None`: as many as the data device has behind
+    /// [`Side::offset`].
+    pub total: Option<u64>,
+    /// The digest over all this, [`digest::message`]; absent only between [`write::begin`] and [`write::protect`].
     pub protection: Option<u32>,
 }
 
@@ -132,27 +175,51 @@ pub enum State {
         /// Plaintext offset.
         boundary: Option<u64>,
     },
-    /// A step was interrupted: each block of the hotzone is old or new. `None`: it reaches to the end of the device.
+    /// A step was interrupted: each block of the hotzone is old or new.
     Crash {
         /// First byte.
         start: u64,
-        /// One past the last byte; `None`: the end of the data.
-        end: Option<u64>,
+        /// One past the last byte. The step of a mode without protection reaches to the end of all that was left to do.
+        end: u64,
     },
     /// All data is new; what is left is to take the metadata down.
     Finished,
 }
 
+impl State {
+    /// Bytes that are new for sure, of `total`.
+    #[must_use]
+    pub fn done_bytes(self, process: &Process, total: u64) -> u64 {
+        let boundary = match (self, process.direction) {
+            (Self::Finished, _) => return total,
+            (Self::Clean { boundary: None }, _) => return 0,
+            (Self::Clean { boundary: Some(boundary) }, _) => boundary,
+            (Self::Crash { start, .. }, Direction::Forward) => start,
+            (Self::Crash { end, .. }, Direction::Backward) => end,
+        };
+        match process.direction {
+            Direction::Forward => boundary.min(total),
+            Direction::Backward => total.saturating_sub(boundary),
+        }
+    }
+}
+
 impl Process {
+    /// The larger of both sides' data units, bytes: boundaries and the data itself are multiples of it.
+    #[must_use]
+    pub fn unit_bytes(&self) -> u64 {
+        let unit = |side: &Side| side.cipher.as_ref().map_or(512, |cipher| u64::from(cipher.sector_size));
+        unit(&self.old).max(unit(&self.new))
+    }
+
     /// Least unit of a hotzone, bytes: both sides' data units, and blocks that are hashed.
     #[must_use]
     pub fn step_bytes(&self) -> u64 {
-        let unit = |side: &Side| side.cipher.as_ref().map_or(512, |cipher| u64::from(cipher.sector_size));
         let block = match self.resilience {
             Resilience::Checksum(checksum) => u64::from(checksum.block_bytes),
             _ => 512,
         };
-        unit(&self.old).max(unit(&self.new)).max(block)
+        self.unit_bytes().max(block)
     }
 
     /// Most bytes of a hotzone, by its means of protection; `None`: no limit.
@@ -175,6 +242,27 @@ impl Process {
         match self.direction {
             Direction::Forward => 0,
             Direction::Backward => total,
+        }
+    }
+
+    /// The boundary when all is done.
+    #[must_use]
+    pub fn ends_at(&self, total: u64) -> u64 {
+        match self.direction {
+            Direction::Forward => total,
+            Direction::Backward => 0,
+        }
+    }
+
+    /// The state at rest with this boundary.
+    #[must_use]
+    pub fn clean_at(&self, boundary: u64, total: u64) -> State {
+        if boundary == self.ends_at(total) {
+            State::Finished
+        } else if boundary == self.begins_at(total) {
+            State::Clean { boundary: None }
+        } else {
+            State::Clean { boundary: Some(boundary) }
         }
     }
 
