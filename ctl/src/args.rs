@@ -9,6 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use crate::amount::{parse_bytes, parse_rate};
 use crate::help;
 use crate::luks::args::{Luks, NewArgs, parse_keyslot};
+use crate::reencrypt::args::Reencrypt;
 use crate::secret::KeyText;
 
 /// Encrypt, decrypt and verify volumes at the speed of the device.
@@ -62,6 +63,12 @@ pub enum Verb {
     /// Compare plaintext SRC with the decrypted DST
     #[command(long_about = help::VERIFY, after_long_help = help::VERIFY_AFTER)]
     Verify(Verify),
+    /// Give a volume another volume key in place, or encrypt or decrypt it in place
+    #[command(
+        long_about = crate::reencrypt::help::REENCRYPT,
+        after_long_help = crate::reencrypt::help::REENCRYPT_AFTER
+    )]
+    Reencrypt(Box<Reencrypt>),
     /// Make, show and change LUKS headers: keyslots, tokens, backups
     #[command(
         subcommand,

@@ -42,7 +42,7 @@ pub enum Access {
     Read,
     /// Changed in place, which a mapped device allows: the kernel read the header when it was mapped.
     Change,
-    /// Made anew: a device in use is refused.
+    /// Made anew, or all of it rewritten: a device in use is refused.
     Replace,
 }
 
@@ -228,6 +228,28 @@ pub fn refuse_same_sinks(one: &Sink, other: &Sink) -> Result<()> {
 /// Refuse two names for the same bytes: the same inode, the same device, or a loop device and the file behind it.
 pub fn refuse_same_ends(source: &End, other: &End) -> Result<()> {
     refuse_same(source, other.identity, &other.name)
+}
+
+/// Refuse a file that is attached to a loop device: what is written to it past the device stays unseen there, and what the
+/// device still holds in memory may be written over it.
+pub fn refuse_attached(end: &End) -> Result<()> {
+    if !end.is_file() {
+        return Ok(());
+    }
+    let Ok(devices) = std::fs::read_dir("/sys/block") else { return Ok(()) };
+    for device in devices.flatten() {
+        let Ok(text) = std::fs::read_to_string(device.path().join("loop/backing_file")) else { continue };
+        let backing = std::fs::metadata(text.strip_suffix('\n').unwrap_or(&text));
+        if backing.is_ok_and(|found| end.is(&found)) {
+            let device = format!("/dev/{}", device.file_name().to_string_lossy());
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                format!("{} is in use: it is attached to {device}", end.name),
+            )
+            .hint(format!("name {device} instead, or detach it: losetup -d {device}")));
+        }
+    }
+    Ok(())
 }
 
 fn refuse_same(source: &End, other: Identity, name: &str) -> Result<()> {

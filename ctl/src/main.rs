@@ -22,6 +22,7 @@ mod partial;
 mod passing;
 mod progress;
 mod prompt;
+mod reencrypt;
 mod render;
 mod report;
 mod request;
@@ -65,6 +66,10 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Verb::Encrypt(args) => volume_job(request::encrypt(args)?),
         Verb::Decrypt(args) => volume_job(request::decrypt(args)?),
         Verb::Verify(args) => volume_job(request::verify(args)?),
+        Verb::Reencrypt(args) => {
+            let opened = reencrypt::request::open(args)?;
+            run::reencrypt_job(launch::reach_or_start(global)?, opened, global)
+        }
         Verb::Luks(verb) => luks::run(verb, global),
         Verb::Job(verb) => manage::job(verb, global),
         Verb::Stats { job } => manage::stats(*job, global),

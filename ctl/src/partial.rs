@@ -158,6 +158,11 @@ impl Drop for Created<'_> {
 }
 
 impl Partial {
+    /// A file that was just created under its own name, and is locked.
+    pub fn in_place(fd: OwnedFd, dir_fd: OwnedFd, name: String, shown: PathBuf) -> Self {
+        Self { fd, dir_fd, partial: name.clone(), name, replace: false, shown }
+    }
+
     /// Did the file take its final name?
     pub fn is_in_place(&self) -> bool {
         names(&self.dir_fd, &self.name, &self.fd).unwrap_or(false)
@@ -166,6 +171,11 @@ impl Partial {
     /// Remove the file if it is still there and still ours. Says whether it was.
     pub fn remove(&self) -> bool {
         remove(&self.dir_fd, &self.partial, &self.fd)
+    }
+
+    /// Was nothing written to it yet?
+    pub fn is_empty(&self) -> bool {
+        fstat(&self.fd).is_ok_and(|found| found.st_size == 0)
     }
 
     /// Its path now, for messages.

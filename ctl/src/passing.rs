@@ -31,14 +31,25 @@ pub struct Passed {
 /// A new file, for as long as this command answers for it.
 pub struct PartialFile {
     file: Partial,
-    keep: bool,
+    fate: Fate,
+}
+
+/// What becomes of a new file when its job ends without success.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// It goes.
+    Removed,
+    /// It stays.
+    Kept,
+    /// It goes if nothing was ever written to it, however the job ends: a journal.
+    RemovedIfEmpty,
 }
 
 impl Passing {
     /// The index of one more descriptor.
     pub fn fd(&mut self, fd: OwnedFd) -> u32 {
         self.descriptors.push(fd);
-        u32::try_from(self.descriptors.len() - 1).expect("at most eight")
+        u32::try_from(self.descriptors.len() - 1).expect("a few")
     }
 
     /// The index of a secret's pipe.
@@ -60,7 +71,8 @@ impl Passing {
             Sink::New(place) => place,
         };
         let name = place.typed().to_owned();
-        let created = PartialFile { file: place.create()?, keep };
+        let fate = if keep { Fate::Kept } else { Fate::Removed };
+        let created = PartialFile { file: place.create()?, fate };
         let file = &created.file;
         let share = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|error| {
@@ -79,6 +91,14 @@ impl Passing {
         };
         self.partials.push(created);
         Ok(Passed { fd, name, stream: false, commit: Some(commit) })
+    }
+
+    /// A journal that was just created under its own name.
+    pub fn journal(&mut self, file: Partial) -> Result<u32> {
+        let copy = file.fd.try_clone();
+        self.partials.push(PartialFile { file, fate: Fate::RemovedIfEmpty });
+        let copy = copy.map_err(|error| Error::io("cannot pass the descriptor", "journal", error))?;
+        Ok(self.fd(copy))
     }
 
     /// A new header or backup.
@@ -104,7 +124,16 @@ impl Drop for Passing {
 impl PartialFile {
     /// The request was refused: what we created is empty and goes.
     pub fn refused(&self) {
-        self.file.remove();
+        if self.fate != Fate::RemovedIfEmpty || self.file.is_empty() {
+            self.file.remove();
+        }
+    }
+
+    /// The daemon is done with it, one way or another: what was never needed goes.
+    pub fn ended(&self) {
+        if self.fate == Fate::RemovedIfEmpty && self.file.is_empty() {
+            self.file.remove();
+        }
     }
 
     /// Where the file is if nobody has removed or renamed it.
@@ -114,12 +143,15 @@ impl PartialFile {
 
     /// It ended without success, or its daemon went away: nothing half may look whole. Says what became of the file.
     pub fn abandon(&self) -> Option<String> {
-        if self.file.is_in_place() {
+        if self.fate == Fate::RemovedIfEmpty {
+            // Who knows whether it is being written this very moment.
+            None
+        } else if self.file.is_in_place() {
             Some(format!(
                 "{} was whole and in place already, but that may not outlast a power cut",
                 self.file.name
             ))
-        } else if self.keep {
+        } else if self.fate == Fate::Kept {
             Some(format!("{} was kept", self.file.shown().display()))
         } else {
             self.file.remove().then(|| format!("{} was removed", self.file.shown().display()))

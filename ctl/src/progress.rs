@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use proto::{Event, JobState, Progress};
 
 use crate::amount;
+use crate::reencrypt::render as reencrypt;
 use crate::render::Output;
 use crate::report::printable;
 
@@ -129,6 +130,9 @@ pub fn describe(progress: &Progress, state: JobState) -> String {
         JobState::Flushing => text.push_str(", making it durable"),
         JobState::Running if progress.unlocking => text.push_str(", hashing the passphrase"),
         JobState::Running => {
+            if let Some(phase) = progress.phase {
+                text.push_str(&format!(", {}", reencrypt::phase(phase)));
+            }
             text.push_str(&format!(", {}", amount::rate(progress.bytes_per_second)));
             if let Some(limit) = progress.throttle_bytes_per_second {
                 text.push_str(&format!(" (limit {})", amount::rate(amount::real(limit))));
@@ -177,6 +181,24 @@ mod tests {
     fn hashing_is_not_shown_as_a_rate_of_nothing() {
         let hashing = Progress { done_bytes: 0, unlocking: true, unlock_seconds: 1.0, ..progress() };
         assert_eq!(describe(&hashing, JobState::Running), "0 B of 4.00 GiB, hashing the passphrase");
+    }
+
+    #[test]
+    fn a_reencryption_says_what_it_is_at() {
+        use proto::reencrypt::Phase;
+        for (phase, words) in [
+            (Phase::Recovering, "recovering an interrupted step"),
+            (Phase::Rewriting, "re-encrypting"),
+            (Phase::Verifying, "verifying"),
+        ] {
+            let text = describe(&Progress { phase: Some(phase), ..progress() }, JobState::Running);
+            assert_eq!(
+                text,
+                format!("1.00 GiB of 4.00 GiB, {words}, 953.67 MiB/s, 3.2 s left, bottleneck write")
+            );
+            let paused = describe(&Progress { phase: Some(phase), ..progress() }, JobState::Paused);
+            assert_eq!(paused, "1.00 GiB of 4.00 GiB, paused");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use proto::{Action, BenchRow, JobInfo, JobState, Stats, Status};
 
 use crate::amount;
 use crate::progress::{describe, percent};
+use crate::reencrypt::render as reencrypt;
 use crate::report::{Error, Result, printable};
 
 /// Where results go. A reader that has gone is no error: `cryptctl job list | head` ends in peace. Any other failure to write
@@ -161,7 +162,7 @@ pub fn jobs(jobs: &[JobInfo], colour: bool) -> String {
                 if running { amount::rate(job.progress.bytes_per_second) } else { "-".to_owned() },
                 job.progress.eta_seconds.filter(|_| running).map_or_else(|| "-".to_owned(), amount::seconds),
                 printable(&job.source),
-                printable(&job.sink),
+                if job.sink.is_empty() { "-".to_owned() } else { printable(&job.sink) },
             ]
         })
         .collect();
@@ -175,11 +176,14 @@ pub fn job(job: &JobInfo) -> String {
         ("action", action(job.action).to_owned()),
         ("state", state(job.state).to_owned()),
         ("owner", format!("uid {}{}", job.uid, if job.detached { ", detached" } else { "" })),
-        ("source", printable(&job.source)),
-        ("sink", printable(&job.sink)),
-        ("progress", describe(&job.progress, job.state)),
-        ("running for", amount::seconds(job.progress.elapsed_seconds)),
     ];
+    if job.action == Action::Reencrypt {
+        rows.push(("volume", printable(&job.source)));
+    } else {
+        rows.extend([("source", printable(&job.source)), ("sink", printable(&job.sink))]);
+    }
+    rows.push(("progress", describe(&job.progress, job.state)));
+    rows.push(("running for", amount::seconds(job.progress.elapsed_seconds)));
     if job.progress.unlock_seconds > 0.0 {
         rows.push(("passphrase", amount::seconds(job.progress.unlock_seconds)));
     }
@@ -200,6 +204,9 @@ pub fn job(job: &JobInfo) -> String {
         if let Some(offset) = outcome.first_difference {
             rows.push(("first difference", format!("byte {offset}")));
         }
+        if let Some(report) = &outcome.reencrypt {
+            rows.extend(reencrypt::rows(report));
+        }
         if let Some(failure) = &outcome.failure {
             rows.push(("reason", printable(&failure.message)));
         }
@@ -216,6 +223,10 @@ pub fn summary(job: &JobInfo) -> String {
         Action::Bench => "measured",
         Action::Reencrypt => "re-encrypted",
     };
+    let report = job.outcome.as_ref().and_then(|outcome| outcome.reencrypt.as_ref());
+    if let Some(report) = report.filter(|report| reencrypt::is_rehearsal(report)) {
+        return reencrypt::rehearsed(report);
+    }
     let bytes = job.progress.done_bytes;
     let mut text = format!("{verb} {}", amount::bytes(bytes));
     if let Some(outcome) = &job.outcome {

@@ -135,7 +135,8 @@ fn existing_header(wanted: &Wanted) -> Result<Option<Sink>> {
     wanted.header.as_deref().map(open).transpose()
 }
 
-fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
+/// A job without its ends.
+pub fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
     Submit {
         action,
         source: None,
@@ -149,7 +150,8 @@ fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
     }
 }
 
-fn tuning(moving: &Moving) -> Tuning {
+/// How to move the data.
+pub fn tuning(moving: &Moving) -> Tuning {
     Tuning {
         chunk_bytes: moving.chunk_size,
         queue_depth: moving.queue_depth,

@@ -1,13 +1,16 @@
 //! A job in the foreground: send it, show it, cancel it on a signal, and answer for its end.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use proto::{Body, Call, ErrorKind, Event, Failure, JobId, JobInfo, JobState, Reply, Submit};
 
 use crate::args::Global;
 use crate::client::{Client, out_of_turn};
+use crate::luks::lock::{self, Lock};
 use crate::passing::PartialFile;
 use crate::progress::{Display, note};
+use crate::reencrypt;
 use crate::render::{self, Output};
 use crate::report::{Error, Exit, Result};
 use crate::request::{Opened, Prepared};
@@ -19,13 +22,44 @@ pub fn volume_job(client: Client, opened: Opened, global: &Global) -> Result<Exi
     foreground(Run::new(client, Signals::catch()?, global), opened, global)
 }
 
-fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
+/// Re-encrypt to the end, or with `--detach` to the job's number.
+pub fn reencrypt_job(client: Client, opened: reencrypt::request::Opened, global: &Global) -> Result<Exit> {
+    let mut run = Run::new(client, Signals::catch()?, global);
+    run.cancelling = "stopping at the next safe point; interrupt again to leave at once: job";
+    opened.warnings.iter().for_each(|warning| note(&format!("warning: {warning}")));
+    let locks = opened.lock(Path::new(lock::DIRECTORY), &mut note)?;
+    let doubt = opened.doubt.clone();
+    let prepared = opened.create(&locks)?;
+    let detach = prepared.submit.detach;
+    let result = carry_out(run, prepared, Output::new(false), doubt, global);
+    // Only when the daemon is done with the volume: it shares the locks, and to let go of ours would be to let go of its.
+    let over = match &result {
+        Ok(_) => !detach,
+        Err(error) => !matches!(error.exit, Exit::Unreachable | Exit::Interrupted),
+    };
+    if over {
+        locks.into_iter().for_each(Lock::release);
+    }
+    result
+}
+
+fn foreground(run: Run, opened: Opened, global: &Global) -> Result<Exit> {
     for warning in &opened.warnings {
         note(&format!("warning: {warning}"));
     }
-    let mut output = Output::new(opened.stdout_is_data);
+    let output = Output::new(opened.stdout_is_data);
     let doubt = opened.doubt.clone();
-    let Prepared { submit, descriptors, partials } = opened.create()?;
+    carry_out(run, opened.create()?, output, doubt, global)
+}
+
+fn carry_out(
+    mut run: Run,
+    prepared: Prepared,
+    mut output: Output,
+    doubt: Option<String>,
+    global: &Global,
+) -> Result<Exit> {
+    let Prepared { submit, descriptors, partials } = prepared;
     let detach = submit.detach;
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let result = run.submit(submit, &borrowed, &mut output);
@@ -42,7 +76,7 @@ fn foreground(mut run: Run, opened: Opened, global: &Global) -> Result<Exit> {
         Ok(job) => match run.watch(job, &mut output) {
             // Nobody is left to be told, as at the end of any pipeline.
             Ok(info) if output.is_unread() && info.state == JobState::Cancelled => Ok(Exit::Failed),
-            Ok(info) => finish(&info, &partials, global),
+            Ok(info) => finish(&info, &partials, &mut output, global),
             // With the connection a job in the foreground ends too; a detached one may go on.
             Err(error) if detach => Err(unheard(error, &partials)),
             Err(error) => Err(abandoned(error, &partials)),
@@ -86,7 +120,8 @@ pub fn watch_job(client: Client, job: JobId, global: &Global) -> Result<Exit> {
         // Nobody is left to be told.
         Err(_) if output.is_unread() => Ok(Exit::Done),
         result => {
-            let exit = finish(&result?, &[], global)?;
+            let info = result?;
+            let exit = finish(&info, &[], &mut output, global)?;
             output.end().map(|()| exit)
         }
     }
@@ -99,6 +134,8 @@ struct Run {
     quiet: bool,
     /// A signal cancels the job.
     cancels: bool,
+    /// What is said then, before the job's number.
+    cancelling: &'static str,
     signalled: usize,
     /// The daemon took the job or refused it; otherwise nobody knows.
     answered: bool,
@@ -114,6 +151,7 @@ impl Run {
             json: global.json,
             quiet: global.quiet,
             cancels: true,
+            cancelling: "cancelling job",
             signalled: 0,
             answered: false,
             cancelled: false,
@@ -178,7 +216,7 @@ impl Run {
 
     fn cancel(&mut self, job: JobId, display: &Display) -> Result<()> {
         if !std::mem::replace(&mut self.cancelled, true) {
-            display.note(&format!("cancelling job {job}"));
+            display.note(&format!("{} {job}", self.cancelling));
             self.client.send(Call::Cancel { job }, &[])?;
         }
         Ok(())
@@ -235,10 +273,18 @@ impl Run {
 }
 
 /// Say how it ended, and turn that into our own end.
-fn finish(info: &JobInfo, partials: &[PartialFile], global: &Global) -> Result<Exit> {
+fn finish(info: &JobInfo, partials: &[PartialFile], output: &mut Output, global: &Global) -> Result<Exit> {
     if info.state == JobState::Done && !global.quiet && !global.json {
         note(&render::summary(info));
     }
+    if let Some(report) = info.outcome.as_ref().and_then(|outcome| outcome.reencrypt.as_ref()) {
+        // The answer of a dry run; of others the proof, which goes with the summary.
+        let shown = reencrypt::render::is_rehearsal(report) || !global.quiet;
+        if info.state == JobState::Done && shown && !global.json {
+            output.text(&render::pairs(&reencrypt::render::rows(report)));
+        }
+    }
+    partials.iter().for_each(PartialFile::ended);
     end_of(info).inspect_err(|_| {
         // The daemon undid the sink; what it could not, we can.
         partials.iter().filter_map(PartialFile::abandon).for_each(|what| note(&what));
@@ -246,6 +292,15 @@ fn finish(info: &JobInfo, partials: &[PartialFile], global: &Global) -> Result<E
 }
 
 fn end_of(info: &JobInfo) -> Result<Exit> {
+    let unfinished = reencrypt::render::unfinished(info);
+    outcome_of(info).map_err(|mut error| {
+        let Some((where_it_is, hint)) = unfinished else { return error };
+        error.failure.message.push_str(&format!("; {where_it_is}"));
+        if error.failure.hint.is_some() { error } else { error.hint(hint) }
+    })
+}
+
+fn outcome_of(info: &JobInfo) -> Result<Exit> {
     let failure = info.outcome.as_ref().and_then(|outcome| outcome.failure.clone());
     match (info.state, failure) {
         (JobState::Done, None) => Ok(Exit::Done),

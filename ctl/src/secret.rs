@@ -136,6 +136,10 @@ pub struct Secret {
 pub enum Purpose<'a> {
     /// Opening a volume.
     Open(&'a str),
+    /// Opening a volume that gets another volume key: it opens that afterwards.
+    Keep(&'a str),
+    /// The same, but it opens nothing afterwards.
+    Replace(&'a str),
     /// A new keyslot: a prompt asks twice.
     New(&'a str),
 }
@@ -154,7 +158,8 @@ pub fn volume_key(at: &KeyRef, option: &'static str, sizes: &[usize], twice: boo
         Located::Stream(file) => read(file, &mut text).map_err(|error| cannot_read(at, error))?,
         Located::Keyring(name) => read_keyring(name, &mut text)?,
         Located::Prompt => {
-            type_in("volume key (hexadecimal digits): ", twice, &mut text)?;
+            let new = if twice { "new " } else { "" };
+            type_in(&format!("{new}volume key (hexadecimal digits): "), twice, &mut text)?;
         }
     }
     Ok(Secret { bytes: decode(at, &text, sizes)?, warnings, doubt: None })
@@ -183,6 +188,12 @@ pub fn passphrase(at: &KeyRef, option: &'static str, purpose: Purpose<'_>) -> Re
             let mut text = room(MAX_TYPED + 1);
             match purpose {
                 Purpose::Open(volume) => type_in(&question("passphrase of", volume), false, &mut text)?,
+                Purpose::Keep(volume) => {
+                    type_in(&question("passphrase to keep of", volume), false, &mut text)?;
+                }
+                Purpose::Replace(volume) => {
+                    type_in(&question("passphrase to be replaced of", volume), false, &mut text)?;
+                }
                 Purpose::New(volume) => type_in(&question("new passphrase of", volume), true, &mut text)?,
             }
             (text, MAX_TYPED)
@@ -204,7 +215,9 @@ pub fn passphrase(at: &KeyRef, option: &'static str, purpose: Purpose<'_>) -> Re
         let sentence = "the newline is part of the key, as with cryptsetup --key-file";
         match purpose {
             Purpose::New(_) => warnings.push(format!("{at} ends in a newline: {sentence}")),
-            Purpose::Open(_) => doubt = Some(format!("{at} ends in a newline, and {sentence}")),
+            Purpose::Open(_) | Purpose::Keep(_) | Purpose::Replace(_) => {
+                doubt = Some(format!("{at} ends in a newline, and {sentence}"));
+            }
         }
     }
     Ok(Secret { bytes: text, warnings, doubt })

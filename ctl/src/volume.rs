@@ -108,7 +108,8 @@ pub fn to_open(args: &VolumeArgs) -> Result<Wanted> {
     Ok(Wanted { format, key: Some(key), volume_key: None, header: args.header.clone() })
 }
 
-fn raw(args: &RawArgs, key_size: Option<&str>, sector_size: Option<&str>) -> Raw {
+/// A headerless volume; what is absent has dm-crypt's default.
+pub fn raw(args: &RawArgs, key_size: Option<&str>, sector_size: Option<&str>) -> Raw {
     let number = |text: Option<&str>| {
         text.map_or(512, |text| text.parse::<u32>().expect("clap allows only the listed numbers"))
     };
@@ -124,7 +125,8 @@ fn raw(args: &RawArgs, key_size: Option<&str>, sector_size: Option<&str>) -> Raw
     }
 }
 
-fn refuse_raw_options(raw: &RawArgs) -> Result<()> {
+/// Refuse options of raw with LUKS.
+pub fn refuse_raw_options(raw: &RawArgs) -> Result<()> {
     let typed = [
         ("--iv", raw.iv.is_some()),
         ("--iv-large-sectors", raw.iv_large_sectors),
@@ -142,7 +144,8 @@ fn raw_only_option(option: &str) -> Error {
     Error::usage(format!("{option} is an option of --format raw"))
 }
 
-fn refuse_luks_options(options: &[(&str, bool)]) -> Result<()> {
+/// Refuse options of LUKS, each with whether it was typed, with raw.
+pub fn refuse_luks_options(options: &[(&str, bool)]) -> Result<()> {
     match options.iter().find(|(_, typed)| *typed) {
         Some((option, _)) => {
             Err(Error::usage(format!("{option} is an option of LUKS: raw has no header and no keyslots"))

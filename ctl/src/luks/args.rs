@@ -170,6 +170,17 @@ pub struct KdfArgs {
     pub pbkdf_parallel: Option<u32>,
 }
 
+impl KdfArgs {
+    /// Was anything said about it?
+    pub fn is_typed(&self) -> bool {
+        self.pbkdf.is_some()
+            || self.iter_time.is_some()
+            || self.pbkdf_force_iterations.is_some()
+            || self.pbkdf_memory.is_some()
+            || self.pbkdf_parallel.is_some()
+    }
+}
+
 /// The derivation of one more keyslot.
 #[derive(Debug, Default, Args)]
 pub struct KeyslotKdf {
@@ -375,7 +386,7 @@ pub fn parse_keyslot(text: &str) -> Result<u32, String> {
     text.parse().ok().filter(|number| *number < MOST_OBJECTS).ok_or("expected a number from 0 to 31".into())
 }
 
-fn parse_label(text: &str) -> Result<String, String> {
+pub fn parse_label(text: &str) -> Result<String, String> {
     match text.len() {
         48.. => Err("longer than 47 bytes".to_owned()),
         _ if text.contains(char::is_control) => Err("control characters are not allowed".to_owned()),
@@ -393,7 +404,7 @@ fn parse_hash(text: &str) -> Result<String, String> {
 }
 
 /// RFC 9562's text form; the header holds it in lower case.
-fn parse_uuid(text: &str) -> Result<String, String> {
+pub fn parse_uuid(text: &str) -> Result<String, String> {
     let well_formed = text.len() == 36
         && text.bytes().enumerate().all(|(at, byte)| match at {
             8 | 13 | 18 | 23 => byte == b'-',

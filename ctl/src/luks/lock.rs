@@ -1,9 +1,14 @@
-//! cryptsetup's lock of a block device: so that two programs do not change one header at a time.
+//! cryptsetup's locks: so that two programs do not change one header, or re-encrypt one volume, at a time.
 //!
-//! The protocol, as cryptsetup has it: the file `/run/cryptsetup/L_MAJOR:MINOR`, in a directory that only root enters,
-//! is locked (`flock`) exclusively by who writes a header and shared by who reads it; whoever lets go last removes the
-//! file, so after locking it must be seen that the name still means the file that was locked. Regular files need none of
-//! this: the daemon locks the file itself.
+//! The protocol, as cryptsetup has it: a file in `/run/cryptsetup`, a directory that only root enters, is locked (`flock`);
+//! whoever lets go last removes it, so after locking it must be seen that the name still means the file that was locked.
+//!
+//! | file | of | locked |
+//! |---|---|---|
+//! | `L_MAJOR:MINOR` | the header on a block device | exclusively by who writes it, shared by who reads it |
+//! | `LN_LUKS2-reencryption-UUID` | the re-encryption of a volume, on whatever it is | exclusively, without waiting |
+//!
+//! The header in a regular file needs neither: the daemon locks the file itself.
 //!
 //! The lock belongs to the open file description, which the daemon shares once it has the descriptor: it outlives us.
 
@@ -42,17 +47,67 @@ pub enum Outcome {
     NotPermitted(String),
 }
 
-/// Lock the block device with number `rdev`, called `device` in messages. `waiting` is told once if it has to be waited for.
+/// What is locked.
+#[derive(Debug, Clone, Copy)]
+pub enum Of<'a> {
+    /// The header on the block device with number `rdev`, called `name` in messages.
+    Header {
+        /// As in `stat`.
+        rdev: u64,
+        /// As typed.
+        name: &'a str,
+        /// To change it; otherwise to read it, or to keep others from changing it.
+        write: bool,
+    },
+    /// The re-encryption of the volume with this UUID, called `name` in messages.
+    Reencryption {
+        /// As in the header; see [`is_lockable`].
+        uuid: &'a str,
+        /// As typed.
+        name: &'a str,
+    },
+}
+
+/// Does a UUID from a header, which may hold anything, make a file name?
+pub fn is_lockable(uuid: &str) -> bool {
+    !uuid.is_empty()
+        && uuid.len() < 40
+        && uuid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+impl Of<'_> {
+    fn file(self) -> String {
+        match self {
+            Self::Header { rdev, .. } => format!("L_{}:{}", major(rdev), minor(rdev)),
+            Self::Reencryption { uuid, .. } => format!("LN_LUKS2-reencryption-{uuid}"),
+        }
+    }
+
+    fn is_exclusive(self) -> bool {
+        match self {
+            Self::Header { write, .. } => write,
+            Self::Reencryption { .. } => true,
+        }
+    }
+
+    fn busy(self, file: &str) -> Error {
+        let message = match self {
+            Self::Header { name, .. } => format!("the header of {name} is in use by another program"),
+            Self::Reencryption { name, .. } => format!("{name} is being re-encrypted by another program"),
+        };
+        Error::new(ErrorKind::Conflict, message).hint(format!("`fuser -v {file}` tells by which"))
+    }
+}
+
+/// Lock it. `waiting` is told once if it has to be waited for.
 pub fn take(
     directory: &Path,
-    rdev: u64,
-    device: &str,
-    write: bool,
+    of: Of<'_>,
     patience: Duration,
     waiting: &mut dyn FnMut(&str),
 ) -> Result<Outcome> {
     let shown = directory.display();
-    let failed = |errno: Errno| Error::io("cannot lock the header", shown.to_string(), errno);
+    let failed = |errno: Errno| Error::io("cannot lock the volume", shown.to_string(), errno);
     let dir = match open_directory(directory) {
         Ok(dir) => dir,
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NOENT)) => {
@@ -60,9 +115,12 @@ pub fn take(
         }
         Err(errno) => return Err(failed(errno)),
     };
-    let name = format!("L_{}:{}", major(rdev), minor(rdev));
-    let how =
-        if write { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
+    let name = of.file();
+    let how = if of.is_exclusive() {
+        FlockOperation::NonBlockingLockExclusive
+    } else {
+        FlockOperation::NonBlockingLockShared
+    };
     let deadline = Instant::now() + patience;
     let mut told = false;
     loop {
@@ -84,15 +142,16 @@ pub fn take(
             // Its holder removed it between our two steps.
             Ok(()) => {
                 if Instant::now() >= deadline {
-                    return Err(busy(device, &format!("{shown}/{name}")));
+                    return Err(of.busy(&format!("{shown}/{name}")));
                 }
             }
             Err(Errno::WOULDBLOCK) => {
                 if Instant::now() >= deadline {
-                    return Err(busy(device, &format!("{shown}/{name}")));
+                    return Err(of.busy(&format!("{shown}/{name}")));
                 }
+                let (Of::Header { name: volume, .. } | Of::Reencryption { name: volume, .. }) = of;
                 if !std::mem::replace(&mut told, true) {
-                    waiting(&format!("another program has locked the header of {device}; waiting for it"));
+                    waiting(&format!("another program has locked the header of {volume}; waiting for it"));
                 }
                 std::thread::sleep(LOOK_EVERY);
             }
@@ -100,11 +159,6 @@ pub fn take(
             Err(errno) => return Err(failed(errno)),
         }
     }
-}
-
-fn busy(device: &str, lock: &str) -> Error {
-    Error::new(ErrorKind::Conflict, format!("the header of {device} is in use by another program"))
-        .hint(format!("`fuser -v {lock}` tells by which"))
 }
 
 fn open_directory(directory: &Path) -> Result<OwnedFd, Errno> {
@@ -159,9 +213,39 @@ mod tests {
     }
 
     fn held(dir: &Path, write: bool, patience: Duration) -> Result<Lock> {
-        match take(&path(dir), RDEV, "/dev/x", write, patience, &mut |_| ())? {
+        got(dir, Of::Header { rdev: RDEV, name: "/dev/x", write }, patience)
+    }
+
+    fn got(dir: &Path, of: Of<'_>, patience: Duration) -> Result<Lock> {
+        match take(&path(dir), of, patience, &mut |_| ())? {
             Outcome::Held(lock) => Ok(lock),
             Outcome::NotPermitted(why) => panic!("{why}"),
+        }
+    }
+
+    const WRITER: Of<'static> = Of::Header { rdev: RDEV, name: "/dev/x", write: true };
+
+    #[test]
+    fn a_reencryption_is_one_at_a_time_and_has_cryptsetups_name() {
+        let dir = tempfile::tempdir().expect("dir");
+        let uuid = "0f8fad5b-d9cb-469f-a165-70867728950e";
+        let of = Of::Reencryption { uuid, name: "vol" };
+        let lock = got(dir.path(), of, NO_PATIENCE).unwrap_or_else(|error| panic!("{error}"));
+        let file = path(dir.path()).join(format!("LN_LUKS2-reencryption-{uuid}"));
+        assert!(file.exists());
+        let error = got(dir.path(), of, NO_PATIENCE).err().expect("one is under way");
+        assert!(error.to_string().contains("vol is being re-encrypted by another program"), "{error}");
+        // Its header is another matter.
+        held(dir.path(), true, NO_PATIENCE).unwrap_or_else(|error| panic!("{error}")).release();
+        lock.release();
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn a_uuid_from_a_disk_names_no_other_file() {
+        assert!(is_lockable("0f8fad5b-d9cb-469f-a165-70867728950e"));
+        for bad in ["", "../../etc/passwd", "a/b", "a\0", "0f8fad5b-d9cb-469f-a165-70867728950e-and-more"] {
+            assert!(!is_lockable(bad), "{bad:?}");
         }
     }
 
@@ -204,8 +288,7 @@ mod tests {
         let waiter = std::thread::spawn(move || {
             let mut said = Vec::new();
             let patience = Duration::from_secs(60);
-            let got =
-                take(&at, RDEV, "/dev/x", true, patience, &mut |text| said.push(text.to_owned())).is_ok();
+            let got = take(&at, WRITER, patience, &mut |text| said.push(text.to_owned())).is_ok();
             (got, said)
         });
         std::thread::sleep(LOOK_EVERY * 4);
@@ -230,10 +313,10 @@ mod tests {
     fn a_directory_that_may_not_be_entered_is_not_an_error() {
         let dir = tempfile::tempdir().expect("dir");
         let none = dir.path().join("a").join("b");
-        let outcome = take(&none, RDEV, "/dev/x", true, NO_PATIENCE, &mut |_| ());
+        let outcome = take(&none, WRITER, NO_PATIENCE, &mut |_| ());
         assert!(matches!(outcome, Ok(Outcome::NotPermitted(why)) if why.contains("ENOENT")));
         let file = dir.path().join("file");
         std::fs::write(&file, "").expect("write");
-        assert!(take(&file, RDEV, "/dev/x", true, NO_PATIENCE, &mut |_| ()).is_err(), "not a directory");
+        assert!(take(&file, WRITER, NO_PATIENCE, &mut |_| ()).is_err(), "not a directory");
     }
 }

@@ -7,13 +7,13 @@
 //! | `new` | a new header's and keyslot's wishes |
 //! | `request` | what was typed means: files, secrets, the request |
 //! | `token` | tokens as they are typed and shown |
-//! | `lock` | cryptsetup's lock of a block device |
+//! | `lock` | cryptsetup's locks |
 //! | `render` | answers as people read them |
 //! | `help` | the long help |
 
 pub mod args;
 pub mod help;
-mod lock;
+pub mod lock;
 pub mod new;
 mod render;
 mod request;
@@ -92,9 +92,9 @@ fn confirm_erasing(name: &str, dump: &Dump) -> Result<()> {
 
 /// cryptsetup's lock, where there is a block device and we may have it.
 fn lock(opened: &Opened) -> Result<Option<Lock>> {
-    let Some((device, name)) = opened.lockable() else { return Ok(None) };
-    let directory = Path::new(lock::DIRECTORY);
-    match lock::take(directory, device, name, opened.writes, lock::PATIENCE, &mut note)? {
+    let Some((rdev, name)) = opened.lockable() else { return Ok(None) };
+    let of = lock::Of::Header { rdev, name, write: opened.writes };
+    match lock::take(Path::new(lock::DIRECTORY), of, lock::PATIENCE, &mut note)? {
         Outcome::Held(lock) => Ok(Some(lock)),
         Outcome::NotPermitted(why) => {
             // A reader sees at worst a header that was being written, which its checksum tells.

@@ -29,6 +29,9 @@ pub mod transfer;
 pub mod worker;
 pub mod zeros;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;

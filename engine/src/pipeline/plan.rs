@@ -118,17 +118,18 @@ impl Plan {
         }
     }
 
-    /// Where a chunk from `start` ends that nothing else cuts. A plan may begin anywhere, and a volume end anywhere: later chunks
-    /// are cut at multiples of the largest data unit all the same.
-    fn chunk_end(&self, start: u64) -> u64 {
-        let stop = start.saturating_add(self.chunk_bytes);
+    /// Where a run of at most `bytes` from `start` should end, all in order: not behind the plan's end, and at a multiple of
+    /// the largest data unit although the plan began, or the volume ends, elsewhere. Hotzones and chunks are cut so.
+    #[must_use]
+    pub fn cut(&self, start: u64, bytes: u64) -> u64 {
+        let stop = start.saturating_add(bytes);
+        let end = self.end.load(Ordering::Acquire);
+        if stop >= end {
+            return end;
+        }
         let unit = u64::from(UNIT_BYTES_MAX);
-        let beyond = match self.mirror {
-            None => stop % unit,
-            Some(total) if stop < total => (unit - (total - stop) % unit) % unit,
-            Some(_) => 0,
-        };
-        if beyond < stop - start { stop - beyond } else { stop }
+        let beyond = self.mirror.map_or(stop % unit, |total| (unit - (total - stop) % unit) % unit);
+        if beyond < bytes { stop - beyond } else { stop }
     }
 
     /// Bytes of one chunk; only the last of the plan may be shorter.
@@ -150,7 +151,7 @@ impl Plan {
             if start >= open {
                 return Claim::Blocked;
             }
-            let mut stop = self.chunk_end(start).min(end).min(open).min(self.seam_after(start));
+            let mut stop = self.cut(start, self.chunk_bytes).min(end).min(open).min(self.seam_after(start));
             // After `open`: who sees a barrier that has moved sees where it stood.
             let opened = self.opened.load(Ordering::Acquire);
             if start < opened {

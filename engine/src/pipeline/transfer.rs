@@ -231,6 +231,22 @@ impl Transfer {
         self.gate.stop();
     }
 
+    /// A read failed, or gave less than there was. As [`Transfer::fail`], but of a re-encryption the gate stays as it is: what may be
+    /// overwritten by now must be, and whoever moves the barriers shuts the gate when that is done.
+    pub fn fail_read(&self, error: Error) {
+        if self.work == Work::Recrypt {
+            self.report().failure.get_or_insert(error);
+        } else {
+            self.fail(error);
+        }
+    }
+
+    /// Has something failed?
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.report().failure.is_some()
+    }
+
     /// Plaintext differs at `offset`. The lowest offset reported stands; chunks before it are still compared.
     pub fn differs_at(&self, offset: u64) {
         self.difference.fetch_min(offset, Ordering::AcqRel);

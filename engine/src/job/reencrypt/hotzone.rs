@@ -15,23 +15,19 @@ use crate::format::luks2::reencrypt::Direction;
 use crate::units::Extent;
 
 /// The way through a volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Track {
     direction: Direction,
     total: u64,
-    /// As orders, ascending, inside the volume.
-    seams: Vec<u64>,
+    whole: u64,
 }
 
 impl Track {
-    /// Through `total` bytes of plaintext. No hotzone crosses one of `seams` (plaintext offsets).
+    /// Through `total` bytes of plaintext, of which the first `whole` (0: none) are one hotzone, whatever their number: where data was
+    /// moved to make room for a header, metadata has no words for a part of it.
     #[must_use]
-    pub fn new(direction: Direction, total: u64, seams: &[u64]) -> Self {
-        let mut track = Self { direction, total, seams: Vec::new() };
-        let inside = seams.iter().filter(|seam| (1..total).contains(*seam));
-        track.seams = inside.map(|&seam| track.order_of(seam)).collect();
-        track.seams.sort_unstable();
-        track
+    pub fn new(direction: Direction, total: u64, whole: u64) -> Self {
+        Self { direction, total, whole: whole.min(total) }
     }
 
     /// Bytes of plaintext.
@@ -59,7 +55,7 @@ impl Track {
         self.order_of(order)
     }
 
-    /// The plaintext between two orders.
+    /// The plaintext between two orders; `None`: nothing.
     #[must_use]
     pub fn extent(&self, from: u64, to: u64) -> Option<Extent> {
         match self.direction {
@@ -76,10 +72,18 @@ impl Track {
         }
     }
 
-    /// The first seam, or the end, behind this order.
-    #[must_use]
-    pub fn stop_after(&self, order: u64) -> u64 {
-        self.seams.iter().copied().find(|seam| *seam > order).unwrap_or(self.total)
+    /// The seam behind this order, or else the end.
+    fn stop_after(&self, order: u64) -> u64 {
+        let seam = self.order_of(self.whole);
+        if self.whole > 0 && seam > order { seam } else { self.total }
+    }
+
+    /// Is what begins at this order one hotzone up to the next stop?
+    fn is_whole(&self, order: u64) -> bool {
+        match self.direction {
+            Direction::Forward => order < self.whole,
+            Direction::Backward => order >= self.total - self.whole,
+        }
     }
 }
 
@@ -141,13 +145,14 @@ impl Arrivals {
         end
     }
 
-    /// The next hotzone, at most `most` bytes and no further than the next seam: when no other chunk has room in it, or (`short`) of
-    /// what there is. `whole`: up to that seam or not at all, whatever `most` is.
+    /// The next hotzone, at most `most` bytes and not across the seam: when no other chunk has room in it, or (`short`) of what
+    /// there is. What must be whole is so whatever `most` is.
     ///
     /// # Panics
     /// If the first chunk is larger than `most`: then there would never be a hotzone.
-    pub fn close(&mut self, most: u64, short: bool, whole: bool) -> Option<Hotzone> {
+    pub fn close(&mut self, most: u64, short: bool) -> Option<Hotzone> {
         let stop = self.track.stop_after(self.next);
+        let whole = self.track.is_whole(self.next);
         let limit = if whole { stop } else { self.next.saturating_add(most).min(stop) };
         let until = self.reach_within(limit);
         let first = self.chunks.get(&self.next);
@@ -194,34 +199,34 @@ mod tests {
 
     #[test]
     fn a_hotzone_waits_for_its_gap_and_packs_checksums_in_order() {
-        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, &[]), 10, 0);
+        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, 0), 10, 0);
         arrivals.add(extent(10, 20), sums(10, 1));
-        assert_eq!(arrivals.close(20, true, false), None, "nothing is contiguous");
+        assert_eq!(arrivals.close(20, true), None, "nothing is contiguous");
         arrivals.add(extent(0, 10), sums(0, 1));
         assert_eq!(arrivals.reach(), 20);
-        let hot = arrivals.close(20, false, false).expect("full");
+        let hot = arrivals.close(20, false).expect("full");
         assert_eq!((hot.extent, hot.until, hot.checksums), (extent(0, 20), 20, vec![0, 10]));
         assert_eq!(arrivals.next(), 20);
     }
 
     #[test]
     fn backward_it_is_the_mirror_image() {
-        let mut arrivals = Arrivals::new(Track::new(Direction::Backward, 100, &[]), 10, 30);
+        let mut arrivals = Arrivals::new(Track::new(Direction::Backward, 100, 0), 10, 30);
         arrivals.add(extent(60, 70), sums(6, 1));
         arrivals.add(extent(50, 60), sums(5, 1));
         arrivals.add(extent(40, 50), sums(4, 1));
-        let hot = arrivals.close(20, false, false).expect("full");
+        let hot = arrivals.close(20, false).expect("full");
         assert_eq!((hot.extent, hot.until, hot.checksums), (extent(50, 70), 50, vec![5, 6]));
-        assert_eq!(arrivals.close(20, false, false), None);
-        let hot = arrivals.close(20, true, false).expect("short");
+        assert_eq!(arrivals.close(20, false), None);
+        let hot = arrivals.close(20, true).expect("short");
         assert_eq!((hot.extent, hot.until), (extent(40, 50), 60));
     }
 
     #[test]
     fn no_hotzone_crosses_a_seam_and_the_end_closes_one() {
         for direction in [Direction::Forward, Direction::Backward] {
-            let track = Track::new(direction, 100, &[0, 30, 100]);
-            let mut arrivals = Arrivals::new(track.clone(), 20, 0);
+            let track = Track::new(direction, 100, 30);
+            let mut arrivals = Arrivals::new(track, 20, 0);
             let mut at = 0;
             while at < 100 {
                 let end = (at + 20).min(track.stop_after(at));
@@ -229,7 +234,7 @@ mod tests {
                 at = end;
             }
             let mut cuts = vec![];
-            while let Some(hot) = arrivals.close(60, false, false) {
+            while let Some(hot) = arrivals.close(60, false) {
                 cuts.push(hot.extent);
             }
             let expected = match direction {
@@ -243,26 +248,26 @@ mod tests {
 
     #[test]
     fn what_must_be_whole_is_never_closed_short() {
-        let mut arrivals = Arrivals::new(Track::new(Direction::Backward, 100, &[40]), 20, 60);
+        let mut arrivals = Arrivals::new(Track::new(Direction::Backward, 100, 40), 20, 60);
         arrivals.add(extent(20, 40), Box::default());
-        assert_eq!(arrivals.close(20, true, true), None);
+        assert_eq!(arrivals.close(20, true), None);
         arrivals.add(extent(0, 20), Box::default());
-        assert_eq!(arrivals.close(20, false, true).expect("whole").extent, extent(0, 40));
+        assert_eq!(arrivals.close(20, false).expect("whole").extent, extent(0, 40));
     }
 
     #[test]
     fn a_short_first_chunk_does_not_keep_a_hotzone_open() {
         // A plan that goes on at 7 is back in step with its data units after 3 bytes.
-        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, &[]), 10, 7);
+        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, 0), 10, 7);
         for (start, end) in [(7, 10), (10, 20)] {
             arrivals.add(extent(start, end), Box::default());
         }
-        assert_eq!(arrivals.close(20, false, false).expect("full").extent, extent(7, 20));
+        assert_eq!(arrivals.close(20, false).expect("full").extent, extent(7, 20));
     }
 
     #[test]
     fn unprotected_everything_without_a_gap_goes_at_once() {
-        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, &[30]), 20, 10);
+        let mut arrivals = Arrivals::new(Track::new(Direction::Forward, 100, 30), 20, 10);
         arrivals.add(extent(30, 50), Box::default());
         assert_eq!(arrivals.take_all(), None);
         arrivals.add(extent(10, 30), Box::default());

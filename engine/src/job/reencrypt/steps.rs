@@ -1,1 +1,294 @@
 //! The loop over hotzones: which barrier moves when.
+//!
+//! The numbers at the code are those of [`crate::volume::reencrypt::ledger`]. While a hotzone is written, flushed and committed, the
+//! workers read and hash what follows it, as far as their buffers reach.
+//!
+//! A hotzone is closed when it has its size, or when nothing more can arrive: all buffers are full, the job is paused or
+//! throttled, the data ends. So nothing waits for what cannot come, whatever the buffers; and a pause ends, like a
+//! cancellation, at rest: what was begun is finished, committed and durable, and nothing is begun.
+//!
+//! Without protection (mode `none`) there is one step over all that is left, and nothing is held back but for this: a
+//! chunk is overwritten only when all before it have been read, so that a place that cannot be read leaves a clean boundary.
+//!
+//! No thread, no clock and no descriptor here: the simulation drives this very code on one thread.
+
+use std::time::Duration;
+
+use crate::backend::blocking::Blocking;
+use crate::crypto::proof;
+use crate::crypto::sha256::Digest;
+use crate::error::{Error, ErrorKind, Result};
+use crate::job::reencrypt::course::Course;
+use crate::job::reencrypt::hotzone::{Arrivals, Hotzone};
+use crate::pipeline::carrier::{Carrier, Turn};
+use crate::pipeline::rewrite::News;
+use crate::volume::reencrypt::ledger::{Ledger, Protection};
+
+/// How long to wait for news before it is taken for granted that none can come. Too short makes short hotzones, too long a slow
+/// pause; neither is unsafe.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// What is asked of the loop while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Go on.
+    Go,
+    /// Stop where it is safe.
+    Stop,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Between old and new, durably; in [`State::Crash`] before the step that was not finished.
+    pub boundary: u64,
+    /// In what state the volume is left.
+    pub state: State,
+    /// Why it did not go on to the end.
+    pub failure: Option<Error>,
+    /// Sum of the contributions of all plaintext read, if that was asked for: of all data only when it was finished.
+    pub proof: Digest,
+}
+
+/// The state a volume is left in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// All data is new, and nothing of the re-encryption is left.
+    Finished,
+    /// At rest between two steps.
+    Clean,
+    /// In a step: it is recovered when the re-encryption is resumed.
+    Crash,
+}
+
+/// What drives it, and what is driven.
+pub struct Steps<'a> {
+    /// What the workers carry.
+    pub course: &'a Course,
+    /// They.
+    pub carrier: &'a mut dyn Carrier,
+    /// Where progress is kept.
+    pub ledger: &'a mut dyn Ledger,
+    /// The data device, to be flushed.
+    pub data: &'a mut Blocking,
+    /// Asked at each turn.
+    pub wish: &'a mut dyn FnMut() -> Wish,
+}
+
+/// The step there is.
+enum Step {
+    /// None: at rest.
+    Rest,
+    /// Its old bytes are on their way to the journal; so many are not there yet.
+    Journalling(Hotzone, u64),
+    /// It is being overwritten; of what may be, so many bytes are not there yet.
+    Writing(Hotzone, u64),
+}
+
+/// Go from the boundary to the end, or to where it has to stop. The transfer has been handed to the carrier; when this returns,
+/// the workers have left it.
+pub fn run(steps: Steps<'_>) -> Ended {
+    let Steps { course, carrier, ledger, data, wish } = steps;
+    let protection = ledger.protection();
+    let unprotected = matches!(protection, Protection::None) && ledger.hotzone_max().is_none();
+    let mut this = Loop {
+        course,
+        carrier,
+        ledger,
+        data,
+        wish,
+        arrivals: Arrivals::new(course.track, course.transfer.plan.chunk_bytes(), course.from),
+        committed: course.from,
+        journalled: matches!(protection, Protection::Journal { .. }),
+        step: Step::Rest,
+        idle: false,
+        ended: false,
+        proof: proof::NOTHING,
+    };
+    let failure = if unprotected { this.unprotected() } else { this.protected() };
+    this.dismiss();
+    let state = match this.step {
+        _ if this.committed == course.track.total() => State::Finished,
+        Step::Rest | Step::Journalling(..) => State::Clean,
+        Step::Writing(..) => State::Crash,
+    };
+    // The workers' failure is the cause; what the loop met is its consequence.
+    let failure = course.transfer.take_failure().or(failure.err());
+    Ended { boundary: course.track.boundary_at(this.committed), state, failure, proof: this.proof }
+}
+
+struct Loop<'a> {
+    course: &'a Course,
+    carrier: &'a mut dyn Carrier,
+    ledger: &'a mut dyn Ledger,
+    data: &'a mut Blocking,
+    wish: &'a mut dyn FnMut() -> Wish,
+    arrivals: Arrivals,
+    /// Everything up to this order is committed.
+    committed: u64,
+    journalled: bool,
+    step: Step,
+    /// Nothing has come within [`PATIENCE`].
+    idle: bool,
+    /// The workers have left.
+    ended: bool,
+    proof: Digest,
+}
+
+impl Loop<'_> {
+    fn is_over(&self) -> bool {
+        self.committed == self.course.track.total()
+    }
+
+    fn is_to_stop(&mut self) -> bool {
+        (self.wish)() == Wish::Stop || self.course.transfer.has_failed()
+    }
+
+    /// Hotzone after hotzone.
+    fn protected(&mut self) -> Result<()> {
+        while !self.is_over() {
+            match std::mem::replace(&mut self.step, Step::Rest) {
+                Step::Journalling(hot, 0) => self.begin(hot)?,
+                Step::Writing(hot, 0) => self.commit(hot)?,
+                Step::Rest if self.is_to_stop() => return Ok(()),
+                Step::Rest => match self.arrivals.close(self.course.hotzone_bytes, self.idle) {
+                    Some(hot) => self.protect(hot)?,
+                    None => self.turn()?,
+                },
+                step => {
+                    self.step = step;
+                    self.turn()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// 1. All of the hotzone has been read, and hashed. The step before is committed: there is one at a time.
+    fn protect(&mut self, hot: Hotzone) -> Result<()> {
+        if self.journalled {
+            // 2. By the workers.
+            self.course.transfer.plan.journal(hot.extent);
+            self.carrier.wake();
+            let left = hot.extent.len();
+            self.step = Step::Journalling(hot, left);
+            return Ok(());
+        }
+        // 2.
+        self.ledger.save(hot.extent, &hot.checksums)?;
+        self.begin(hot)
+    }
+
+    fn begin(&mut self, hot: Hotzone) -> Result<()> {
+        let (extent, until) = (hot.extent, hot.until);
+        // The header may say so from here on, whether this fails or not.
+        self.step = Step::Writing(hot, extent.len());
+        // 3.
+        self.ledger.begin(extent)?;
+        // 4. By the workers.
+        self.course.transfer.plan.write_until(until);
+        self.carrier.wake();
+        Ok(())
+    }
+
+    fn commit(&mut self, hot: Hotzone) -> Result<()> {
+        let (extent, until) = (hot.extent, hot.until);
+        // It is at rest again when the header says so, and not before.
+        self.step = Step::Writing(hot, 0);
+        // 5.
+        self.data.flush()?;
+        // 6.
+        self.ledger.commit(extent)?;
+        self.step = Step::Rest;
+        self.committed = until;
+        Ok(())
+    }
+
+    /// One step to the end, or to a stop; after a pause another one.
+    fn unprotected(&mut self) -> Result<()> {
+        let mut stopping = false;
+        while !self.is_over() {
+            stopping |= self.is_to_stop();
+            let before = self.arrivals.next();
+            let read = if stopping { None } else { self.arrivals.take_all() };
+            match (std::mem::replace(&mut self.step, Step::Rest), read) {
+                (step, Some(read)) => self.release(step, before, read.until)?,
+                (Step::Rest, None) if stopping => return Ok(()),
+                // Paused, or without a thing to do for as long: as good a moment as any to be at rest.
+                (Step::Writing(hot, 0), None) if stopping || self.idle || before == hot.until => {
+                    let extent = self.course.track.extent(self.committed, before);
+                    let extent = extent.expect("something was released");
+                    self.commit(Hotzone { extent, until: before, checksums: Vec::new() })?;
+                }
+                (step, None) => {
+                    self.step = step;
+                    self.turn()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything before `until` has been read: it may be overwritten.
+    fn release(&mut self, step: Step, before: u64, until: u64) -> Result<()> {
+        let (hot, left) = match step {
+            Step::Writing(hot, left) => (hot, left),
+            Step::Rest | Step::Journalling(..) => {
+                let total = self.course.track.total();
+                let extent = self.course.track.extent(self.committed, total).expect("something is left");
+                self.step = Step::Writing(Hotzone { extent, until: total, checksums: Vec::new() }, 0);
+                // 3.
+                self.ledger.begin(extent)?;
+                (Hotzone { extent, until: total, checksums: Vec::new() }, 0)
+            }
+        };
+        self.step = Step::Writing(hot, left + (until - before));
+        // 4. By the workers.
+        self.course.transfer.plan.write_until(until);
+        self.carrier.wake();
+        Ok(())
+    }
+
+    /// Wait for something, and take note of it.
+    fn turn(&mut self) -> Result<()> {
+        if self.ended {
+            // A write failed: what is held is gone, and the step cannot be finished from here.
+            return Err(Error::new(ErrorKind::Internal, "the workers have left before the end"));
+        }
+        let turn = self.carrier.next(PATIENCE);
+        self.idle = matches!(turn, Turn::Idle);
+        self.ended = matches!(turn, Turn::Ended);
+        let Turn::News(news) = turn else { return Ok(()) };
+        match (news, &mut self.step) {
+            (News::Arrived { extent, checksums, proof }, _) => {
+                self.arrivals.add(extent, checksums);
+                self.count(proof);
+            }
+            (News::Journalled { extent }, Step::Journalling(_, left)) => *left -= extent.len(),
+            (News::Written { extent, proof }, Step::Writing(_, left)) => {
+                *left -= extent.len();
+                self.count(proof);
+            }
+            (News::Journalled { extent } | News::Written { extent, .. }, _) => {
+                let what = format!("{extent} moved behind a barrier that is closed");
+                return Err(Error::new(ErrorKind::Internal, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, contribution: Option<Digest>) {
+        if let Some(contribution) = contribution {
+            proof::add(&mut self.proof, &contribution);
+        }
+    }
+
+    /// Let the workers leave.
+    fn dismiss(&mut self) {
+        self.course.transfer.gate.stop();
+        self.carrier.wake();
+        while !self.ended {
+            self.ended = matches!(self.carrier.next(PATIENCE), Turn::Ended);
+        }
+    }
+}

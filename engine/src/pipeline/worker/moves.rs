@@ -72,7 +72,7 @@ impl Worker {
                     }
                 };
                 let bytes = done.result.unwrap_or_else(|cause| {
-                    transfer.fail(Error::io("read failed", cause).at(place(
+                    transfer.fail_read(Error::io("read failed", cause).at(place(
                         &transfer,
                         side,
                         end,
@@ -124,7 +124,7 @@ impl Worker {
                     let was = transfer.plan.end().unwrap_or(u64::MAX);
                     let what =
                         format!("source shrank while it was read: it ends at byte {ends_at}, it had {was}");
-                    transfer.fail(Error::new(ErrorKind::Io, what).at(&transfer.source.name));
+                    transfer.fail_read(Error::new(ErrorKind::Io, what).at(&transfer.source.name));
                     slot.doomed = true;
                 }
             }

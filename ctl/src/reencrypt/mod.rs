@@ -1,0 +1,17 @@
+//! `cryptctl reencrypt`: another volume key for a volume, in place.
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `args` | what was typed |
+//! | `wish` | what the volume shall be, and options that contradict each other |
+//! | `request` | what was typed means: files, secrets, locks, the job |
+//! | `journal` | the journal of a raw volume |
+//! | `render` | the report as people read it |
+//! | `help` | the long help |
+
+pub mod args;
+pub mod help;
+mod journal;
+pub mod render;
+pub mod request;
+mod wish;

@@ -1,0 +1,377 @@
+//! What was typed after `reencrypt` means: a job for the wire, with its descriptors.
+//!
+//! In two steps, as for other jobs: `open` finds out all that can be wrong, asks, and changes nothing; `create` makes a new header's
+//! `.partial` and the journal and takes the secrets' pipes, and must be followed by the request.
+
+use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use proto::luks::File;
+use proto::reencrypt::{Format, Mode, Request, Resilience};
+use proto::{Action, ErrorKind, Submit};
+
+use crate::args::FoundFormat;
+use crate::endpoint::{self, Access, End, Sink};
+use crate::luks::lock::{self, Lock, Of};
+use crate::passing::Passing;
+use crate::prompt;
+use crate::reencrypt::args::{self, Reencrypt};
+use crate::reencrypt::journal::{self, Journal};
+use crate::reencrypt::wish;
+use crate::report::{Error, Result, printable};
+use crate::request::{self, Prepared};
+use crate::secret::{self, KeyRef, Purpose, Secret};
+
+/// Most passphrases of one request: beside them there is room for all its other descriptors.
+const MOST_KEYS: usize = 24;
+
+/// A checked job: files open, keys at hand, nothing changed yet.
+pub struct Opened {
+    submit: Submit,
+    request: Request,
+    volume: End,
+    /// A detached header, there or to be made.
+    header: Option<Sink>,
+    journal: Option<Journal>,
+    keys: Vec<Secret>,
+    new_key: Option<Secret>,
+    /// Of the LUKS header there is.
+    uuid: Option<String>,
+    /// Sentences for the user.
+    pub warnings: Vec<String>,
+    /// What may explain a wrong key.
+    pub doubt: Option<String>,
+}
+
+/// Check what was typed, open it, ask, fetch the secrets.
+pub fn open(args: &Reencrypt) -> Result<Opened> {
+    wish::refuse_contradictions(args)?;
+    let refs = Refs::parse(args)?;
+    let format = wish::format(args)?;
+    let volume = exclusively(&args.volume, "VOLUME")?;
+    let mode = match (args.becoming.encrypt, args.becoming.decrypt) {
+        (true, _) => Mode::Encrypt,
+        (_, true) => Mode::Decrypt,
+        _ => Mode::Reencrypt,
+    };
+    let mut warnings = Vec::new();
+    let mut journal = None;
+    if let Some(path) = &args.volume_args.journal {
+        let (found, warning) = journal::inspect(path, &volume, args.resume_only)?;
+        journal = Some(found);
+        warnings.extend(warning);
+    }
+    let header = args.volume_args.header.as_deref().map(|path| header(path, &volume, mode)).transpose()?;
+    let uuid = match (&format, &header) {
+        (Format::Raw(_), _) | (_, Some(Sink::New(_))) => None,
+        (_, Some(Sink::Open(end))) => uuid_of(end)?,
+        (_, None) => uuid_of(&volume)?,
+    };
+    let mut resume_only = args.resume_only;
+    if mode == Mode::Encrypt {
+        // A volume that has a header already was begun: a volume in a volume is not what `encrypt` makes.
+        resume_only |= uuid.is_some();
+        if !resume_only && args.volume_args.header.is_none() && args.becoming.reduce_device_size.is_none() {
+            return Err(Error::usage("--encrypt: the new header needs a place").hint(
+                "--header FILE puts it in a file of its own; --reduce-device-size 32M in front of the data, \
+                 when that much is free at the end",
+            ));
+        }
+    }
+    if !args.yes && !args.dry_run && std::io::stdin().is_terminal() {
+        confirm(&volume.name, mode, uuid.as_deref(), resume_only)?;
+    }
+    let request = Request {
+        volume: File { fd: 0, name: volume.name.clone() },
+        mode,
+        format,
+        keys: Vec::new(),
+        new_key: None,
+        resume_only,
+        dry_run: args.dry_run,
+        resilience: args.safety.resilience.map(|how| match how {
+            args::Resilience::Checksum => Resilience::Checksum,
+            args::Resilience::Journal => Resilience::Journal,
+            args::Resilience::None => Resilience::None,
+            args::Resilience::Datashift => Resilience::Datashift,
+        }),
+        hotzone_bytes: args.safety.hotzone_size,
+        verify: args.safety.verify,
+        lock_fds: Vec::new(),
+    };
+    let submit = request::submit(Action::Reencrypt, &args.moving, request::tuning(&args.moving));
+    let (keys, new_key) = (Vec::new(), None);
+    let mut opened =
+        Opened { submit, request, volume, header, journal, keys, new_key, uuid, warnings, doubt: None };
+    opened.fetch(refs)?;
+    Ok(opened)
+}
+
+/// The volume or its header: nobody else may have it, since all of it is rewritten.
+fn exclusively(path: &Path, role: &str) -> Result<End> {
+    let end = endpoint::open_volume(path, role, Access::Replace).map_err(|error| {
+        let name = path.display();
+        if error.failure.kind == ErrorKind::Conflict {
+            error.hint(format!(
+                "unmount it and close its mapping first, `lsblk {name}` tells which; a volume in use is re-encrypted \
+                 by `cryptsetup reencrypt`"
+            ))
+        } else {
+            error
+        }
+    })?;
+    endpoint::refuse_attached(&end)?;
+    Ok(end)
+}
+
+/// A detached header. With `encrypt` one that is not there, or empty, is to be made.
+fn header(path: &Path, volume: &End, mode: Mode) -> Result<Sink> {
+    if std::fs::metadata(path).is_ok_and(|found| volume.is(&found)) {
+        return Err(Error::usage(format!("--header: {} is VOLUME itself", path.display()))
+            .hint("leave --header out when the header is in front of the data"));
+    }
+    if mode == Mode::Encrypt {
+        let found = std::fs::metadata(path);
+        let is_new = found.is_ok_and(|found| found.is_file() && found.len() == 0) || !path.exists();
+        if is_new {
+            return endpoint::inspect_header(path, "--header", volume, false);
+        }
+    }
+    let end = exclusively(path, "--header")?;
+    endpoint::refuse_same_ends(volume, &end)?;
+    if mode == Mode::Encrypt && uuid_of(&end)?.is_none() && !is_blank(&end)? {
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            format!("--header: {} holds something that is no LUKS header", end.name),
+        )
+        .hint("name a new file, or a device that is empty"));
+    }
+    Ok(Sink::Open(end))
+}
+
+/// The first bytes, where both versions of LUKS have the same fields.
+fn head(end: &End) -> Result<Vec<u8>> {
+    let failed = |error| Error::io("cannot read", &end.name, error);
+    let file = end.fd.try_clone().map(std::fs::File::from).map_err(failed)?;
+    let mut bytes = vec![0; 4096];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match file.read_at(&mut bytes[filled..], u64::try_from(filled).expect("a page")) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
+}
+
+/// The UUID of the LUKS header, of either version; empty if it has none.
+fn uuid_of(end: &End) -> Result<Option<String>> {
+    const MAGIC: &[u8] = b"LUKS\xba\xbe";
+    const UUID: std::ops::Range<usize> = 168..208;
+    let bytes = head(end)?;
+    let Some(field) = bytes.get(UUID).filter(|_| bytes.starts_with(MAGIC)) else { return Ok(None) };
+    let text = field.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(Some(String::from_utf8_lossy(text).into_owned()))
+}
+
+fn is_blank(end: &End) -> Result<bool> {
+    Ok(head(end)?.iter().all(|byte| *byte == 0))
+}
+
+fn confirm(name: &str, mode: Mode, uuid: Option<&str>, resume: bool) -> Result<()> {
+    let uuid = uuid.map(|uuid| format!(" (UUID {uuid})")).unwrap_or_default();
+    let what = match (resume, mode) {
+        (true, _) => "what was begun on it goes on".to_owned(),
+        (false, Mode::Reencrypt) => "all of it is rewritten in place under a new volume key".to_owned(),
+        (false, Mode::Encrypt) => "all of it is encrypted in place".to_owned(),
+        (false, Mode::Decrypt) => "all of it is decrypted in place, for everybody to read".to_owned(),
+    };
+    let text = printable(&format!("{name}{uuid}: {what}. Nobody else may use it meanwhile."));
+    let answer = prompt::question("reencrypt asks first", &format!("{text}\nType YES to go on: "))
+        .map_err(|error| error.hint("--yes begins without asking"))?;
+    if answer == "YES" {
+        Ok(())
+    } else {
+        Err(Error::new(ErrorKind::Cancelled, format!("{name} was left as it is")))
+    }
+}
+
+/// Where the secrets are.
+struct Refs {
+    keys: Vec<KeyRef>,
+    new_key: Option<KeyRef>,
+}
+
+impl Refs {
+    fn parse(args: &Reencrypt) -> Result<Self> {
+        let raw = args.volume_args.format == FoundFormat::Raw;
+        let typed = args.keys.len();
+        if typed > MOST_KEYS {
+            return Err(Error::usage(format!("--key: at most {MOST_KEYS} at a time")));
+        }
+        let keys = args.keys.iter().map(|key| key.parse("--key")).collect::<Result<Vec<_>>>()?;
+        let new_key = args.new_key.as_ref().map(|key| key.parse("--new-key")).transpose()?;
+        if raw && (typed != 1 || new_key.is_none()) {
+            return Err(Error::usage("--format raw needs one --key and one --new-key")
+                .hint("both are volume keys: raw has no keyslots"));
+        }
+        let given = typed + usize::from(new_key.is_some());
+        if args.becoming.encrypt && !args.resume_only && given != 1 {
+            return Err(Error::usage("--encrypt needs one passphrase: --new-key")
+                .hint("`cryptctl luks add-key` adds others afterwards"));
+        }
+        if typed == 0 && !args.becoming.encrypt {
+            return Err(Error::usage("--key is missing").hint("--key prompt asks for the passphrase"));
+        }
+        if keys.iter().filter(|key| **key == KeyRef::Prompt).count() > 1 {
+            return Err(Error::usage("--key: only one of them can be a prompt")
+                .hint("name the places of the others: file:PATH, fd:N or keyring:NAME"));
+        }
+        secret::refuse_shared(&keys.iter().chain(&new_key).collect::<Vec<_>>())?;
+        Ok(Self { keys, new_key })
+    }
+}
+
+impl Opened {
+    fn fetch(&mut self, refs: Refs) -> Result<()> {
+        let name = self.volume.name.clone();
+        let Refs { mut keys, mut new_key } = refs;
+        if let Format::Raw(pair) = &self.request.format {
+            let size = |bytes: u32| usize::try_from(bytes).expect("32 or 64");
+            let (old, new) = (size(pair.old.key_bytes), size(pair.new.key_bytes));
+            let (key, new_key) = (keys.remove(0), new_key.expect("raw has both"));
+            self.keys = vec![secret::volume_key(&key, "--key", &[old], false)?];
+            self.new_key = Some(secret::volume_key(&new_key, "--new-key", &[new], true)?);
+            if self.new_key.as_ref().is_some_and(|new| new.is_same_as(&self.keys[0])) {
+                return Err(Error::usage("--new-key is the same volume key as --key"));
+            }
+        } else {
+            if self.request.mode == Mode::Encrypt {
+                // Its one passphrase is new, or opens what was begun with it; whichever option it was typed after.
+                if self.request.resume_only {
+                    keys.extend(new_key.take());
+                } else {
+                    new_key = new_key.or_else(|| keys.pop());
+                }
+            }
+            for (at, key) in keys.iter().enumerate() {
+                let purpose = match () {
+                    () if self.request.resume_only || self.request.mode != Mode::Reencrypt => {
+                        Purpose::Open(&name)
+                    }
+                    () if at == 0 && new_key.is_some() => Purpose::Replace(&name),
+                    () => Purpose::Keep(&name),
+                };
+                self.keys.push(secret::passphrase(key, "--key", purpose)?);
+            }
+            if let Some(key) = new_key {
+                self.new_key = Some(secret::passphrase(&key, "--new-key", Purpose::New(&name))?);
+            }
+            if let (Some(new), Some(old)) = (&self.new_key, self.keys.first())
+                && new.is_same_as(old)
+            {
+                self.warnings.push(
+                    "the new passphrase is the one it takes the place of; without --new-key it would simply be kept"
+                        .to_owned(),
+                );
+            }
+        }
+        for secret in self.keys.iter_mut().chain(&mut self.new_key) {
+            self.warnings.append(&mut secret.warnings);
+            self.doubt = self.doubt.take().or(secret.doubt.take());
+        }
+        self.warnings.dedup();
+        Ok(())
+    }
+
+    /// cryptsetup's locks of this volume, as far as there are any for it and we may have them. `waiting` is told what to tell.
+    pub fn lock(&self, directory: &Path, waiting: &mut dyn FnMut(&str)) -> Result<Vec<Lock>> {
+        let mut locks = Vec::new();
+        let holder = match &self.header {
+            Some(Sink::Open(end)) => end,
+            Some(Sink::New(_)) => return Ok(locks),
+            None => &self.volume,
+        };
+        let name = holder.name.as_str();
+        let mut take = |of: Of<'_>, patience| -> Result<()> {
+            match lock::take(directory, of, patience, waiting)? {
+                lock::Outcome::Held(lock) => locks.push(lock),
+                // The daemon itself locks the header in a file, which is enough to keep cryptsetup from writing it.
+                lock::Outcome::NotPermitted(_) if holder.device().is_none() => {}
+                lock::Outcome::NotPermitted(why) => {
+                    waiting(&format!(
+                        "warning: cryptsetup is not kept from changing {name} meanwhile: {why}"
+                    ));
+                }
+            }
+            Ok(())
+        };
+        let uuid = self.uuid.as_deref().or(match &self.request.format {
+            Format::Luks(luks) => luks.uuid.as_deref(),
+            Format::Raw(_) => None,
+        });
+        if let Some(uuid) = uuid.filter(|uuid| lock::is_lockable(uuid)) {
+            // cryptsetup does not wait for it either: it takes hours.
+            take(Of::Reencryption { uuid, name }, std::time::Duration::ZERO)?;
+        }
+        if let (Some(rdev), Format::Luks(_)) = (holder.device(), &self.request.format) {
+            // Shared, although we write: with it nobody else writes, and who only looks is not kept waiting for hours. A header seen
+            // half written fails its checksum, and the other copy is whole.
+            take(Of::Header { rdev, name, write: false }, lock::PATIENCE)?;
+        }
+        Ok(locks)
+    }
+
+    /// Create what must exist before the daemon can begin.
+    pub fn create(self, locks: &[Lock]) -> Result<Prepared> {
+        let Self { mut submit, mut request, volume, header, journal, keys, new_key, .. } = self;
+        let mut passing = Passing::default();
+        request.volume = passing.file(volume);
+        request.keys = keys.into_iter().map(|key| passing.secret(key)).collect::<Result<_>>()?;
+        request.new_key = new_key.map(|key| passing.secret(key)).transpose()?;
+        match &mut request.format {
+            Format::Luks(luks) => match header {
+                Some(Sink::New(place)) if request.dry_run => {
+                    let name = place.typed().to_owned();
+                    luks.header = Some(File { fd: passing.fd(journal::in_memory()?), name });
+                }
+                Some(sink) => {
+                    let new = passing.new_file(sink, false)?;
+                    luks.header = Some(File { fd: new.fd, name: new.name });
+                    luks.commit = new.commit;
+                }
+                None => {}
+            },
+            Format::Raw(pair) => {
+                let journal = journal.expect("raw has a journal");
+                let name = journal.name().to_owned();
+                let fd = if request.dry_run {
+                    passing.fd(journal.open_for_show()?)
+                } else {
+                    match journal.open()? {
+                        journal::Open::Found(fd) => passing.fd(fd),
+                        journal::Open::Created(file) => passing.journal(file)?,
+                    }
+                };
+                pair.journal = File { fd, name };
+            }
+        }
+        for lock in locks {
+            let copy = lock.as_fd().try_clone_to_owned();
+            let copy: OwnedFd =
+                copy.map_err(|error| Error::io("cannot pass the lock", "descriptor", error))?;
+            request.lock_fds.push(passing.fd(copy));
+        }
+        submit.reencrypt = Some(Box::new(request));
+        let (descriptors, partials) = passing.finish();
+        Ok(Prepared { submit, descriptors, partials })
+    }
+}
+
+#[cfg(test)]
+mod tests;
