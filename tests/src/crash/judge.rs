@@ -4,16 +4,17 @@
 //! is what must lie there. That is the plaintext, for ciphertext and plaintext determine each other, and saves decrypting.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use engine::backend::blocking::Blocking;
 use engine::backend::sim::World;
 use engine::crypto::Secret;
+use engine::crypto::hash::Hash;
+use engine::crypto::kdf::Kdf;
 use engine::format::luks2::Loaded;
 use engine::format::luks2::metadata::{Digest, Metadata, SegmentKind};
 use engine::format::luks2::reencrypt::{State, read};
 use engine::volume::Header;
-use engine::volume::unlock::meets;
 
 use super::{HEADER, Volume, encrypted};
 
@@ -28,6 +29,9 @@ pub enum Standing {
     Over,
 }
 
+/// New keys of which the ciphertext is kept.
+const KNOWN_MAX: usize = 8;
+
 /// A key and what the whole data is under it.
 struct Side {
     key: Secret,
@@ -40,7 +44,8 @@ pub struct Judge<'a> {
     volume: &'a Volume,
     old: Side,
     /// By the salt of their digests, as they become known.
-    new: Mutex<HashMap<Vec<u8>, std::sync::Arc<NewSide>>>,
+    new: Mutex<HashMap<Vec<u8>, Arc<NewSide>>>,
+    suggested: Mutex<Option<Secret>>,
 }
 
 /// What the data is under a new key.
@@ -61,7 +66,7 @@ impl<'a> Judge<'a> {
         let key = Secret::copy_of(volume.key.as_bytes()).expect("memory for a secret");
         let unit = volume.shape.units[0];
         let bytes = encrypted(&key, unit, &volume.plain);
-        Self { volume, old: Side { key, unit, bytes }, new: Mutex::default() }
+        Self { volume, old: Side { key, unit, bytes }, new: Mutex::default(), suggested: Mutex::default() }
     }
 
     /// The header on a disk.
@@ -87,30 +92,32 @@ impl<'a> Judge<'a> {
         self.volume.is_old(digest)
     }
 
-    /// A key of a digest has become known.
-    ///
-    /// # Errors
-    /// It is not the key of this digest.
-    pub fn learn(&self, digest: &Digest, key: &Secret) -> Result<(), String> {
-        let mut known = self.new.lock().expect("nobody panics here");
-        if known.contains_key(&digest.salt) {
-            return Ok(());
-        }
-        if !meets(digest, key).map_err(|error| error.chain())? {
-            return Err("a key that is not its digest's".to_owned());
-        }
+    /// This may be the key of a new digest.
+    pub fn suggest(&self, key: &Secret) {
         let key = Secret::copy_of(key.as_bytes()).expect("memory for a secret");
-        let unit = self.volume.shape.units[1];
-        let bytes = encrypted(&key, unit, &self.volume.plain);
-        known.insert(digest.salt.clone(), std::sync::Arc::new(NewSide(Side { key, unit, bytes })));
-        Ok(())
+        *self.suggested.lock().expect("nobody panics here") = Some(key);
     }
 
     /// What is known of the new key of this header.
     #[must_use]
-    pub fn known(&self, metadata: &Metadata) -> Option<std::sync::Arc<NewSide>> {
+    pub fn known(&self, metadata: &Metadata) -> Option<Arc<NewSide>> {
         let digest = self.new_digest(metadata)?;
-        self.new.lock().expect("nobody panics here").get(&digest.salt).cloned()
+        let mut known = self.new.lock().expect("nobody panics here");
+        if let Some(side) = known.get(&digest.salt) {
+            return Some(Arc::clone(side));
+        }
+        let suggested = self.suggested.lock().expect("nobody panics here");
+        let key = suggested.as_ref().filter(|key| is_met(digest, key))?;
+        let key = Secret::copy_of(key.as_bytes()).expect("memory for a secret");
+        let unit = self.volume.shape.units[1];
+        let bytes = encrypted(&key, unit, &self.volume.plain);
+        let side = Arc::new(NewSide(Side { key, unit, bytes }));
+        if known.len() >= KNOWN_MAX {
+            // Every run has a key of its own; those of runs long over are of no use.
+            known.clear();
+        }
+        known.insert(digest.salt.clone(), Arc::clone(&side));
+        Some(side)
     }
 
     /// Where the volume stands, all of its data compared. Nothing may be half done.
@@ -187,6 +194,15 @@ impl<'a> Judge<'a> {
         }
         if at == total { Ok(()) } else { Err(format!("the segments have {at} bytes of {total}")) }
     }
+}
+
+/// Is this the key of this digest?
+fn is_met(digest: &Digest, key: &Secret) -> bool {
+    let hash = Hash::from_name(&digest.hash).expect("a known hash");
+    let mut made = vec![0; digest.digest.len()];
+    let kdf = Kdf::Pbkdf2 { hash, iterations: digest.iterations };
+    kdf.derive(key.as_bytes(), &digest.salt, &mut made).expect("memory");
+    made == digest.digest
 }
 
 impl Volume {

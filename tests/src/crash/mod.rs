@@ -6,10 +6,12 @@
 //! | `mod` | the shapes of volumes and re-encryptions, and the disks they begin on |
 //! | `course` | the production code, from the beginning or from what was found to the end |
 //! | `judge` | what a disk holds, compared with the plaintext byte by byte |
+//! | `proof` | every cut of a whole re-encryption, of its recovery, and of that one's recovery |
 //! | `wrong` | orders that lose data, to see that they are found |
 
 pub mod course;
 pub mod judge;
+pub mod proof;
 pub mod wrong;
 
 use engine::backend::sim::image::Image;
@@ -17,6 +19,7 @@ use engine::backend::sim::{DiskOptions, World};
 use engine::crypto::spec::CipherSpec;
 use engine::crypto::{Kernel, Secret, SectorCipher};
 use engine::units::DataUnit;
+use engine::volume::Header;
 use engine::volume::create::{self, NewHeader, Place};
 use proto::luks::{KdfKind, KdfWish, New, Version};
 use proto::reencrypt::Resilience;
@@ -71,6 +74,8 @@ pub struct Volume {
     pub data_offset: u64,
     /// The key, as it is before.
     pub key: Secret,
+    /// The salt of its digest.
+    pub salt: Vec<u8>,
 }
 
 /// These bytes as a secret.
@@ -154,7 +159,11 @@ impl Shape {
             image.write(data_offset, &data);
             vec![(image, options)]
         };
-        Volume { shape: self, disks, plain, data_offset, key: made.key }
+        let salt = match &made.header {
+            Header::Luks2(loaded) => loaded.header.metadata.digests[&0].salt.clone(),
+            Header::Luks1(_) => panic!("LUKS1"),
+        };
+        Volume { shape: self, disks, plain, data_offset, key: made.key, salt }
     }
 
     fn header(&self, header_bytes: u64) -> NewHeader {
