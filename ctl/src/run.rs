@@ -292,15 +292,6 @@ fn finish(info: &JobInfo, partials: &[PartialFile], output: &mut Output, global:
 }
 
 fn end_of(info: &JobInfo) -> Result<Exit> {
-    let unfinished = reencrypt::render::unfinished(info);
-    outcome_of(info).map_err(|mut error| {
-        let Some((where_it_is, hint)) = unfinished else { return error };
-        error.failure.message.push_str(&format!("; {where_it_is}"));
-        if error.failure.hint.is_some() { error } else { error.hint(hint) }
-    })
-}
-
-fn outcome_of(info: &JobInfo) -> Result<Exit> {
     let failure = info.outcome.as_ref().and_then(|outcome| outcome.failure.clone());
     match (info.state, failure) {
         (JobState::Done, None) => Ok(Exit::Done),

@@ -85,6 +85,11 @@ pub const BUFFERS_PER_WORKER_DEFAULT_MIN: u32 = 8;
 pub const WORKER_MEMORY: u64 = 32 << 20;
 /// Buffer memory of all workers by default, bytes, however many CPUs there are: what keeps the process below 96 MiB.
 pub const ALL_WORKERS_MEMORY: u64 = 64 << 20;
+/// Buffer memory of all re-encryptions, bytes: with the workers' own, what keeps the process below 256 MiB. The first one gets three
+/// quarters: two hotzones of 64 MiB, with room for the checksums of a header.
+pub const REWRITE_MEMORY: u64 = 160 << 20;
+/// And of one of them at least.
+pub const REWRITE_MEMORY_MIN: u64 = 16 << 20;
 /// Most workers.
 pub const WORKERS_MAX: usize = 1024;
 
@@ -100,6 +105,7 @@ const _: () = assert!(
     (REMEMBERED_JOBS + JOBS_MAX) as usize * (LIST_ENTRY_MAX + 1) + 64 <= proto::MAX_RESPONSE,
     "all remembered jobs and all that one user may have waiting fit a list"
 );
+const _: () = assert!(REWRITE_MEMORY_MIN <= REWRITE_MEMORY && ALL_WORKERS_MEMORY + REWRITE_MEMORY < 256 << 20);
 const _: () = assert!(
     WORKERS_DEFAULT_MAX as u64 * BUFFER_BYTES_DEFAULT_MIN as u64 * BUFFERS_PER_WORKER_DEFAULT_MIN as u64
         <= ALL_WORKERS_MEMORY

@@ -11,6 +11,7 @@ pub mod luks;
 pub mod luks2;
 mod place;
 pub mod reencrypt;
+pub mod rewrite;
 pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};

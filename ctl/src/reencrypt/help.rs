@@ -5,7 +5,7 @@ pub const REENCRYPT: &str = "\
 Gives a volume another volume key, in place: reads every sector under the old key and writes it under the new one.
 
 Changing a passphrase does not take the volume key from whoever had it once; this does. The new volume key is random. \
-The keyslots whose passphrases are given with --key are made anew for it, with the same passphrases; the others are named, \
+The keyslots whose passphrases are given with --key are made anew for it, with the same passphrases, and derive their keys as before unless options tell otherwise; the others are named, \
 and nothing is done unless --drop-slots lets them go. In the end no keyslot, digest or segment of the header is bound to the old \
 volume key, and the report says so.
 
@@ -50,14 +50,17 @@ INTERRUPTED
   the same command again, or
     cryptctl reencrypt VOLUME --resume-only --key REF
   with the passphrases it was begun with; with --new-key it needs the old one
-  and the new one, since both keys are needed. An interrupted step is recovered
-  first. How far a volume is, without any key:
+  and the new one, since both keys are needed; and with --encrypt or --decrypt
+  if that was begun. An interrupted step is recovered first. How far a volume
+  is, without any key:
     cryptctl luks doctor VOLUME
 
 CRYPTSETUP
   cryptsetup 2.4.3 or newer goes on with what was begun here, and repairs it
-  (`cryptsetup repair`); what it has begun is gone on with here, except
-  re-encryptions of before 2.4.3, whose metadata is not protected. Its lock
+  (`cryptsetup repair`), with a passphrase that was kept: it takes only one,
+  which must open both keys, so not with --new-key alone. What it has begun is
+  gone on with here, except re-encryptions of before 2.4.3, whose metadata is
+  not protected. Its lock
   (/run/cryptsetup/LN_LUKS2-reencryption-UUID, for root) is held as long as the
   job runs. Files are locked by the daemon.
 

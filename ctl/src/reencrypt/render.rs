@@ -1,7 +1,6 @@
 //! What a re-encryption was, or would be, as people read it.
 
 use proto::reencrypt::{Phase, Report};
-use proto::{JobInfo, JobState};
 
 use crate::amount;
 use crate::report::printable;
@@ -46,7 +45,6 @@ pub fn rows(report: &Report) -> Vec<(&'static str, String)> {
     if report.old_key_gone {
         rows.push(("old volume key", "opens nothing any more".to_owned()));
     }
-    rows.extend(backup(report));
     rows.extend(report.notes.iter().map(|note| ("note", printable(note))));
     rows
 }
@@ -91,20 +89,6 @@ fn digests(report: &Report) -> Vec<(&'static str, String)> {
     rows
 }
 
-/// Only a volume with a header has a backup of it.
-fn backup(report: &Report) -> Option<(&'static str, String)> {
-    let slots = report.carried_keyslots.len() + report.dropped_keyslots.len();
-    match (report.old_cipher.is_some(), report.new_cipher.is_some()) {
-        _ if !report.old_key_gone || is_rehearsal(report) => None,
-        (true, true) if slots > 0 => Some((
-            "header backup",
-            "make a new one; the old ones hold the old key and no longer fit".to_owned(),
-        )),
-        (false, true) => Some(("header backup", "make one".to_owned())),
-        _ => None,
-    }
-}
-
 /// One line for a dry run that is done.
 pub fn rehearsed(report: &Report) -> String {
     let left = report.total_bytes.saturating_sub(report.done_before_bytes);
@@ -112,26 +96,11 @@ pub fn rehearsed(report: &Report) -> String {
     format!("would re-encrypt {} in about {time}; nothing was written", amount::bytes(left))
 }
 
-/// How one that did not come to its end goes on, and how far it is; `None` if it never began, as far as is known.
-pub fn unfinished(job: &JobInfo) -> Option<(String, String)> {
-    let report = job.outcome.as_ref()?.reencrypt.as_ref()?;
-    if is_rehearsal(report) || job.state == JobState::Done {
-        return None;
-    }
-    let done = report.done_before_bytes.saturating_add(job.progress.done_bytes).min(report.total_bytes);
-    let where_it_is = format!("{} of {} are done", amount::bytes(done), amount::bytes(report.total_bytes));
-    let name = printable(&job.source);
-    let hint = format!(
-        "the same command goes on with it, or `cryptctl reencrypt {name} --resume-only` with its keys"
-    );
-    Some((where_it_is, hint))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::render;
-    use proto::{Action, Outcome, Progress};
+    use proto::{Action, JobInfo, JobState, Outcome, Progress};
 
     fn report() -> Report {
         Report {
@@ -147,6 +116,7 @@ mod tests {
             digest_after: Some("3fe0".into()),
             digest_bytes: 8 << 30,
             old_key_gone: true,
+            notes: vec!["make a new header backup".into()],
             ..Report::default()
         }
     }
@@ -194,7 +164,7 @@ plaintext before  3fe0 over 8.00 GiB
 plaintext after   3fe0 over 8.00 GiB
 verified          equal, read back
 old volume key    opens nothing any more
-header backup     make a new one; the old ones hold the old key and no longer fit
+note              make a new header backup
 "
         );
     }
@@ -214,30 +184,15 @@ header backup     make a new one; the old ones hold the old key and no longer fi
         let rows = rows(&dry);
         assert!(rows.contains(&("keyslots", "to keep 0, 2, to drop 1".into())));
         assert!(rows.contains(&("would take", "about 7.2 s, by a measured sample".into())));
-        assert!(!rows.iter().any(|(name, _)| *name == "header backup"));
+        assert!(!rows.iter().any(|(name, _)| *name == "old volume key"));
         let job = job(JobState::Done, Some(dry));
         assert_eq!(render::summary(&job), "would re-encrypt 8.00 GiB in about 7.2 s; nothing was written");
     }
 
     #[test]
-    fn a_plain_side_and_a_raw_volume_have_no_header_to_back_up_anew() {
+    fn a_plain_side_is_called_that() {
         let decrypted = Report { new_cipher: None, ..report() };
         assert!(rows(&decrypted).contains(&("after", "plain".into())));
-        assert_eq!(backup(&decrypted), None);
-        let raw = Report { carried_keyslots: vec![], dropped_keyslots: vec![], ..report() };
-        assert_eq!(backup(&raw), None);
-        let encrypted = Report { old_cipher: None, ..report() };
-        assert_eq!(backup(&encrypted).map(|row| row.1), Some("make one".into()));
-    }
-
-    #[test]
-    fn one_that_was_stopped_says_how_far_it_is_and_how_it_goes_on() {
-        let begun = Report { done_before_bytes: 1 << 30, ..report() };
-        let (far, hint) = unfinished(&job(JobState::Cancelled, Some(begun))).expect("begun");
-        assert_eq!(far, "3.00 GiB of 8.00 GiB are done");
-        assert!(hint.contains("cryptctl reencrypt vol.luks --resume-only"), "{hint}");
-        assert_eq!(unfinished(&job(JobState::Cancelled, None)), None, "it never began");
-        assert_eq!(unfinished(&job(JobState::Done, Some(report()))), None);
     }
 
     #[test]

@@ -301,7 +301,7 @@ impl Opened {
         let mut take = |of: Of<'_>, patience| -> Result<()> {
             match lock::take(directory, of, patience, waiting)? {
                 lock::Outcome::Held(lock) => locks.push(lock),
-                // The daemon itself locks the header in a file, which is enough to keep cryptsetup from writing it.
+                // Who may not have this lock cannot re-encrypt a file with cryptsetup either; the daemon locks it against others of us.
                 lock::Outcome::NotPermitted(_) if holder.device().is_none() => {}
                 lock::Outcome::NotPermitted(why) => {
                     waiting(&format!(

@@ -47,8 +47,16 @@ impl Blocking {
     /// # Errors
     /// No queue or buffer can be had; `Invalid`: an alignment that is no power of two.
     pub fn open(file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Self> {
+        Self::open_on(QueueChoice::Threads, file, name, align)
+    }
+
+    /// As [`Blocking::open`], over a queue of this kind.
+    ///
+    /// # Errors
+    /// As [`Blocking::open`].
+    pub fn open_on(queue: QueueChoice, file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Self> {
         let mut arena = Arena::new(1, BUFFER_BYTES)?;
-        let queue = open_queue(QueueChoice::Threads, &arena, 1)?;
+        let queue = open_queue(queue, &arena, 1)?;
         let buf = arena.take_all().pop().expect("an arena of one buffer");
         Self::over(queue, buf, file, name, align)
     }

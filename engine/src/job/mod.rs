@@ -37,6 +37,7 @@ use crate::job::clock::per_second;
 use crate::job::prepare::{Means, Prepared, prepare};
 use crate::job::state::{Job, JobSpec};
 use crate::pipeline::Pipeline;
+use crate::pipeline::transfer::Transfer;
 use crate::telemetry::record::StageRecord;
 
 /// Whose job it is: the credentials of the socket's peer, read once at accept. Filesystem changes for a job (rename,
@@ -68,6 +69,29 @@ pub struct JobConfig {
 enum Load {
     Transfer(Box<Prepared>),
     Bench(proto::Bench),
+    Reencrypt(Box<reencrypt::request::Prepared>),
+}
+
+impl Load {
+    /// It will not be carried: what was made for it goes.
+    fn discard(&self) {
+        match self {
+            Self::Transfer(prepared) => run::discard(prepared),
+            Self::Reencrypt(prepared) => reencrypt::discard(prepared),
+            Self::Bench(_) => {}
+        }
+    }
+}
+
+/// A request that was checked.
+struct Accepted {
+    load: Load,
+    /// A bench and a re-encryption have none yet.
+    transfer: Option<Arc<Transfer>>,
+    /// Workers that will carry it.
+    workers: usize,
+    total_bytes: Option<u64>,
+    warnings: Vec<String>,
 }
 
 /// All jobs of this daemon. Every method is quick and may be called from the control thread: the work is done elsewhere.
@@ -181,25 +205,12 @@ impl Registry {
         self.table().check_room(owner, self.config.per_user_max)?;
         let action = submit.action;
         let detached = submit.detach;
+        let rate = submit.bytes_per_second;
         let name = |name: Option<&str>| name.unwrap_or_default().to_owned();
-        let source = name(submit.source.as_ref().map(|source| source.name.as_str()));
+        let volume = submit.reencrypt.as_ref().map(|request| request.volume.name.as_str());
+        let source = name(submit.source.as_ref().map(|source| source.name.as_str()).or(volume));
         let sink = name(submit.sink.as_ref().map(|sink| sink.name.as_str()));
-        let (load, transfer, workers, total_bytes, warnings) = if action == Action::Bench {
-            let bench = bench::check(submit, &descriptors)?;
-            (Load::Bench(bench), None, 1, None, Vec::new())
-        } else {
-            let means = Means {
-                kernel: self.config.kernel,
-                buffer_bytes: self.pipeline.buffer_bytes(),
-                workers: self.pipeline.workers(),
-            };
-            let mut prepared = prepare(means, owner, submit, descriptors)?;
-            let warnings = std::mem::take(&mut prepared.warnings);
-            let transfer = prepared.transfer.clone();
-            let total_bytes = prepared.total_bytes;
-            let workers = if transfer.is_ordered() { 1 } else { prepared.workers_max };
-            (Load::Transfer(Box::new(prepared)), Some(transfer), workers, total_bytes, warnings)
-        };
+        let Accepted { load, transfer, workers, total_bytes, warnings } = self.check(owner, submit, descriptors)?;
         let id = {
             let mut table = self.table();
             // Again, under the lock that adds it: several may have got this far together.
@@ -219,12 +230,46 @@ impl Registry {
                 total_bytes,
                 changed: Box::new(move |id| notify(id)),
             });
+            if action == Action::Reencrypt {
+                // Its transfer is made later, and told then.
+                job.throttle(rate)?;
+            }
             table.jobs.insert(id, job.clone());
             table.waiting.push_back((job, load));
             id
         };
         self.start_waiting();
         Ok((id, warnings))
+    }
+
+    /// Check a request and prepare what it asks for.
+    fn check(&self, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Accepted> {
+        let means = Means {
+            kernel: self.config.kernel,
+            buffer_bytes: self.pipeline.buffer_bytes(),
+            workers: self.pipeline.workers(),
+        };
+        match submit.action {
+            Action::Bench => {
+                let bench = bench::check(submit, &descriptors)?;
+                Ok(Accepted { load: Load::Bench(bench), transfer: None, workers: 1, total_bytes: None, warnings: Vec::new() })
+            }
+            Action::Reencrypt => {
+                let prepared = reencrypt::request::prepare(means, owner, submit, descriptors)?;
+                let workers = prepared.workers_max;
+                let load = Load::Reencrypt(Box::new(prepared));
+                Ok(Accepted { load, transfer: None, workers, total_bytes: None, warnings: Vec::new() })
+            }
+            Action::Encrypt | Action::Decrypt | Action::Verify => {
+                let mut prepared = prepare(means, owner, submit, descriptors)?;
+                let warnings = std::mem::take(&mut prepared.warnings);
+                let transfer = prepared.transfer.clone();
+                let total_bytes = prepared.total_bytes;
+                let workers = if transfer.is_ordered() { 1 } else { prepared.workers_max };
+                let load = Load::Transfer(Box::new(prepared));
+                Ok(Accepted { load, transfer: Some(transfer), workers, total_bytes, warnings })
+            }
+        }
     }
 
     /// Start waiting jobs while there are places.
@@ -249,9 +294,8 @@ impl Registry {
             registry.ended(&job, ended);
         };
         if let Err(cause) = std::thread::Builder::new().name(format!("job{}", job.id)).spawn(body) {
-            if let Some(Load::Transfer(prepared)) = load.lock().unwrap_or_else(PoisonError::into_inner).take()
-            {
-                run::discard(&prepared);
+            if let Some(load) = load.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                load.discard();
             }
             self.ended(&job, Err(Error::io("cannot start the job's thread", cause)));
         }
@@ -259,9 +303,7 @@ impl Registry {
 
     fn carry(self: &Arc<Self>, job: &Job, load: Load) -> Result<run::Ending> {
         if let Err(cancelled) = job.check_cancelled() {
-            if let Load::Transfer(prepared) = &load {
-                run::discard(prepared);
-            }
+            load.discard();
             return Err(cancelled);
         }
         job.begin();
@@ -271,6 +313,7 @@ impl Registry {
         }
         match load {
             Load::Transfer(mut prepared) => run::run(job, &self.pipeline, &mut prepared),
+            Load::Reencrypt(prepared) => reencrypt::run(job, &self.pipeline, *prepared),
             Load::Bench(bench) => {
                 bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
             }

@@ -542,7 +542,7 @@ fn depth_in_all(source: &Device, sink: &Device) -> u32 {
 }
 
 /// Workers that may take part, and chunks in flight on each.
-fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Means) -> Result<(usize, u32)> {
+pub(super) fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Means) -> Result<(usize, u32)> {
     let in_all = depth_in_all(source, sink);
     let workers = match tuning.workers {
         Some(0) => return Err(Error::new(ErrorKind::Invalid, "a job needs a worker")),

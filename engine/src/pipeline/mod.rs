@@ -32,6 +32,7 @@ pub mod zeros;
 #[cfg(test)]
 mod tests;
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -41,6 +42,7 @@ use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use proto::WorkerStatus;
 
 pub use crate::backend::QueueChoice;
+use crate::backend::blocking::Blocking;
 use crate::backend::{Wake, open_queue};
 use crate::error::{Error, ErrorKind};
 use crate::pipeline::carrier::Carried;
@@ -72,6 +74,7 @@ pub struct PipelineConfig {
 /// A running set of workers. Dropping it lets them finish what they carry, and joins them.
 pub struct Pipeline {
     workers: Vec<Handle>,
+    queue: QueueChoice,
     buffer_bytes: u32,
     /// Where the next transfer begins that is not for all workers.
     next: AtomicUsize,
@@ -107,7 +110,7 @@ impl Pipeline {
         if workers.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
         }
-        Ok(Self { workers, buffer_bytes: config.buffer_bytes, next: AtomicUsize::new(0) })
+        Ok(Self { workers, queue: config.queue, buffer_bytes: config.buffer_bytes, next: AtomicUsize::new(0) })
     }
 
     /// The workers as they are.
@@ -126,6 +129,18 @@ impl Pipeline {
     #[must_use]
     pub fn buffer_bytes(&self) -> u32 {
         self.buffer_bytes
+    }
+
+    /// A file read, written and flushed in order, over the disks that the workers' queues see: simulated ones where theirs are.
+    ///
+    /// # Errors
+    /// As [`Blocking::open`].
+    pub fn blocking(&self, file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Blocking, Error> {
+        match self.queue {
+            #[cfg(feature = "sim")]
+            QueueChoice::Simulated(_) => Blocking::open_on(self.queue, file, name, align),
+            _ => Blocking::open(file, name, align),
+        }
     }
 
     /// Carry a transfer, on at most `workers_max` workers. Its end comes on [`Transfer::ended`]. One that rewrites a device is

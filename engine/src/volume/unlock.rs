@@ -140,7 +140,7 @@ pub fn with_volume_key(header: &Header, key: Secret) -> Result<Unlocked> {
 ///
 /// # Errors
 /// `Unsupported`: a digest this build does not know; `Limit`: one that would take too long.
-pub(super) fn meets(digest: &Digest, secret: &Secret) -> Result<bool> {
+pub fn meets(digest: &Digest, secret: &Secret) -> Result<bool> {
     Check::of_digest(digest)?.is_met_by(secret)
 }
 

@@ -3,9 +3,11 @@
 //! | file | its one purpose |
 //! |---|---|
 //! | `mod` | from the request to the end |
+//! | `request` | the request checked: devices, secrets, locks |
 //! | `alone` | one re-encryption per volume |
 //! | `course` | from an opened re-encryption to what the workers carry |
 //! | `hotzone` | which chunks are here, and the next hotzone of them |
+//! | `memory` | what the buffers of all of them may take |
 //! | `steps` | the loop over hotzones: which barrier moves when |
 //! | `proof` | digests of the plaintext before and after |
 //! | `dry` | what it would do, and how long it would take |
@@ -14,5 +16,342 @@ pub mod alone;
 pub mod course;
 pub mod dry;
 pub mod hotzone;
+pub mod memory;
 pub mod proof;
+pub mod request;
 pub mod steps;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::reencrypt::{Format, Mode, Phase, Report};
+
+use crate::backend::blocking::Blocking;
+use crate::backend::device::Device;
+use crate::crypto::Secret;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::reencrypt::{self as format, Direction, Resilience};
+use crate::job::reencrypt::course::Shape;
+use crate::job::reencrypt::memory::Memory;
+use crate::job::reencrypt::proof::Proving;
+use crate::job::reencrypt::request::Prepared;
+use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
+use crate::job::run::Ending;
+use crate::job::state::Job;
+use crate::pipeline::Pipeline;
+use crate::volume::reencrypt::{Opened, Side, begin, open};
+use crate::volume::Header;
+
+/// How often a running job looks after itself.
+const TICK: Duration = Duration::from_millis(250);
+/// How often a paused job looks whether it may go on.
+const PAUSE_POLL: Duration = Duration::from_millis(100);
+
+/// Carry a re-encryption to its end, or to where it is safe to stop.
+///
+/// # Errors
+/// Why it failed or was cancelled, in which state the volume is, and how to go on.
+pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
+    wait_while_paused(job)?;
+    if prepared.dry_run {
+        return dry::run(job, pipeline, &prepared);
+    }
+    let desk = Desk::new(pipeline, &prepared);
+    job.unlocking();
+    let opened = desk.open(job, &mut prepared);
+    job.unlocked();
+    let mut opened = opened?;
+    let mut report = first_report(&opened, &prepared);
+    job.report(report.clone());
+    if done(&opened, opened.boundary) < opened.total {
+        let proving = if prepared.verify { Some(Proving::new()?) } else { None };
+        let result = desk.rewrite(job, &prepared, &mut opened, &mut report, proving.as_ref());
+        job.detach();
+        job.report(report.clone());
+        result?;
+    }
+    if matches!(prepared.format, Format::Luks(_)) {
+        report.old_key_gone = proof::old_key_gone(&mut desk.blocking(prepared.header())?, &opened)?;
+    }
+    report.notes.push(last_words(&prepared).to_owned());
+    job.report(report);
+    Ok(Ending::default())
+}
+
+/// Bytes that are new.
+fn done(opened: &Opened, boundary: u64) -> u64 {
+    match opened.direction {
+        Direction::Forward => boundary,
+        Direction::Backward => opened.total - boundary,
+    }
+}
+
+fn last_words(prepared: &Prepared) -> &'static str {
+    match (prepared.mode, &prepared.format) {
+        (_, Format::Raw(_)) => {
+            "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more"
+        }
+        (Mode::Decrypt, _) => "the data is plain now; its header opens nothing any more",
+        _ => "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)",
+    }
+}
+
+/// A paused job neither hashes nor writes.
+fn wait_while_paused(job: &Job) -> Result<()> {
+    while job.is_paused() {
+        job.check_cancelled()?;
+        std::thread::sleep(PAUSE_POLL);
+    }
+    job.check_cancelled()
+}
+
+/// What the job works with.
+struct Desk<'a> {
+    pipeline: &'a Pipeline,
+    /// The data's alignment for direct I/O, bytes; 1: it is buffered.
+    align: u32,
+}
+
+impl<'a> Desk<'a> {
+    fn new(pipeline: &'a Pipeline, prepared: &Prepared) -> Self {
+        let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
+        // A write to an odd end would make a file longer.
+        let align = prepared.data.direct_alignment().filter(whole);
+        let align = match align {
+            Some(align) if prepared.direct && prepared.data.enable_direct() => align,
+            _ => {
+                prepared.data.disable_direct();
+                1
+            }
+        };
+        if let Some(beside) = &prepared.beside {
+            beside.disable_direct();
+        }
+        Self { pipeline, align }
+    }
+
+    /// A device read and written in order, through the kind of queue that workers use.
+    fn blocking(&self, device: &Arc<Device>) -> Result<Blocking> {
+        let direct = self.align > 1 && device.direct_alignment().is_some();
+        let align = if direct { device.direct_alignment().unwrap_or(1) } else { 1 };
+        self.pipeline.blocking(device.file().clone(), device.name(), align)
+    }
+
+    /// Go on with what was begun, or begin.
+    fn open(&self, job: &Job, prepared: &mut Prepared) -> Result<Opened> {
+        let give_up = || job.is_cancelled();
+        let mut data = self.blocking(&prepared.data)?;
+        let luks = match &prepared.format {
+            Format::Luks(luks) => luks,
+            Format::Raw(pair) => {
+                let beside = prepared.beside.as_ref().expect("a journal was opened");
+                let journal = self.blocking(beside)?;
+                return self.open_raw(prepared, pair, journal, &mut data);
+            }
+        };
+        if self.has_header(prepared)? {
+            let mut keys = Vec::new();
+            for key in prepared.keys.iter().chain(&prepared.new_key) {
+                keys.push(Secret::copy_of(key.as_bytes())?);
+            }
+            let header = self.blocking(prepared.header())?;
+            let opened = open::open(header, &mut data, prepared.data_bytes(), &keys, &give_up)?;
+            if let Some(opened) = opened {
+                return same_mode(opened, prepared);
+            }
+        }
+        if prepared.resume_only {
+            return Err(nothing_begun(prepared));
+        }
+        let wish = begin::Wish {
+            mode: prepared.mode(),
+            luks,
+            resilience: prepared.resilience,
+            data_bytes: prepared.data_bytes(),
+            block_bytes: prepared.block_bytes(),
+        };
+        let header = self.blocking(prepared.header())?;
+        let new_key = prepared.new_key.as_ref();
+        let begun = begin::begin(header, &mut data, &wish, &prepared.keys, new_key, &give_up);
+        // A new header takes its name before the first byte of data is rewritten for it, or goes.
+        match (&prepared.names, begun) {
+            (Some(names), Ok(opened)) => {
+                names.commit(&**prepared.header().file())?;
+                prepared.names = None;
+                Ok(opened)
+            }
+            (_, begun) => begun,
+        }
+    }
+
+    /// Plain data has none before it is begun.
+    fn has_header(&self, prepared: &Prepared) -> Result<bool> {
+        if prepared.mode != Mode::Encrypt {
+            return Ok(true);
+        }
+        match Header::load(&mut self.blocking(prepared.header())?) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_raw(
+        &self,
+        prepared: &Prepared,
+        pair: &proto::reencrypt::RawPair,
+        journal: Blocking,
+        data: &mut Blocking,
+    ) -> Result<Opened> {
+        let _ = (prepared, pair, journal, data);
+        Err(Error::new(ErrorKind::Unsupported, "volumes without a header"))
+    }
+
+    fn shape(&self, prepared: &Prepared, opened: &Opened, memory: &Memory) -> Shape {
+        let mut align = self.align;
+        if align > 1 && !course::is_aligned(opened, align) {
+            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
+            prepared.data.disable_direct();
+            align = 1;
+        }
+        Shape {
+            file: prepared.data.file().clone(),
+            name: prepared.data.name().to_owned(),
+            align,
+            kernel: prepared.kernel,
+            workers: self.pipeline.workers(),
+            workers_max: prepared.workers_max,
+            depth: prepared.depth,
+            chunk_bytes: prepared.chunk_bytes,
+            memory: memory.bytes(),
+            hotzone_bytes: prepared.hotzone_bytes,
+        }
+    }
+
+    fn rewrite(
+        &self,
+        job: &Job,
+        prepared: &Prepared,
+        opened: &mut Opened,
+        report: &mut Report,
+        proving: Option<&Proving>,
+    ) -> Result<()> {
+        let memory = Memory::take();
+        let shape = self.shape(prepared, opened, &memory);
+        let course = course::lay(opened, &shape, proving.map(Proving::key))?;
+        report.hotzone_bytes = course.hotzone_bytes;
+        job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
+        job.report(report.clone());
+        let mut data = self.blocking(&prepared.data)?;
+        let mut carrier =
+            self.pipeline.carry(&course.transfer, course.news.clone(), prepared.workers_max, course.buffers)?;
+        let mut ticked = Instant::now();
+        let mut wish = || {
+            let now = Instant::now();
+            if now.duration_since(ticked) >= TICK {
+                ticked = now;
+                job.tick(now);
+            }
+            if job.is_cancelled() { Wish::Stop } else { Wish::Go }
+        };
+        let ended = steps::run(Steps {
+            course: &course,
+            carrier: &mut carrier,
+            ledger: &mut *opened.ledger,
+            data: &mut data,
+            wish: &mut wish,
+        });
+        job.keep_record(course.transfer.final_record());
+        let before = ended.proof;
+        verdict(job, prepared, opened, ended)?;
+        let Some(proving) = proving else { return Ok(()) };
+        drop((course, memory));
+        proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
+    }
+}
+
+/// How it ended, for the user.
+fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Result<()> {
+    let Ended { boundary, state, failure, .. } = ended;
+    if state == State::Finished {
+        if let Some(error) = failure {
+            tracing::warn!("job {}: after the end: {}", job.id, error.chain());
+        }
+        return Ok(());
+    }
+    let done = done(opened, boundary);
+    let stands = match state {
+        State::Crash => "a step was interrupted and is recovered when it is resumed",
+        _ => "it rests at a safe point",
+    };
+    let what = format!("{done} of {} bytes are re-encrypted, and {stands}", opened.total);
+    let hint = "go on with cryptctl reencrypt --resume-only, or with cryptsetup reencrypt --resume-only";
+    let hint = match prepared.format {
+        Format::Luks(_) => hint,
+        Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
+    };
+    let hint = if state == State::Crash && matches!(opened.resilience, Resilience::None) {
+        "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
+    } else {
+        hint
+    };
+    Err(match failure {
+        Some(cause) => {
+            Error::new(cause.kind(), format!("re-encryption stopped: {what}")).at(prepared.data.name()).because(cause)
+        }
+        None => Error::new(ErrorKind::Cancelled, format!("cancelled: {what}")).at(prepared.data.name()),
+    }
+    .hint(hint))
+}
+
+/// A re-encryption of another kind is not gone on with by mistake.
+fn same_mode(opened: Opened, prepared: &Prepared) -> Result<Opened> {
+    if opened.mode == prepared.mode() {
+        return Ok(opened);
+    }
+    let (what, flag) = match opened.mode {
+        format::Mode::Reencrypt => ("re-encrypted", "neither --encrypt nor --decrypt"),
+        format::Mode::Encrypt => ("encrypted", "--encrypt"),
+        format::Mode::Decrypt => ("decrypted", "--decrypt"),
+    };
+    let what = format!("the volume is being {what}, which was begun and is not finished");
+    Err(Error::new(ErrorKind::Conflict, what)
+        .at(prepared.header().name())
+        .hint(format!("go on with {flag} and --resume-only")))
+}
+
+fn nothing_begun(prepared: &Prepared) -> Error {
+    Error::new(ErrorKind::Invalid, "there is no re-encryption to go on with")
+        .at(prepared.header().name())
+        .hint("without --resume-only one is begun")
+}
+
+fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
+    Report {
+        total_bytes: opened.total,
+        done_before_bytes: done(opened, opened.boundary),
+        old_cipher: in_words(&opened.old),
+        new_cipher: in_words(&opened.new),
+        resilience: opened.resilience.name().to_owned(),
+        hotzone_bytes: prepared.hotzone_bytes.unwrap_or(0),
+        carried_keyslots: opened.carried.clone(),
+        dropped_keyslots: opened.dropped.clone(),
+        recovered_bytes: opened.recovered_bytes,
+        notes: opened.notes.clone(),
+        ..Report::default()
+    }
+}
+
+fn in_words(side: &Side) -> Option<String> {
+    let (area, key) = side.cipher.as_ref()?;
+    Some(format!("{}, {}-bit key, {}-byte data units", area.spec.name(), key.len() * 8, area.unit_bytes))
+}
+
+/// A request that never began: a new header goes.
+pub fn discard(prepared: &Prepared) {
+    if let Some(names) = &prepared.names
+        && let Some(left) = names.undo(&**prepared.header().file())
+    {
+        tracing::info!("partial header left behind: {left}");
+    }
+}

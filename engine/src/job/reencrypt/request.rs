@@ -1,0 +1,230 @@
+//! From the request to devices and secrets: what can be checked before the first header is read.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use proto::reencrypt::{Format, Mode, RawPair, Request, Resilience};
+use proto::{Submit, Tuning};
+use rustix::fs::fstat;
+
+use crate::backend::device::{Device, Nature, Purpose};
+use crate::crypto::{Kernel, Secret};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::reencrypt as format;
+use crate::format::raw;
+use crate::job::Owner;
+use crate::job::commit::Names;
+use crate::job::prepare::{Means, width};
+use crate::job::reencrypt::alone::Alone;
+use crate::key::Descriptors;
+use crate::limits;
+
+/// A checked request, ready to run.
+pub struct Prepared {
+    /// Which way.
+    pub mode: Mode,
+    /// What kind of volume.
+    pub format: Format,
+    /// The data.
+    pub data: Arc<Device>,
+    /// A detached header, or the sidecar journal.
+    pub beside: Option<Arc<Device>>,
+    /// How a new detached header becomes visible.
+    pub names: Option<Names>,
+    /// Secrets that open the volume as it is.
+    pub keys: Vec<Secret>,
+    /// See the wire.
+    pub new_key: Option<Secret>,
+    /// Only go on with one that was begun.
+    pub resume_only: bool,
+    /// Write nothing.
+    pub dry_run: bool,
+    /// As asked for.
+    pub resilience: Option<Resilience>,
+    /// Most bytes of a hotzone, if asked for.
+    pub hotzone_bytes: Option<u64>,
+    /// Read everything once more in the end.
+    pub verify: bool,
+    /// The kernel of its ciphers.
+    pub kernel: Kernel,
+    /// Workers that may take part.
+    pub workers_max: usize,
+    /// Most reads, and most writes, in flight on each.
+    pub depth: u32,
+    /// Largest chunk, bytes: a power of two.
+    pub chunk_bytes: u32,
+    /// May transfers bypass the page cache?
+    pub direct: bool,
+    /// Nobody else re-encrypts it as long as these live.
+    _alone: Vec<Alone>,
+    /// Locks of other programs.
+    _locks: Vec<OwnedFd>,
+}
+
+impl Prepared {
+    /// The device with the header.
+    #[must_use]
+    pub fn header(&self) -> &Arc<Device> {
+        self.beside.as_ref().unwrap_or(&self.data)
+    }
+
+    /// Bytes of the data device.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        self.data.size().unwrap_or(0)
+    }
+
+    /// What the data device writes whole or not at all, bytes.
+    #[must_use]
+    pub fn block_bytes(&self) -> u32 {
+        match self.data.nature() {
+            // What cryptsetup goes by.
+            Nature::File => fstat(self.data.file())
+                .ok()
+                .and_then(|stat| u32::try_from(stat.st_blksize).ok())
+                .filter(|bytes| bytes.is_power_of_two())
+                .map_or(4096, |bytes| bytes.clamp(512, 4096)),
+            _ => self.data.direct_alignment().unwrap_or(512).max(512),
+        }
+    }
+
+    /// As the format has it.
+    #[must_use]
+    pub fn mode(&self) -> format::Mode {
+        match self.mode {
+            Mode::Reencrypt => format::Mode::Reencrypt,
+            Mode::Encrypt => format::Mode::Encrypt,
+            Mode::Decrypt => format::Mode::Decrypt,
+        }
+    }
+}
+
+fn invalid<T>(what: &str) -> Result<T> {
+    Err(Error::new(ErrorKind::Invalid, what))
+}
+
+/// Check a `reencrypt` request.
+///
+/// # Errors
+/// Whatever is wrong with it; nothing was changed. `Conflict`: somebody else is at the volume.
+pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
+    let Submit { source, sink, volume, bench, reencrypt, tuning, bytes_per_second, .. } = submit;
+    let Some(request) = reencrypt else { return invalid("the request has no reencrypt") };
+    if source.is_some() || sink.is_some() || volume.is_some() || bench.is_some() {
+        return invalid("reencrypt has one volume, and neither source nor sink");
+    }
+    if bytes_per_second == Some(0) {
+        return invalid("a rate of 0 bytes per second never ends; pause the job instead");
+    }
+    let mut descriptors = Descriptors::new(descriptors);
+    let open = |descriptors: &mut Descriptors, file: &proto::luks::File, what: &str| -> Result<Arc<Device>> {
+        let purpose = Purpose { read: true, write: !request.dry_run, stream: false };
+        let fd = descriptors.take(file.fd, what)?;
+        Ok(Arc::new(Device::from_fd(fd, file.name.clone(), purpose)?))
+    };
+    let data = open(&mut descriptors, &request.volume, "volume")?;
+    let (beside, commit) = match &request.format {
+        Format::Luks(luks) => match &luks.header {
+            Some(header) => (Some(open(&mut descriptors, header, "header")?), luks.commit.as_ref()),
+            None => (None, luks.commit.as_ref()),
+        },
+        Format::Raw(pair) => (Some(open(&mut descriptors, &pair.journal, "journal")?), None),
+    };
+    if let Some(beside) = &beside
+        && beside.is_same_as(&data)
+    {
+        return Err(Error::new(ErrorKind::Conflict, "the volume and what is beside it are the same file")
+            .at(beside.name()));
+    }
+    let names = match (commit, &beside) {
+        (None, _) => None,
+        (Some(commit), Some(header)) if request.mode == Mode::Encrypt && !request.dry_run => {
+            let directory = descriptors.take(commit.dir_fd, "directory of the header")?;
+            Some(Names::new(directory, commit, &**header.file(), owner)?)
+        }
+        (Some(_), _) => return invalid("only encrypt makes a new header"),
+    };
+    let mut secrets = Vec::with_capacity(request.keys.len());
+    for &key in &request.keys {
+        secrets.push(descriptors.secret(key, "key")?);
+    }
+    let new_key = request.new_key.map(|fd| descriptors.secret(fd, "new key")).transpose()?;
+    let locks = request.lock_fds.iter().map(|&fd| descriptors.take(fd, "lock"));
+    let locks = locks.collect::<Result<Vec<_>>>()?;
+    descriptors.finish()?;
+    check_keys(&request, &secrets, new_key.as_ref())?;
+    // A dry run is in nobody's way, nor is anybody in its.
+    let alone = if request.dry_run {
+        Vec::new()
+    } else {
+        [Some(&data), beside.as_ref()].into_iter().flatten().map(|one| Alone::with(one)).collect::<Result<_>>()?
+    };
+    let (workers_max, depth) = width(&data, &data, &tuning, means)?;
+    let Request { mode, format, resume_only, dry_run, resilience, hotzone_bytes, verify, .. } = *request;
+    Ok(Prepared {
+        mode,
+        format,
+        beside,
+        names,
+        keys: secrets,
+        new_key,
+        resume_only,
+        dry_run,
+        resilience,
+        hotzone_bytes,
+        verify,
+        kernel: means.kernel,
+        workers_max,
+        depth,
+        chunk_bytes: chunk_bytes(&data, &tuning, means)?,
+        direct: tuning.direct != Some(false),
+        data,
+        _alone: alone,
+        _locks: locks,
+    })
+}
+
+fn check_keys(request: &Request, keys: &[Secret], new_key: Option<&Secret>) -> Result<()> {
+    match (&request.format, request.mode) {
+        (Format::Raw(pair), Mode::Reencrypt) => check_raw(pair, keys, new_key),
+        (Format::Raw(_), _) => invalid("a volume without a header is only re-encrypted from one key to another"),
+        (Format::Luks(_), Mode::Encrypt) if new_key.is_none() && keys.is_empty() => {
+            invalid("the request has no new_key, and an encrypted volume needs a passphrase")
+        }
+        (Format::Luks(_), Mode::Decrypt) if new_key.is_some() => {
+            invalid("plain data has no key, and the request has a new_key")
+        }
+        (Format::Luks(_), Mode::Reencrypt | Mode::Decrypt) if keys.is_empty() => {
+            invalid("the request has no keys that open the volume as it is")
+        }
+        (Format::Luks(_), _) => Ok(()),
+    }
+}
+
+fn check_raw(pair: &RawPair, keys: &[Secret], new_key: Option<&Secret>) -> Result<()> {
+    let ([old], Some(new)) = (keys, new_key) else {
+        return invalid("a volume without a header is re-encrypted from one key to another: both are needed");
+    };
+    for (side, key) in [(&pair.old, old), (&pair.new, new)] {
+        raw::layout(side)?;
+        if key.len() != side.key_bytes as usize {
+            return invalid(&format!(
+                "a volume key has the wrong length: {} bytes are needed",
+                side.key_bytes
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Largest chunk: a power of two, so that hotzones of any size can be made of it or its halves.
+fn chunk_bytes(data: &Device, tuning: &Tuning, means: Means) -> Result<u32> {
+    let most = means.buffer_bytes.min(limits::BUFFER_BYTES_MAX);
+    match tuning.chunk_bytes {
+        Some(chunk) if !chunk.is_power_of_two() || chunk < 4096 || chunk > most => {
+            invalid(&format!("chunk of {chunk} bytes: it must be a power of two from 4096 to {most}"))
+        }
+        Some(chunk) => Ok(chunk),
+        None => Ok(data.hints().chunk_bytes.min(most)),
+    }
+}

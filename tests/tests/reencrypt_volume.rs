@@ -1,0 +1,655 @@
+//! Re-encryption as the headers have it, on real files: begun by us and finished by cryptsetup, begun by cryptsetup and finished by us,
+//! at rest and interrupted within a step, in every mode of protection and between data units. What counts is all of the plaintext.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use engine::crypto::Secret;
+use engine::error::{Error, ErrorKind};
+use engine::format::luks2::metadata::{Keyslot, Token};
+use engine::format::luks2::reencrypt::Mode;
+use engine::volume::Header;
+use engine::volume::reencrypt::begin::{self, Planned, Wish};
+use engine::volume::reencrypt::{Opened, luks, open};
+use engine::volume::unlock;
+use proto::luks::{KdfKind, KdfWish};
+use proto::reencrypt::{Luks, Resilience};
+use tests::luks2::{QUICK, cryptsetup, cryptsetup_does, has_cryptsetup};
+use tests::rewrite::{Until, bytes_of, device, go_on, plaintext, read_by_cryptsetup, secret};
+use tests::{Random, Scratch, seed, skip};
+
+/// Bytes of data: some steps of [`STEP`] and an odd rest.
+const DATA: u64 = (5 << 20) + 3 * 4096;
+const STEP: u64 = 1 << 20;
+/// Where the data of [`Volume::new`] begins.
+const OFFSET: u64 = 4 << 20;
+const PASS: &str = "correct horse";
+
+fn never() -> bool {
+    false
+}
+
+/// A LUKS2 volume made by cryptsetup, its data noise.
+struct Volume {
+    scratch: Scratch,
+    path: PathBuf,
+    header: Option<PathBuf>,
+    unit: u32,
+}
+
+impl Volume {
+    fn new(unit: u32) -> Self {
+        Self::with(unit, DATA, "", false)
+    }
+
+    fn with(unit: u32, data: u64, options: &str, detached: bool) -> Self {
+        let scratch = Scratch::new();
+        let offset = if detached { 0 } else { OFFSET };
+        let mut noise = vec![0; usize::try_from(offset + data).expect("small")];
+        Random::new(u64::from(unit) + data).fill(&mut noise);
+        let path = scratch.file("volume", &noise);
+        scratch.file("pass", PASS.as_bytes());
+        let header = detached.then(|| scratch.file("header", &[]));
+        let format = format!(
+            "luksFormat -q --type luks2 --sector-size {unit} --key-file {} --luks2-keyslots-size 3M {options} {}",
+            scratch.join("pass").display(),
+            match &header {
+                Some(header) => format!("--header {}", header.display()),
+                None => format!("--offset {}", OFFSET / 512),
+            }
+        );
+        cryptsetup_does(&[&format, &QUICK.join(" ")], &[&path]);
+        Self { scratch, path, header, unit }
+    }
+
+    fn header(&self) -> &Path {
+        self.header.as_deref().unwrap_or(&self.path)
+    }
+
+    fn pass_file(&self) -> PathBuf {
+        self.scratch.join("pass")
+    }
+
+    fn add_key(&self, text: &str) {
+        let file = self.scratch.file("added", text.as_bytes());
+        let add = format!("luksAddKey -q --key-file {}", self.pass_file().display());
+        cryptsetup_does(&[&add, &QUICK.join(" ")], &[self.header(), &file]);
+    }
+
+    fn header_now(&self) -> Header {
+        Header::load(&mut device(self.header())).expect("a header")
+    }
+
+    fn metadata(&self) -> engine::format::luks2::metadata::Metadata {
+        match self.header_now() {
+            Header::Luks2(loaded) => loaded.header.metadata,
+            Header::Luks1(_) => panic!("LUKS1"),
+        }
+    }
+
+    /// The plaintext of a volume at rest by its header, read by ourselves.
+    fn plain(&self, passphrase: &str) -> Vec<u8> {
+        let header = self.header_now();
+        let [area] = header.data_areas().expect("areas")[..] else { panic!("one area") };
+        let total = bytes_of(&self.path) - area.offset;
+        let mut bytes = vec![0; usize::try_from(total).expect("small")];
+        device(&self.path).read(area.offset, &mut bytes).expect("read");
+        let Some(cipher) = area.cipher else { return bytes };
+        let key =
+            unlock::with_passphrase(&mut device(self.header()), &header, &secret(passphrase), None, &never);
+        let kernel = engine::crypto::Kernel::best().expect("a kernel");
+        let cipher =
+            cipher.spec.build(kernel, &key.expect("opens").key, cipher.unit_bytes, cipher.offset_sectors);
+        cipher.expect("a cipher").decrypt(engine::units::DataUnit(0), &mut bytes);
+        bytes
+    }
+
+    fn plain_by_cryptsetup(&self) -> Vec<u8> {
+        read_by_cryptsetup(&self.path, self.header.as_deref(), &self.pass_file(), self.scratch.path(), DATA)
+    }
+
+    fn wish<'a>(&self, luks: &'a Luks, mode: Mode, resilience: Option<Resilience>) -> Wish<'a> {
+        Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096 }
+    }
+
+    fn begin_with(
+        &self,
+        luks: &Luks,
+        resilience: Option<Resilience>,
+        keys: &[&str],
+        new: Option<&str>,
+    ) -> Result<Opened, Error> {
+        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
+        let wish = self.wish(luks, Mode::Reencrypt, resilience);
+        let new = new.map(secret);
+        begin::begin(device(self.header()), &mut device(&self.path), &wish, &keys, new.as_ref(), &never)
+    }
+
+    fn plan(&self, luks: &Luks, keys: &[&str]) -> Result<Planned, Error> {
+        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
+        let wish = self.wish(luks, Mode::Reencrypt, None);
+        begin::plan(&mut device(self.header()), &wish, &keys, None, &never)
+    }
+
+    fn begin(&self, resilience: Resilience, unit: u32) -> Opened {
+        let luks = Luks { data_unit: Some(unit), force_data_unit: true, ..quick() };
+        self.begin_with(&luks, Some(resilience), &[PASS], None).expect("begun")
+    }
+
+    fn open(&self) -> Result<Option<Opened>, Error> {
+        self.open_with(&[PASS])
+    }
+
+    fn open_with(&self, keys: &[&str]) -> Result<Option<Opened>, Error> {
+        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
+        let data = bytes_of(&self.path);
+        open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)
+    }
+
+    /// Let cryptsetup finish it; of an interrupted step it asks for a repair first.
+    fn cryptsetup_resumes(&self) {
+        let key = format!("--key-file {}", self.pass_file().display());
+        let header =
+            self.header.as_ref().map_or(String::new(), |path| format!("--header {}", path.display()));
+        let resume = "reencrypt -q --resume-only --force-offline-reencrypt";
+        let output = cryptsetup(&[resume, &key, &header], &[&self.path]);
+        if !output.status.success() {
+            cryptsetup_does(&["repair -q", &key, &header], &[&self.path]);
+            cryptsetup_does(&[resume, &key, &header], &[&self.path]);
+        }
+    }
+
+    /// Nothing of a re-encryption is left.
+    fn is_over(&self) {
+        let metadata = self.metadata();
+        assert_eq!(metadata.config.requirements, Vec::<String>::new());
+        assert_eq!(metadata.segments.len(), 1);
+        assert_eq!(metadata.digests.len(), 1);
+        assert!(metadata.keyslots.values().all(|slot| matches!(slot, Keyslot::Luks2(_))));
+        assert!(!luks::is_unswept(&metadata));
+        assert!(self.open().expect("nothing is wrong").is_none());
+    }
+}
+
+/// New keyslots that cost nothing.
+fn quick() -> Luks {
+    let kdf = KdfWish { kind: Some(KdfKind::Pbkdf2), iterations: Some(1000), ..KdfWish::default() };
+    Luks { kdf: Some(kdf), ..Luks::default() }
+}
+
+const PROTECTED: [Resilience; 2] = [Resilience::Checksum, Resilience::Journal];
+const UNITS: [(u32, u32); 4] = [(512, 512), (512, 4096), (4096, 4096), (4096, 512)];
+
+#[test]
+fn a_whole_rotation_keeps_all_plaintext_and_nothing_of_the_old_key() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    for (old, new) in UNITS {
+        for resilience in [Resilience::Checksum, Resilience::Journal, Resilience::None] {
+            let volume = Volume::new(old);
+            let before = volume.plain(PASS);
+            let key_before = unlock::with_passphrase(
+                &mut device(&volume.path),
+                &volume.header_now(),
+                &secret(PASS),
+                None,
+                &never,
+            );
+            let key_before = key_before.expect("opens").key;
+            let [Keyslot::Luks2(slot)] = &volume.metadata().keyslots.into_values().collect::<Vec<_>>()[..]
+            else {
+                panic!("one keyslot")
+            };
+            let mut material = vec![0; 256_000];
+            device(&volume.path).read(slot.area.offset, &mut material).expect("read");
+            let opened = volume.begin(resilience, new);
+            assert_eq!((opened.total, opened.boundary, opened.recovered_bytes), (DATA, 0, 0));
+            assert_eq!((opened.carried.as_slice(), opened.dropped.as_slice()), (&[0][..], &[][..]));
+            assert!(plaintext(&opened, &volume.path) == before, "begun");
+            assert!(go_on(opened, &volume.path, STEP, Until::Done));
+            volume.is_over();
+            assert!(volume.plain(PASS) == before, "{old} to {new}, {resilience:?}");
+            assert!(volume.plain_by_cryptsetup() == before, "{old} to {new}, {resilience:?}: cryptsetup");
+            // The old key opens nothing, and its material is gone.
+            let refused = unlock::with_volume_key(&volume.header_now(), key_before).expect_err("another key");
+            assert_eq!(refused.kind(), ErrorKind::WrongKey);
+            let whole = std::fs::read(&volume.path).expect("read");
+            let head = &whole[..usize::try_from(OFFSET).expect("small")];
+            let pieces = material.chunks_exact(512);
+            let left = pieces.filter(|piece| head.windows(512).step_by(512).any(|window| window == *piece));
+            assert_eq!(left.count(), 0, "material of the old key is left");
+        }
+    }
+}
+
+#[test]
+fn cryptsetup_finishes_what_we_began() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    for (old, new) in UNITS {
+        for resilience in PROTECTED {
+            for until in [
+                Until::Steps(0),
+                Until::Steps(2),
+                Until::Within(0, 300),
+                Until::Within(5, 500),
+                Until::Within(2, 1000),
+            ] {
+                let volume = Volume::new(old);
+                let before = volume.plain(PASS);
+                assert!(!go_on(volume.begin(resilience, new), &volume.path, STEP, until));
+                volume.cryptsetup_resumes();
+                volume.is_over();
+                assert!(volume.plain(PASS) == before, "{old} to {new}, {resilience:?}, {until:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn we_finish_what_we_began() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    for (old, new) in UNITS {
+        for resilience in PROTECTED {
+            let volume = Volume::new(old);
+            let before = volume.plain(PASS);
+            let mut opened = volume.begin(resilience, new);
+            for until in [
+                Until::Within(0, 0),
+                Until::Within(0, 500),
+                Until::Steps(1),
+                Until::Within(1, 999),
+                Until::Within(0, 1000),
+            ] {
+                assert!(!go_on(opened, &volume.path, STEP, until));
+                opened = volume.open().expect("opens").expect("under way");
+                let was_within = matches!(until, Until::Within(..));
+                assert_eq!(opened.recovered_bytes, if was_within { STEP } else { 0 }, "{until:?}");
+                assert!(
+                    plaintext(&opened, &volume.path) == before,
+                    "{old} to {new}, {resilience:?}, {until:?}"
+                );
+            }
+            // The last step, which ends where the data does.
+            assert!(!go_on(opened, &volume.path, STEP, Until::Within(0, 500)));
+            let opened = volume.open().expect("opens").expect("under way");
+            assert_eq!((opened.recovered_bytes, opened.boundary), (DATA % STEP, DATA));
+            assert!(go_on(opened, &volume.path, STEP, Until::Done));
+            volume.is_over();
+            assert!(volume.plain(PASS) == before, "{old} to {new}, {resilience:?}");
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_step_without_protection_is_refused_and_named() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    assert!(!go_on(volume.begin(Resilience::None, 512), &volume.path, STEP, Until::Within(0, 500)));
+    let before = std::fs::read(&volume.path).expect("read");
+    let refused = volume.open().err().expect("no recovery");
+    assert_eq!(refused.kind(), ErrorKind::Unsupported);
+    assert!(refused.chain().contains("resilience none"), "{}", refused.chain());
+    assert!(std::fs::read(&volume.path).expect("read") == before, "nothing was written");
+}
+
+#[test]
+fn without_protection_it_can_stop_early_and_go_on() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let before = volume.plain(PASS);
+    let mut opened = volume.begin(Resilience::None, 512);
+    assert_eq!(opened.ledger.hotzone_max(), None);
+    // All of it is announced, a part of it done and committed.
+    let all = engine::units::Extent::new(0, DATA).expect("data");
+    let part = engine::units::Extent::new(0, STEP).expect("data");
+    opened.ledger.begin(all).expect("begun");
+    let mut bytes = vec![0; 1 << 20];
+    let mut data = device(&volume.path);
+    data.read(OFFSET, &mut bytes).expect("read");
+    let build = |side: &engine::volume::reencrypt::Side| {
+        let (cipher, key) = side.cipher.as_ref().expect("encrypted");
+        let kernel = engine::crypto::Kernel::best().expect("a kernel");
+        cipher.spec.build(kernel, key, cipher.unit_bytes, cipher.offset_sectors).expect("built")
+    };
+    build(&opened.old).decrypt(engine::units::DataUnit(0), &mut bytes);
+    build(&opened.new).encrypt(engine::units::DataUnit(0), &mut bytes);
+    data.write(OFFSET, &bytes).expect("written");
+    data.flush().expect("flushed");
+    opened.ledger.commit(part).expect("committed");
+    drop(opened);
+    let opened = volume.open().expect("opens").expect("under way");
+    assert_eq!(opened.boundary, STEP);
+    assert!(plaintext(&opened, &volume.path) == before);
+    assert!(go_on(opened, &volume.path, STEP, Until::Done));
+    volume.is_over();
+    assert!(volume.plain(PASS) == before);
+}
+
+/// Kill it at an instant; false: it was faster.
+fn killed(volume: &Volume, options: &str, after: Duration) -> bool {
+    let words = format!(
+        "reencrypt -q --force-offline-reencrypt --key-file {} --hotzone-size 256k {options}",
+        volume.pass_file().display()
+    );
+    let mut child = Command::new("cryptsetup")
+        .args(words.split_whitespace())
+        .args(QUICK.iter().flat_map(|words| words.split_whitespace()))
+        .arg(&volume.path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("cryptsetup starts");
+    std::thread::sleep(after);
+    let was_running = child.try_wait().expect("asked").is_none();
+    let _ = child.kill();
+    child.wait().expect("waited");
+    was_running
+}
+
+#[test]
+fn we_finish_what_cryptsetup_began() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let seed = seed();
+    let mut random = Random::new(seed);
+    let mut found = [0_u32; 3];
+    for (resilience, rounds) in [("checksum", 8), ("journal", 8)] {
+        for round in 0..rounds {
+            let volume = Volume::with([512, 4096][round % 2], 48 << 20, "", false);
+            let before = volume.plain(PASS);
+            let options = format!("--resilience {resilience}");
+            // From before it begins, about a tenth of a second with its key derivations, to the end.
+            let after = Duration::from_micros(50_000 + random.below(500_000) as u64);
+            killed(&volume, &options, after);
+            let opened = volume.open().unwrap_or_else(|error| panic!("seed {seed}: {}", error.chain()));
+            match opened {
+                None => found[0] += 1,
+                Some(opened) => {
+                    found[if opened.recovered_bytes > 0 { 2 } else { 1 }] += 1;
+                    assert!(plaintext(&opened, &volume.path) == before, "seed {seed}: at rest");
+                    assert!(go_on(opened, &volume.path, 8 << 20, Until::Done));
+                    volume.is_over();
+                }
+            }
+            assert!(volume.plain(PASS) == before, "seed {seed}, {resilience}, round {round}");
+        }
+    }
+    eprintln!("not begun or over: {}, at rest: {}, within a step: {}", found[0], found[1], found[2]);
+    assert!(found[1] + found[2] > 0, "seed {seed}: no kill fell into it");
+}
+
+#[test]
+fn keyslots_whose_passphrase_is_not_given_are_named_or_dropped() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    volume.add_key("second");
+    volume.add_key("third");
+    let bytes = std::fs::read(&volume.path).expect("read");
+    let refused = volume.begin_with(&quick(), None, &[PASS, "third"], None).err().expect("one would be lost");
+    assert_eq!(refused.kind(), ErrorKind::Conflict);
+    assert!(refused.chain().contains("keyslot 1 "), "{}", refused.chain());
+    assert!(refused.to_failure().hint.expect("a hint").contains("--drop-slots"));
+    for (keys, hint) in [(&["nobody's"][..], false), (&[PASS, "nobody's"][..], true)] {
+        let refused = volume.begin_with(&quick(), None, keys, None).err().expect("opens nothing");
+        assert_eq!(refused.kind(), ErrorKind::WrongKey);
+        assert_eq!(refused.to_failure().hint.is_some_and(|hint| hint.contains("number 2")), hint);
+    }
+    assert!(std::fs::read(&volume.path).expect("read") == bytes, "nothing was written");
+
+    let before = volume.plain(PASS);
+    let luks = Luks { drop_slots: true, ..quick() };
+    let planned = volume.plan(&luks, &[PASS, "third"]).expect("planned");
+    assert_eq!((planned.carried.as_slice(), planned.dropped.as_slice()), (&[0, 2][..], &[1][..]));
+    assert!(std::fs::read(&volume.path).expect("read") == bytes, "a plan writes nothing");
+    let opened = volume.begin_with(&luks, None, &[PASS, "third"], None).expect("begun");
+    assert!(go_on(opened, &volume.path, STEP, Until::Done));
+    for (passphrase, opens) in [(PASS, true), ("second", false), ("third", true)] {
+        let tried = unlock::with_passphrase(
+            &mut device(&volume.path),
+            &volume.header_now(),
+            &secret(passphrase),
+            None,
+            &never,
+        );
+        assert_eq!(tried.is_ok(), opens, "{passphrase}");
+    }
+    assert!(volume.plain("third") == before);
+    volume.is_over();
+}
+
+#[test]
+fn a_new_passphrase_takes_the_place_of_the_first() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    volume.add_key("second");
+    let before = volume.plain(PASS);
+    let opened = volume.begin_with(&quick(), None, &[PASS, "second"], Some("brand new")).expect("begun");
+    assert!(!go_on(opened, &volume.path, STEP, Until::Within(1, 500)));
+    for keys in [&[PASS][..], &["brand new"], &["nobody's"]] {
+        let refused = volume.open_with(keys).err().expect("half of it");
+        assert_eq!(refused.kind(), ErrorKind::WrongKey, "{keys:?}");
+    }
+    // That of a keyslot carried over opens both keys; or one of each.
+    let opened = volume.open_with(&["second"]).expect("opens").expect("under way");
+    assert!(!go_on(opened, &volume.path, STEP, Until::Within(1, 500)));
+    let opened = volume.open_with(&["brand new", PASS]).expect("opens").expect("under way");
+    assert!(go_on(opened, &volume.path, STEP, Until::Done));
+    assert!(volume.plain("brand new") == before && volume.plain("second") == before);
+    let old =
+        unlock::with_passphrase(&mut device(&volume.path), &volume.header_now(), &secret(PASS), None, &never);
+    assert_eq!(old.expect_err("gone").kind(), ErrorKind::WrongKey);
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_nothing_is_written() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let bytes = std::fs::read(&volume.path).expect("read");
+    let cases: [(Luks, Option<Resilience>, ErrorKind, &str); 6] = [
+        (Luks { data_unit: Some(4096), ..quick() }, None, ErrorKind::Unsupported, "would grow"),
+        (Luks { data_unit: Some(8192), ..quick() }, None, ErrorKind::Invalid, "data units of 8192"),
+        (
+            Luks { cipher: Some("aes-cbc-essiv:sha256".into()), ..quick() },
+            None,
+            ErrorKind::Unsupported,
+            "cipher",
+        ),
+        (Luks { cipher: Some("rot13".into()), ..quick() }, None, ErrorKind::Unsupported, "rot13"),
+        (Luks { key_bytes: Some(48), ..quick() }, None, ErrorKind::Invalid, "384"),
+        (quick(), Some(Resilience::Datashift), ErrorKind::Invalid, "datashift"),
+    ];
+    for (luks, resilience, kind, words) in cases {
+        let refused = volume.begin_with(&luks, resilience, &[PASS], None).err().expect(words);
+        assert_eq!(refused.kind(), kind, "{}", refused.chain());
+        assert!(refused.chain().contains(words), "{}", refused.chain());
+    }
+    // An odd size.
+    let odd = Volume::with(512, DATA + 512, "", false);
+    let luks = Luks { data_unit: Some(4096), force_data_unit: true, ..quick() };
+    let refused = odd.begin_with(&luks, None, &[PASS], None).err().expect("no whole units");
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+    assert!(refused.chain().contains("no whole number of data units of 4096"), "{}", refused.chain());
+    // With its header attached.
+    let wish = volume.wish(&Luks::default(), Mode::Decrypt, None).mode;
+    assert_eq!(wish, Mode::Decrypt);
+    let luks = Luks::default();
+    let wish = volume.wish(&luks, Mode::Decrypt, None);
+    let refused =
+        begin::begin(device(&volume.path), &mut device(&volume.path), &wish, &[secret(PASS)], None, &never);
+    assert_eq!(refused.err().expect("attached").kind(), ErrorKind::Unsupported);
+    assert!(std::fs::read(&volume.path).expect("read") == bytes, "nothing was written");
+    assert_eq!(volume.unit, 512);
+}
+
+#[test]
+fn want_of_room_is_found_before_anything_is_written() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    // Room for two keyslots: the second takes all of it, and for the new key with one old there is none for the area.
+    for (keyslots, also) in [("512k", false), ("516096", true), ("256k", false)] {
+        let options = format!("--luks2-keyslots-size {keyslots}");
+        let volume = Volume::with(512, DATA, &options, false);
+        if also {
+            volume.add_key("second");
+        }
+        let bytes = std::fs::read(&volume.path).expect("read");
+        let keys: &[&str] = if also { &[PASS, "second"] } else { &[PASS] };
+        match volume.begin_with(&quick(), None, keys, None) {
+            Err(refused) => {
+                assert_eq!(refused.kind(), ErrorKind::NoSpace, "{keyslots}: {}", refused.chain());
+                assert!(
+                    std::fs::read(&volume.path).expect("read") == bytes,
+                    "{keyslots}: nothing was written"
+                );
+            }
+            Ok(opened) => {
+                assert_eq!(keyslots, "512k");
+                assert!(opened.ledger.hotzone_max().expect("a limit") >= opened.ledger.step_bytes());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_that_shrank_and_a_forged_header_are_refused() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let before = volume.plain(PASS);
+    assert!(!go_on(volume.begin(Resilience::Checksum, 512), &volume.path, STEP, Until::Within(3, 500)));
+    let whole = std::fs::read(&volume.path).expect("read");
+    for bytes in [OFFSET, OFFSET + STEP, OFFSET + 4 * STEP - 512] {
+        let file = std::fs::File::options().write(true).open(&volume.path).expect("open");
+        file.set_len(bytes).expect("shrunk");
+        let refused = volume.open().err().expect("too small");
+        assert_eq!(refused.kind(), ErrorKind::Damaged, "{}", refused.chain());
+        assert_eq!(bytes_of(&volume.path), bytes);
+    }
+    std::fs::write(&volume.path, &whole).expect("as before");
+
+    // The area of the checksums somewhere else, a valid header otherwise: the digest says no.
+    let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+    for slot in loaded.header.metadata.keyslots.values_mut() {
+        if let Keyslot::Reencrypt { area, object } = slot {
+            area.size -= 4096;
+            object["area"]["size"] = area.size.to_string().into();
+        }
+    }
+    engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("forged");
+    let forged = std::fs::read(&volume.path).expect("read");
+    let refused = volume.open().err().expect("forged");
+    assert_eq!(refused.kind(), ErrorKind::Damaged);
+    assert!(refused.chain().contains("digest"), "{}", refused.chain());
+    assert!(std::fs::read(&volume.path).expect("read") == forged, "nothing was written");
+    // Put right, it goes on.
+    std::fs::write(&volume.path, &whole).expect("as before");
+    let opened = volume.open().expect("opens").expect("under way");
+    assert!(go_on(opened, &volume.path, STEP, Until::Done));
+    assert!(volume.plain(PASS) == before);
+}
+
+#[test]
+fn a_header_changed_by_another_stops_the_ledger() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let before = volume.plain(PASS);
+    let mut opened = volume.begin(Resilience::Checksum, 512);
+    let other = volume.open().expect("opens").expect("under way");
+    assert!(!go_on(other, &volume.path, STEP, Until::Steps(1)));
+    let hot = engine::units::Extent::new(0, STEP).expect("data");
+    let sums = vec![0; 256 * 32];
+    for _ in 0..2 {
+        let refused = opened.ledger.save(hot, &sums).expect_err("not ours any more");
+        assert!(matches!(refused.kind(), ErrorKind::Conflict | ErrorKind::Io), "{}", refused.chain());
+        let refused = opened.ledger.begin(hot).expect_err("not ours any more");
+        assert_eq!(refused.kind(), ErrorKind::Io, "{}", refused.chain());
+    }
+    let opened = volume.open().expect("opens").expect("under way");
+    assert_eq!(opened.boundary, STEP);
+    assert!(go_on(opened, &volume.path, STEP, Until::Done));
+    assert!(volume.plain(PASS) == before);
+}
+
+#[test]
+fn steps_out_of_order_are_refused() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let mut opened = volume.begin(Resilience::Checksum, 512);
+    let hot = |from, to| engine::units::Extent::new(from, to).expect("an extent");
+    for wrong in [hot(4096, 8192), hot(0, 512), hot(0, DATA + 4096)] {
+        assert_eq!(opened.ledger.begin(wrong).expect_err("no step").kind(), ErrorKind::Internal);
+    }
+    let refused = opened.ledger.save(hot(0, STEP), &[0; 32]).expect_err("too few");
+    assert_eq!(refused.kind(), ErrorKind::Internal);
+    assert_eq!(opened.ledger.commit(hot(0, STEP)).expect_err("not begun").kind(), ErrorKind::Internal);
+    opened.ledger.begin(hot(0, STEP)).expect("a step");
+    assert_eq!(opened.ledger.commit(hot(0, 4096)).expect_err("a part").kind(), ErrorKind::Internal);
+    opened.ledger.commit(hot(0, STEP)).expect("committed");
+}
+
+#[test]
+fn what_a_power_cut_behind_the_end_left_is_overwritten_without_any_key() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    let volume = Volume::new(512);
+    let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+    let [Keyslot::Luks2(slot)] = &loaded.header.metadata.keyslots.values().cloned().collect::<Vec<_>>()[..]
+    else {
+        panic!("one keyslot")
+    };
+    // As between the header that ends it and the last: a note of places. One is free; one is the keyslot of now; one is the data.
+    let free = slot.area.offset + slot.area.size + 8192;
+    let places = [(free, 4096), (slot.area.offset - 4096, slot.area.size + 4096 + 4096), (OFFSET, 4096)];
+    let areas: Vec<[String; 2]> =
+        places.iter().map(|(at, size): &(u64, u64)| [at.to_string(), size.to_string()]).collect();
+    let extra = serde_json::Map::from_iter([("areas".to_owned(), serde_json::json!(areas))]);
+    let note = Token { kind: luks::NOTE.to_owned(), keyslots: Vec::new(), extra };
+    loaded.header.metadata.tokens.insert(3, note);
+    engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("noted");
+    assert!(luks::is_unswept(&volume.metadata()));
+    let mut file = std::fs::File::options().read(true).write(true).open(&volume.path).expect("open");
+    let behind = slot.area.offset + slot.area.size;
+    for at in [free, behind] {
+        file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&[0xA5; 4096])).expect("material");
+    }
+    let before = std::fs::read(&volume.path).expect("read");
+    assert!(volume.open_with(&[]).expect("swept").is_none());
+    let after = std::fs::read(&volume.path).expect("read");
+    let changed = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        before[at..at + 4096] != after[at..at + 4096]
+    };
+    assert!(changed(free) && changed(behind), "overwritten");
+    assert!(!changed(slot.area.offset) && !changed(OFFSET) && !changed(behind + 4096), "not theirs");
+    let mut piece = [0; 4096];
+    file.seek(SeekFrom::Start(free)).and_then(|_| file.read_exact(&mut piece)).expect("read");
+    assert!(piece.iter().filter(|byte| **byte == 0xA5).count() < 100);
+    assert!(!luks::is_unswept(&volume.metadata()));
+    assert!(volume.plain(PASS).len() as u64 == DATA);
+}
