@@ -105,7 +105,8 @@ const _: () = assert!(
     (REMEMBERED_JOBS + JOBS_MAX) as usize * (LIST_ENTRY_MAX + 1) + 64 <= proto::MAX_RESPONSE,
     "all remembered jobs and all that one user may have waiting fit a list"
 );
-const _: () = assert!(REWRITE_MEMORY_MIN <= REWRITE_MEMORY && ALL_WORKERS_MEMORY + REWRITE_MEMORY < 256 << 20);
+const _: () =
+    assert!(REWRITE_MEMORY_MIN <= REWRITE_MEMORY && ALL_WORKERS_MEMORY + REWRITE_MEMORY < 256 << 20);
 const _: () = assert!(
     WORKERS_DEFAULT_MAX as u64 * BUFFER_BYTES_DEFAULT_MIN as u64 * BUFFERS_PER_WORKER_DEFAULT_MIN as u64
         <= ALL_WORKERS_MEMORY

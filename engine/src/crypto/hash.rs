@@ -96,6 +96,23 @@ fn run<D: Digest + FixedOutputReset>(parts: &[&[u8]], out: &mut [u8]) {
     Digest::finalize_into(state, out);
 }
 
+/// HMAC-SHA256 (RFC 2104) of `message`.
+#[must_use]
+pub fn hmac_sha256(key: &[u8], message: &[u8]) -> [u8; 32] {
+    let tag = hmac_run(key, message);
+    burn_stack();
+    tag
+}
+
+// Not inlined, as `run`.
+#[inline(never)]
+fn hmac_run(key: &[u8], message: &[u8]) -> [u8; 32] {
+    use hmac::{KeyInit, Mac};
+    let mut mac = hmac::Hmac::<sha2::Sha256>::new_from_slice(key).expect("HMAC takes keys of any length");
+    mac.update(message);
+    mac.finalize().into_bytes().into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,6 +144,15 @@ mod tests {
             assert_eq!(hex(&out[..hash.bytes()]), answer, "{hash:?}");
             assert!(out[hash.bytes()..].iter().all(|&byte| byte == 0xEE), "{hash:?} wrote past its output");
         }
+    }
+
+    /// RFC 4231, test cases 1 and 2.
+    #[test]
+    fn hmac_has_the_published_tags() {
+        let tag = hmac_sha256(&[0x0b; 20], b"Hi There");
+        assert_eq!(hex(&tag), "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
+        let tag = hmac_sha256(b"Jefe", b"what do ya want for nothing?");
+        assert_eq!(hex(&tag), "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
     }
 
     #[test]

@@ -5,9 +5,11 @@
 //! | `raw` | dm-crypt plain, no header |
 //! | `luks1` | LUKS On-Disk Format Specification 1.2.3 |
 //! | `luks2` | LUKS2 On-Disk Format Specification 1.1.4 |
+//! | `sidecar` | the journal beside a volume without a header that is being re-encrypted |
 //! | `af` | the anti-forensic splitter of both |
 
 pub mod af;
 pub mod luks1;
 pub mod luks2;
 pub mod raw;
+pub mod sidecar;

@@ -210,7 +210,8 @@ impl Registry {
         let volume = submit.reencrypt.as_ref().map(|request| request.volume.name.as_str());
         let source = name(submit.source.as_ref().map(|source| source.name.as_str()).or(volume));
         let sink = name(submit.sink.as_ref().map(|sink| sink.name.as_str()));
-        let Accepted { load, transfer, workers, total_bytes, warnings } = self.check(owner, submit, descriptors)?;
+        let Accepted { load, transfer, workers, total_bytes, warnings } =
+            self.check(owner, submit, descriptors)?;
         let id = {
             let mut table = self.table();
             // Again, under the lock that adds it: several may have got this far together.
@@ -252,7 +253,13 @@ impl Registry {
         match submit.action {
             Action::Bench => {
                 let bench = bench::check(submit, &descriptors)?;
-                Ok(Accepted { load: Load::Bench(bench), transfer: None, workers: 1, total_bytes: None, warnings: Vec::new() })
+                Ok(Accepted {
+                    load: Load::Bench(bench),
+                    transfer: None,
+                    workers: 1,
+                    total_bytes: None,
+                    warnings: Vec::new(),
+                })
             }
             Action::Reencrypt => {
                 let prepared = reencrypt::request::prepare(means, owner, submit, descriptors)?;

@@ -213,6 +213,7 @@ fn open_volume(
                 spec: CipherSpec::AesXts(layout.kind),
                 unit_bytes: layout.unit_bytes,
                 offset_sectors: layout.offset_sectors,
+                large_tweak: layout.large,
             };
             Ok(Opened {
                 encrypted: Encrypted::Raw,

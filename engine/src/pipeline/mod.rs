@@ -110,7 +110,12 @@ impl Pipeline {
         if workers.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a pipeline needs a worker"));
         }
-        Ok(Self { workers, queue: config.queue, buffer_bytes: config.buffer_bytes, next: AtomicUsize::new(0) })
+        Ok(Self {
+            workers,
+            queue: config.queue,
+            buffer_bytes: config.buffer_bytes,
+            next: AtomicUsize::new(0),
+        })
     }
 
     /// The workers as they are.

@@ -37,6 +37,7 @@ pub mod unlock;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::spec::CipherSpec;
+use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::metadata::{Metadata, Segment, SegmentKind};
 use crate::format::{luks1, luks2};
@@ -79,6 +80,37 @@ pub struct AreaCipher {
     pub unit_bytes: u32,
     /// Counter of the first data unit, 512-byte sectors.
     pub offset_sectors: u64,
+    /// Tweaks are counted in data units (`iv_large_sectors`): volumes without a header only, LUKS has none of it.
+    pub large_tweak: bool,
+}
+
+impl AreaCipher {
+    /// The cipher of the data units from this byte of the area's plaintext on, a multiple of the data unit.
+    ///
+    /// # Errors
+    /// As [`CipherSpec::build`] and [`crate::crypto::cipher`].
+    pub fn build(&self, kernel: Kernel, key: &Secret, from: u64) -> Result<Box<dyn SectorCipher>> {
+        let offset_sectors = self.offset_sectors + from / 512;
+        match self.layout() {
+            Some(layout) if layout.large => {
+                let key = VolumeKey::new(key.as_bytes())?;
+                cipher(kernel, &key, Layout { offset_sectors, ..layout })
+            }
+            _ => self.spec.build(kernel, key, self.unit_bytes, offset_sectors),
+        }
+    }
+
+    /// The layout of an XTS cipher.
+    #[must_use]
+    pub fn layout(&self) -> Option<Layout> {
+        let CipherSpec::AesXts(kind) = self.spec else { return None };
+        Some(Layout {
+            unit_bytes: self.unit_bytes,
+            kind,
+            large: self.large_tweak,
+            offset_sectors: self.offset_sectors,
+        })
+    }
 }
 
 impl Header {
@@ -130,7 +162,7 @@ impl Header {
                 let spec = CipherSpec::parse(&header.cipher())?;
                 spec.check_key_bytes(header.key_bytes as usize)?;
                 let unit_bytes = LUKS1_UNIT_BYTES;
-                let cipher = Some(AreaCipher { spec, unit_bytes, offset_sectors: 0 });
+                let cipher = Some(AreaCipher { spec, unit_bytes, offset_sectors: 0, large_tweak: false });
                 Ok(vec![DataArea { offset: u64::from(header.payload_sector) * 512, size: None, cipher }])
             }
             Self::Luks2(loaded) => luks2_areas(&loaded.header.metadata),
@@ -243,7 +275,7 @@ fn luks2_area(metadata: &Metadata, id: u32, segment: &Segment) -> Result<DataAre
                     ),
                 ));
             }
-            Some(AreaCipher { spec, unit_bytes: *sector_size, offset_sectors: *iv_tweak })
+            Some(AreaCipher { spec, unit_bytes: *sector_size, offset_sectors: *iv_tweak, large_tweak: false })
         }
     };
     Ok(DataArea { offset: segment.offset, size: segment.size, cipher })

@@ -126,7 +126,8 @@ impl Plan {
         };
         let header_end = luks1::Header::layout(key_bytes, payload_sector)?.backup_bytes();
         let offset = u64::from(payload_sector) * 512;
-        let cipher = Some(AreaCipher { spec, unit_bytes: LUKS1_UNIT_BYTES, offset_sectors: 0 });
+        let cipher =
+            Some(AreaCipher { spec, unit_bytes: LUKS1_UNIT_BYTES, offset_sectors: 0, large_tweak: false });
         Ok(Self {
             version: Version::Luks1,
             spec,
@@ -164,7 +165,7 @@ impl Plan {
             (None, _) => 4096,
         };
         let sizes = Sizes::new(new, place, key_bytes)?;
-        let cipher = Some(AreaCipher { spec, unit_bytes, offset_sectors: 0 });
+        let cipher = Some(AreaCipher { spec, unit_bytes, offset_sectors: 0, large_tweak: false });
         let end = 2 * sizes.copy_bytes + sizes.keyslots_bytes;
         Ok(Self {
             version: Version::Luks2,

@@ -1,9 +1,9 @@
-//! Sixteen lanes of AVX-512, and two such vectors side by side.
+//! Sixteen lanes of AVX-512.
 #![allow(unsafe_code)] // intrinsics
 
 use std::arch::x86_64::*;
 
-use super::lanes::{self, LANES_MAX, Lanes, Two};
+use super::lanes::{self, LANES_MAX, Lanes};
 use super::{Digest, Units};
 
 /// A word of sixteen units.
@@ -138,15 +138,9 @@ impl Lanes for Sixteen {
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn digests(units: &Units<'_>, out: &mut [Digest]) {
     let mut first = 0;
-    for out in out.chunks_mut(Two::<Sixteen>::LANES) {
-        // SAFETY: this function enables the features the vectors need.
-        unsafe {
-            if out.len() > Sixteen::LANES {
-                lanes::digest::<Two<Sixteen>>(units, first, out);
-            } else {
-                lanes::digest::<Sixteen>(units, first, out);
-            }
-        }
+    for out in out.chunks_mut(Sixteen::LANES) {
+        // SAFETY: this function enables the features the vector needs.
+        unsafe { lanes::digest::<Sixteen>(units, first, out) };
         first += out.len();
     }
 }

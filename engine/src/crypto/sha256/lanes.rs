@@ -3,13 +3,14 @@
 //! A vector holds the same word of every unit, so rounds need no exchange between lanes and every instruction does useful work
 //! for all of them. What it costs is the transposition of the message on its way in. Per 64 bytes of every lane, in vector
 //! instructions (AVX-512; rotations are one instruction, any three-way logic is one): 64 rounds of 17, 48 steps of the message
-//! schedule of 11, and 80 shuffles, some 1,700 in all.
+//! schedule of 11, and 80 shuffles, some 1,700 in all; at four a cycle 425 cycles. The rounds of one vector are a chain of results of two
+//! cycles each, and yet a second vector beside it brought nothing (Zen 5): schedule and transposition fill the gaps.
 #![allow(unsafe_code)] // calls into the instruction-set vectors, pointers into the caller's units
 
 use super::{Digest, K, Units};
 
 /// Most lanes of a vector.
-pub(super) const LANES_MAX: usize = 32;
+pub(super) const LANES_MAX: usize = 16;
 
 /// A word of each of several units.
 ///
@@ -42,96 +43,6 @@ pub(super) trait Lanes: Copy {
     unsafe fn choose(self, f: Self, g: Self) -> Self;
     /// Maj.
     unsafe fn majority(self, b: Self, c: Self) -> Self;
-}
-
-/// Two vectors side by side: twice the independent work, where one alone leaves the pipeline waiting for its results.
-#[derive(Clone, Copy)]
-pub(super) struct Two<V>(V, V);
-
-impl<V: Lanes> Lanes for Two<V> {
-    const LANES: usize = 2 * V::LANES;
-
-    #[inline(always)]
-    unsafe fn splat(word: u32) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(V::splat(word), V::splat(word)) }
-    }
-
-    #[inline(always)]
-    unsafe fn of_words(words: &[u32; LANES_MAX]) -> Self {
-        let mut upper = [0; LANES_MAX];
-        upper[..V::LANES].copy_from_slice(&words[V::LANES..2 * V::LANES]);
-        // SAFETY: as the trait demands.
-        unsafe { Self(V::of_words(words), V::of_words(&upper)) }
-    }
-
-    #[inline(always)]
-    unsafe fn words(self, to: &mut [u32; LANES_MAX]) {
-        let mut upper = [0; LANES_MAX];
-        // SAFETY: as the trait demands.
-        unsafe {
-            self.0.words(to);
-            self.1.words(&mut upper);
-        }
-        to[V::LANES..2 * V::LANES].copy_from_slice(&upper[..V::LANES]);
-    }
-
-    #[inline(always)]
-    unsafe fn message(from: &[*const u8; LANES_MAX]) -> [Self; 16] {
-        let mut upper = *from;
-        upper[..V::LANES].copy_from_slice(&from[V::LANES..2 * V::LANES]);
-        // SAFETY: as the trait demands.
-        unsafe {
-            let (one, two) = (V::message(from), V::message(&upper));
-            let mut both = [Self(one[0], two[0]); 16];
-            for (both, (one, two)) in both.iter_mut().zip(one.into_iter().zip(two)) {
-                *both = Self(one, two);
-            }
-            both
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, b: Self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.add(b.0), self.1.add(b.1)) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum0(self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.sum0(), self.1.sum0()) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum1(self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.sum1(), self.1.sum1()) }
-    }
-
-    #[inline(always)]
-    unsafe fn sigma0(self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.sigma0(), self.1.sigma0()) }
-    }
-
-    #[inline(always)]
-    unsafe fn sigma1(self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.sigma1(), self.1.sigma1()) }
-    }
-
-    #[inline(always)]
-    unsafe fn choose(self, f: Self, g: Self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.choose(f.0, g.0), self.1.choose(f.1, g.1)) }
-    }
-
-    #[inline(always)]
-    unsafe fn majority(self, b: Self, c: Self) -> Self {
-        // SAFETY: as the trait demands.
-        unsafe { Self(self.0.majority(b.0, c.0), self.1.majority(b.1, c.1)) }
-    }
 }
 
 /// One round; the names of the working variables are turned by the caller, not their contents.

@@ -2,12 +2,12 @@
 //! proof. Hashing is what such a re-encryption costs, so units are hashed side by side: a single stream leaves most of a CPU idle,
 //! for every round waits for the one before.
 //!
-//! | kernel | units side by side | bytes a cycle, expected | measured (Zen 5, 4096-byte units) |
+//! | kernel | units side by side | bytes a cycle, expected | measured: Zen 5 at some 2.7 GHz, 4096-byte units |
 //! |---|---|---|---|
-//! | `avx512` | 16 or 32 lanes | 2.4: 1,700 instructions for 1,024 bytes, four a cycle | |
-//! | `shani` | 2 streams | 1.0: `sha256rnds2` every other cycle | |
-//! | `avx2` | 8 lanes | 0.5: 3,600 instructions for 512 bytes, three to four a cycle | |
-//! | `portable` | the `sha2` crate, one after the other | 0.5 with SHA instructions, else 0.15 | |
+//! | `avx512` | 16 lanes | 2.4: 1,700 instructions for 1,024 bytes, four a cycle | 2.1 (5.8 GB/s) |
+//! | `shani` | 4 streams | 1.0: a `sha256rnds2` every other cycle | 1.1 (3.0 GB/s) |
+//! | `avx2` | 8 lanes | 0.5: 3,600 instructions for 512 bytes, three to four a cycle | 0.65 (1.8 GB/s) |
+//! | `portable` | the `sha2` crate, one after the other | 0.5 with SHA instructions, else 0.15 | 0.7 (1.9 GB/s) |
 //!
 //! The ladder is in this order. On CPUs with both, AVX-512 goes before the SHA instructions: even where 512-bit registers have only
 //! two ports (Intel) or are worked on in halves (Zen 4) it is some 850 cycles for 1,024 bytes, 1.2 a cycle, and nothing makes
@@ -186,9 +186,9 @@ fn after(prefix: &[u8]) -> [u32; 8] {
 /// The ladder, fastest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum HashKernel {
-    /// Sixteen or thirty-two units in lanes of 512-bit registers.
+    /// Sixteen units in lanes of 512-bit registers.
     Avx512,
-    /// The SHA instructions, two units in turn.
+    /// The SHA instructions, four units in turn.
     ShaNi,
     /// Eight units in lanes of 256-bit registers.
     Avx2,
@@ -197,8 +197,8 @@ pub enum HashKernel {
 }
 
 /// Fewer units than this are left to the SHA instructions where lanes would be mostly idle: a vector of sixteen lanes takes as
-/// long for one unit as for all, about as long as those take for six.
-const FEW: usize = 6;
+/// long for one unit as for all, about as long as those take for eight.
+const FEW: usize = 8;
 
 impl HashKernel {
     /// Fastest first.

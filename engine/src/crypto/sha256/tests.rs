@@ -1,3 +1,5 @@
+//! Every kernel beside the crate, and the published answers.
+
 use super::*;
 
 fn kernels() -> impl Iterator<Item = HashKernel> {

@@ -31,9 +31,8 @@ impl Alone {
     /// # Errors
     /// `Conflict`: another job, or another program, is at it.
     pub fn with(device: &Device) -> Result<Self> {
-        let refuse = |what: &str, hint: &str| {
-            Err(Error::new(ErrorKind::Conflict, what).at(device.name()).hint(hint))
-        };
+        let refuse =
+            |what: &str, hint: &str| Err(Error::new(ErrorKind::Conflict, what).at(device.name()).hint(hint));
         let mut taken = taken();
         if !taken.get_or_insert_default().insert(device.identity()) {
             return refuse("another job re-encrypts this volume", "cryptctl job list shows it");
@@ -70,7 +69,8 @@ mod tests {
     #[test]
     fn nobody_else_gets_it_not_even_through_the_same_open_file() {
         let path = std::env::temp_dir().join(format!("alone-{}", std::process::id()));
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("open");
+        let file =
+            File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("open");
         let purpose = Purpose { read: true, write: true, stream: false };
         let device = |file: File| Device::from_fd(file.into(), "volume", purpose).expect("device");
         let first = device(file.try_clone().expect("dup"));

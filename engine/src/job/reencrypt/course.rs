@@ -9,7 +9,6 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, unbounded};
 
 use crate::crypto::proof::Proof;
-use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter, sha256};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{Checksum, Direction};
@@ -78,8 +77,8 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
     let protection = opened.ledger.protection();
     let most = opened.ledger.hotzone_max().unwrap_or(u64::MAX);
     let whole_bytes = opened.moved.map_or(0, |moved| moved.bytes);
-    let (hotzone_bytes, chunk_bytes) = sizes(most, opened.ledger.step_bytes(), shape)
-        .ok_or_else(|| too_small(most, &shape.name))?;
+    let (hotzone_bytes, chunk_bytes) =
+        sizes(most, opened.ledger.step_bytes(), shape).ok_or_else(|| too_small(most, &shape.name))?;
     let track = Track::new(opened.direction, opened.total, whole_bytes);
     let from = track.order_of(opened.boundary);
 
@@ -186,7 +185,9 @@ fn sizes(most: u64, step: u64, shape: &Shape) -> Option<(u64, u32)> {
 }
 
 fn too_small(most: u64, name: &str) -> Error {
-    let what = format!("steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least");
+    let what = format!(
+        "steps of at most {most} bytes are all that its protection allows, and {UNIT_BYTES_MAX} are the least"
+    );
     Error::new(ErrorKind::Unsupported, what).at(name)
 }
 
@@ -197,8 +198,7 @@ fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Se
             return Ok(Segment { start, offset, unit_bytes: 512, cipher: None });
         };
         // Counters go on behind the seam as if there were none.
-        let sectors = area.offset_sectors + start / 512;
-        let cipher = area.spec.build(kernel, key, area.unit_bytes, sectors)?;
+        let cipher = area.build(kernel, key, start)?;
         Ok(Segment { start, offset, unit_bytes: area.unit_bytes, cipher: Some(cipher) })
     };
     Ok(Segments::new(match moved {
@@ -211,9 +211,7 @@ fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Se
 fn fused(opened: &Opened, kernel: Kernel) -> Result<Option<Box<dyn Recrypter>>> {
     let part = |side: &Side| -> Result<Option<(VolumeKey, Layout)>> {
         let Some((area, key)) = &side.cipher else { return Ok(None) };
-        let CipherSpec::AesXts(kind) = area.spec else { return Ok(None) };
-        let (unit_bytes, offset_sectors) = (area.unit_bytes, area.offset_sectors);
-        let layout = Layout { unit_bytes, kind, large: false, offset_sectors };
+        let Some(layout) = area.layout() else { return Ok(None) };
         Ok(Some((VolumeKey::new(key.as_bytes())?, layout)))
     };
     match (part(&opened.old)?, part(&opened.new)?) {
@@ -243,4 +241,3 @@ impl Prover for Proving {
         self.0.contribution(offset, plaintext)
     }
 }
-

@@ -18,7 +18,8 @@ impl Memory {
             let left = limits::REWRITE_MEMORY.saturating_sub(taken);
             (left - left / 4).max(limits::REWRITE_MEMORY_MIN)
         };
-        let before = TAKEN.fetch_update(Ordering::AcqRel, Ordering::Acquire, |taken| Some(taken + share(taken)));
+        let before =
+            TAKEN.fetch_update(Ordering::AcqRel, Ordering::Acquire, |taken| Some(taken + share(taken)));
         Self(share(before.unwrap_or_else(|taken| taken)))
     }
 

@@ -39,8 +39,8 @@ use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
-use crate::volume::reencrypt::{Opened, Side, begin, open};
 use crate::volume::Header;
+use crate::volume::reencrypt::{Opened, Side, begin, open};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
@@ -92,7 +92,9 @@ fn last_words(prepared: &Prepared) -> &'static str {
             "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more"
         }
         (Mode::Decrypt, _) => "the data is plain now; its header opens nothing any more",
-        _ => "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)",
+        _ => {
+            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)"
+        }
     }
 }
 
@@ -243,8 +245,12 @@ impl<'a> Desk<'a> {
         job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
         job.report(report.clone());
         let mut data = self.blocking(&prepared.data)?;
-        let mut carrier =
-            self.pipeline.carry(&course.transfer, course.news.clone(), prepared.workers_max, course.buffers)?;
+        let mut carrier = self.pipeline.carry(
+            &course.transfer,
+            course.news.clone(),
+            prepared.workers_max,
+            course.buffers,
+        )?;
         let mut ticked = Instant::now();
         let mut wish = || {
             let now = Instant::now();
@@ -296,9 +302,9 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         hint
     };
     Err(match failure {
-        Some(cause) => {
-            Error::new(cause.kind(), format!("re-encryption stopped: {what}")).at(prepared.data.name()).because(cause)
-        }
+        Some(cause) => Error::new(cause.kind(), format!("re-encryption stopped: {what}"))
+            .at(prepared.data.name())
+            .because(cause),
         None => Error::new(ErrorKind::Cancelled, format!("cancelled: {what}")).at(prepared.data.name()),
     }
     .hint(hint))

@@ -59,7 +59,8 @@ impl Proving {
         let bytes = opened.total - course.from;
         job.detach();
         job.attach(course.transfer.clone(), Phase::Verifying, bytes, 0);
-        let mut carrier = pipeline.carry(&course.transfer, course.news.clone(), workers_max, course.buffers)?;
+        let mut carrier =
+            pipeline.carry(&course.transfer, course.news.clone(), workers_max, course.buffers)?;
         let (mut after, mut read) = (proof::NOTHING, 0);
         let mut ticked = Instant::now();
         loop {
@@ -84,7 +85,9 @@ impl Proving {
         }
         job.keep_record(course.transfer.final_record());
         let unproven = |error: Error| {
-            error.hint("all data is re-encrypted and the volume is in order; only the proof of it was not finished")
+            error.hint(
+                "all data is re-encrypted and the volume is in order; only the proof of it was not finished",
+            )
         };
         if let Some(failure) = course.transfer.take_failure() {
             return Err(unproven(failure));

@@ -157,7 +157,11 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let alone = if request.dry_run {
         Vec::new()
     } else {
-        [Some(&data), beside.as_ref()].into_iter().flatten().map(|one| Alone::with(one)).collect::<Result<_>>()?
+        [Some(&data), beside.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|one| Alone::with(one))
+            .collect::<Result<_>>()?
     };
     let (workers_max, depth) = width(&data, &data, &tuning, means)?;
     let Request { mode, format, resume_only, dry_run, resilience, hotzone_bytes, verify, .. } = *request;
@@ -187,7 +191,9 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
 fn check_keys(request: &Request, keys: &[Secret], new_key: Option<&Secret>) -> Result<()> {
     match (&request.format, request.mode) {
         (Format::Raw(pair), Mode::Reencrypt) => check_raw(pair, keys, new_key),
-        (Format::Raw(_), _) => invalid("a volume without a header is only re-encrypted from one key to another"),
+        (Format::Raw(_), _) => {
+            invalid("a volume without a header is only re-encrypted from one key to another")
+        }
         (Format::Luks(_), Mode::Encrypt) if new_key.is_none() && keys.is_empty() => {
             invalid("the request has no new_key, and an encrypted volume needs a passphrase")
         }

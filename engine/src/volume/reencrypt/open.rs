@@ -205,7 +205,7 @@ impl Side {
                 let spec = CipherSpec::parse(&cipher.encryption)?;
                 spec.check_key_bytes(key.len())?;
                 let (unit_bytes, offset_sectors) = (cipher.sector_size, cipher.iv_tweak);
-                Some((AreaCipher { spec, unit_bytes, offset_sectors }, key))
+                Some((AreaCipher { spec, unit_bytes, offset_sectors, large_tweak: false }, key))
             }
             _ => None,
         };

@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Loaded;
 use crate::format::luks2::reencrypt::{Checksum, Direction, Process, Resilience, State};
 use crate::units::{DataUnit, Extent};
-use crate::volume::reencrypt::decide::{Decision, Facts, Proof, decide};
+use crate::volume::reencrypt::decide::{Decision, Facts, Proof, Refusal, decide};
 use crate::volume::reencrypt::{Side, luks};
 use crate::volume::{Header, store};
 
@@ -73,6 +73,21 @@ pub fn recover(
     Ok(hot.len())
 }
 
+/// Make the old blocks of a step new, by the means of protection of the process: step 1 of the module head. `area`: the device with what was
+/// saved. Not durable yet.
+///
+/// # Errors
+/// `Unsupported`: nothing was saved. `Damaged`: no step of this process. Else of the devices: then it can be done again.
+pub fn rewrite(area: &mut Blocking, data: &mut Blocking, proven: &Proven<'_>, hot: Extent) -> Result<()> {
+    let rewriter = Rewriter::new(proven)?;
+    match proven.process.resilience {
+        Resilience::Checksum(_) => old_blocks(area, data, &rewriter, hot),
+        Resilience::Journal => from_journal(area, data, &rewriter, hot),
+        Resilience::Datashift { .. } => from_source(area, data, &rewriter, hot),
+        Resilience::None => Err(Refusal::Lost.error(area.name())),
+    }
+}
+
 /// The interrupted step.
 fn hotzone(state: State, total: u64, name: &str) -> Result<Extent> {
     let State::Crash { start, end } = state else {
@@ -99,7 +114,7 @@ impl<'a> Rewriter<'a> {
     fn new(proven: &'a Proven<'a>) -> Result<Self> {
         let build = |side: &Side| {
             let Some((cipher, key)) = &side.cipher else { return Ok(None) };
-            let built = cipher.spec.build(Kernel::best()?, key, cipher.unit_bytes, cipher.offset_sectors)?;
+            let built = cipher.build(Kernel::best()?, key, 0)?;
             Ok::<_, Error>(Some((built, u64::from(cipher.unit_bytes))))
         };
         Ok(Self { proven, old: build(proven.old)?, new: build(proven.new)? })
