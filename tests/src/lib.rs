@@ -12,6 +12,7 @@ pub mod luks2;
 mod place;
 pub mod reencrypt;
 pub mod rewrite;
+pub mod rewriting;
 pub mod scene;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
