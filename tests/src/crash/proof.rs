@@ -203,6 +203,7 @@ impl<'a> Proof<'a> {
                 spec: CipherSpec::parse(&cipher.encryption)?,
                 unit_bytes: cipher.sector_size,
                 offset_sectors: cipher.iv_tweak,
+                large_tweak: false,
             };
             Ok(reencrypt::Side { offset: side.offset, cipher: Some((area, Secret::copy_of(key.as_bytes())?)) })
         };
