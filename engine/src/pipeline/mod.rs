@@ -157,8 +157,9 @@ impl Pipeline {
     }
 
     /// Carry a transfer that rewrites a device in place, on at most `workers_max` workers, each with `buffers` buffers of the
-    /// transfer's own: so many chunks are held at once. Its [`Transfer::set_rewrite`] has been said, with the other end of
-    /// `news`; its end comes as [`carrier::Turn::Ended`].
+    /// transfer's own: so many chunks are held at once, and a hotzone must not have more than all workers together, or it
+    /// never arrives. Its [`Transfer::set_rewrite`] has been said, with the other end of `news`; its end comes as
+    /// [`carrier::Turn::Ended`].
     ///
     /// # Errors
     /// No memory: nothing has begun.

@@ -122,8 +122,11 @@ impl Plan {
     /// the largest data unit although the plan began, or the volume ends, elsewhere. Hotzones and chunks are cut so.
     #[must_use]
     pub fn cut(&self, start: u64, bytes: u64) -> u64 {
+        self.cut_before(self.end.load(Ordering::Acquire), start, bytes)
+    }
+
+    fn cut_before(&self, end: u64, start: u64, bytes: u64) -> u64 {
         let stop = start.saturating_add(bytes);
-        let end = self.end.load(Ordering::Acquire);
         if stop >= end {
             return end;
         }
@@ -151,7 +154,8 @@ impl Plan {
             if start >= open {
                 return Claim::Blocked;
             }
-            let mut stop = self.cut(start, self.chunk_bytes).min(end).min(open).min(self.seam_after(start));
+            let mut stop =
+                self.cut_before(end, start, self.chunk_bytes).min(open).min(self.seam_after(start));
             // After `open`: who sees a barrier that has moved sees where it stood.
             let opened = self.opened.load(Ordering::Acquire);
             if start < opened {

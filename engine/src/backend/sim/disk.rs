@@ -17,12 +17,23 @@ use super::random::Dice;
 use crate::error::{Error, Result};
 
 /// Whole sectors on their way to the medium.
-#[derive(Debug)]
-struct Pending {
-    /// How many writes had completed before it.
+#[derive(Debug, Clone)]
+pub(super) struct Pending {
+    /// How many writes had completed before it; of one that was interrupted, how many had been handed over.
     order: u64,
     offset: u64,
-    bytes: Vec<u8>,
+    bytes: Arc<[u8]>,
+}
+
+/// What decides what is found when the power comes back.
+#[derive(Debug, Clone)]
+pub(super) struct Medium {
+    durable: Arc<Image>,
+    /// In the order of completion.
+    cache: Vec<Pending>,
+    /// What had been handed to the disk and not come back when the power went, in the order in which it was handed over.
+    interrupted: Vec<Pending>,
+    pub(super) options: DiskOptions,
 }
 
 #[derive(Debug)]
@@ -31,7 +42,7 @@ pub(super) struct Disk {
     pub(super) options: DiskOptions,
     dev: u64,
     ino: u64,
-    durable: Image,
+    durable: Arc<Image>,
     /// In the order of completion.
     cache: Vec<Pending>,
     /// What had been handed to the disk and not come back when the power went.
@@ -51,7 +62,7 @@ impl Disk {
             options,
             dev: stat.st_dev,
             ino: stat.st_ino,
-            durable: image,
+            durable: Arc::new(image),
             cache: Vec::new(),
             interrupted: Vec::new(),
             completed: 0,
@@ -73,7 +84,7 @@ impl Disk {
 
     /// Everything visible, however it came there, is durable.
     pub(super) fn settle(&mut self) -> Result<()> {
-        self.durable = Image::of_file(&self.file)?;
+        self.durable = Arc::new(Image::of_file(&self.file)?);
         self.cache.clear();
         Ok(())
     }
@@ -96,7 +107,7 @@ impl Disk {
     /// A write completes, through a descriptor whose rights the kernel checks: visible, and in the cache.
     pub(super) fn write(&mut self, through: &OwnedFd, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
         let count = rustix::io::pwrite(through, bytes, offset)?;
-        let pending = self.sectors(offset, &bytes[..count])?;
+        let pending = self.sectors(self.completed, offset, &bytes[..count])?;
         self.cache.push(pending);
         self.completed += 1;
         Ok(count)
@@ -104,37 +115,59 @@ impl Disk {
 
     /// A write that failed or was cancelled: any of its sectors may have been written.
     pub(super) fn write_some(&mut self, dice: &mut Dice, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let pending = self.sectors(offset, bytes)?;
+        let pending = self.sectors(self.completed, offset, bytes)?;
         let keep = dice.below(1001);
         for (at, sector) in split(&pending, self.options.sector_bytes) {
             if dice.below(1000) < keep {
                 put(&self.file, at, sector)?;
-                self.cache.push(Pending { order: self.completed, offset: at, bytes: sector.to_vec() });
+                self.cache.push(Pending { order: self.completed, offset: at, bytes: sector.into() });
             }
         }
         self.completed += 1;
         Ok(())
     }
 
-    /// The power went while this write was on its way.
-    pub(super) fn interrupt(&mut self, offset: u64, bytes: &[u8]) {
-        if let Ok(pending) = self.sectors(offset, bytes) {
+    /// The power went while this write was on its way, the `handed`-th that had been handed over.
+    pub(super) fn interrupt(&mut self, handed: u64, offset: u64, bytes: &[u8]) {
+        if let Ok(pending) = self.sectors(handed, offset, bytes) {
             self.interrupted.push(pending);
+        }
+    }
+
+    /// As it would be left if the power went now, with these writes on their way: how many were handed over before each, where to, and what.
+    pub(super) fn medium(&self, flying: impl Iterator<Item = (u64, u64, Arc<[u8]>)>) -> Medium {
+        let mut interrupted = self.interrupted.clone();
+        for (handed, offset, bytes) in flying {
+            let sector = u64::from(self.options.sector_bytes);
+            let whole = offset.is_multiple_of(sector) && (bytes.len() as u64).is_multiple_of(sector);
+            interrupted.extend(match whole {
+                true => Some(Pending { order: handed, offset, bytes }),
+                false => self.sectors(handed, offset, &bytes).ok(),
+            });
+        }
+        // Whoever ran on without power may have let go of them in any order.
+        interrupted.sort_by_key(|pending| pending.order);
+        Medium {
+            durable: self.durable.clone(),
+            cache: self.cache.clone(),
+            interrupted,
+            options: self.options,
         }
     }
 
     /// A flush completes that was submitted when `before` writes had completed.
     pub(super) fn flush(&mut self, before: u64) {
         let covered = self.cache.partition_point(|pending| pending.order < before);
+        let durable = Arc::make_mut(&mut self.durable);
         for pending in self.cache.drain(..covered) {
-            self.durable.write(pending.offset, &pending.bytes);
+            durable.write(pending.offset, &pending.bytes);
         }
         // The size is made durable with the data, also when the file was cut or extended by other means.
         if let Ok(stat) = rustix::fs::fstat(&self.file)
             && let Ok(size) = u64::try_from(stat.st_size)
             && self.cache.is_empty()
         {
-            self.durable.set_size(size);
+            durable.set_size(size);
         }
     }
 
@@ -144,10 +177,36 @@ impl Disk {
         self.cache.retain(|pending| pending.order >= before || dice.chance(500));
     }
 
+    /// The whole sectors that an extent touches, as they are once `bytes` are in place.
+    fn sectors(&self, order: u64, offset: u64, bytes: &[u8]) -> Result<Pending, Errno> {
+        let sector = u64::from(self.options.sector_bytes);
+        let start = offset / sector * sector;
+        let end = (offset + bytes.len() as u64).next_multiple_of(sector);
+        let mut whole = vec![0; usize::try_from(end - start).map_err(|_| Errno::INVAL)?];
+        let mut seen = 0;
+        while seen < whole.len() {
+            match rustix::io::pread(&self.file, &mut whole[seen..], start + seen as u64)? {
+                0 => break,
+                count => seen += count,
+            }
+        }
+        let head = usize::try_from(offset - start).map_err(|_| Errno::INVAL)?;
+        whole[head..head + bytes.len()].copy_from_slice(bytes);
+        whole.truncate(seen.max(head + bytes.len()));
+        Ok(Pending { order, offset: start, bytes: whole.into() })
+    }
+}
+
+impl Medium {
+    /// This one was not on its way after all.
+    pub(super) fn recall(&mut self, handed: u64) {
+        self.interrupted.retain(|pending| pending.order != handed);
+    }
+
     /// What is found after the power has gone. `tear` below 4 in its lowest three bits asks for an extreme.
     pub(super) fn survivors(&self, tear: u64) -> Image {
         let mut dice = Dice::new(super::random::mix(tear));
-        let mut image = self.durable.clone();
+        let mut image = Image::clone(&self.durable);
         let writes: Vec<&Pending> = self.cache.iter().chain(shuffled(&mut dice, &self.interrupted)).collect();
         if writes.is_empty() {
             return image;
@@ -178,27 +237,7 @@ impl Disk {
                 }
             }
         }
-        image.freeze();
         image
-    }
-
-    /// The whole sectors that an extent touches, as they are once `bytes` are in place.
-    fn sectors(&self, offset: u64, bytes: &[u8]) -> Result<Pending, Errno> {
-        let sector = u64::from(self.options.sector_bytes);
-        let start = offset / sector * sector;
-        let end = (offset + bytes.len() as u64).next_multiple_of(sector);
-        let mut whole = vec![0; usize::try_from(end - start).map_err(|_| Errno::INVAL)?];
-        let mut seen = 0;
-        while seen < whole.len() {
-            match rustix::io::pread(&self.file, &mut whole[seen..], start + seen as u64)? {
-                0 => break,
-                count => seen += count,
-            }
-        }
-        let head = usize::try_from(offset - start).map_err(|_| Errno::INVAL)?;
-        whole[head..head + bytes.len()].copy_from_slice(bytes);
-        whole.truncate(seen.max(head + bytes.len()));
-        Ok(Pending { order: self.completed, offset: start, bytes: whole })
     }
 }
 

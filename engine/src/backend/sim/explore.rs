@@ -4,9 +4,13 @@
 //! the same disks. A case that fails names itself, and `SIM_SEED=… SIM_CUT=…` runs that one alone.
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::image::Image;
 use super::random::mix;
+use super::record::Remains;
 use super::{Cut, DiskOptions, Options, Phase, World};
 use crate::error::Result;
 
@@ -153,12 +157,7 @@ impl Explore {
         act: impl Fn(&World) -> Result<()>,
         judge: impl Fn(&World, &Case) -> Result<(), String>,
     ) -> Result<Summary, Violation> {
-        let seed = match std::env::var("SIM_SEED") {
-            Ok(text) => text.parse().expect("SIM_SEED is a number"),
-            Err(_) => self.seed,
-        };
-        let only =
-            std::env::var("SIM_CUT").ok().map(|text| parse(&text).expect("SIM_CUT is of a failed case"));
+        let (seed, only) = self.asked();
         let mut summary = Summary::default();
 
         let world = self.world(seed);
@@ -170,7 +169,7 @@ impl Explore {
         drop(guard);
         summary.events = world.events();
         if only.is_none_or(|(cut, _)| cut.is_none()) {
-            self.endings(&world, uncut, only, &judge, &mut summary)?;
+            self.endings(&world.remains(), uncut, only, &judge, &mut summary)?;
         }
         drop(world);
 
@@ -185,9 +184,88 @@ impl Explore {
             let completed = act(&world).is_ok();
             drop(guard);
             let case = Case { seed, cut: Some(cut), tear: 0, completed };
-            self.endings(&world, case, only, &judge, &mut summary)?;
+            self.endings(&world.remains(), case, only, &judge, &mut summary)?;
         }
         Ok(summary)
+    }
+
+    /// As [`Explore::run`], with the same cases and the same answers for an `act` that does the same each time (one queue on one thread,
+    /// say), but `act` runs once: what each cut would leave is taken from that run, and judged on all cores. An `act` that
+    /// returns success although a disk failed it is not found out here: only a cut behind its last request counts as
+    /// completed.
+    ///
+    /// # Errors
+    /// The first case that `judge` objects to.
+    ///
+    /// # Panics
+    /// As [`Explore::run`].
+    pub fn recorded(
+        &self,
+        act: impl FnOnce(&World) -> Result<()>,
+        judge: impl Fn(&World, &Case) -> Result<(), String> + Sync,
+    ) -> Result<Summary, Violation> {
+        let (seed, only) = self.asked();
+        let world = self.world(seed);
+        world.start_recording();
+        let uncut = Case { seed, cut: None, tear: 0, completed: true };
+        let guard = Guard(&self.name, uncut);
+        if let Err(error) = act(&world) {
+            panic!("{}: fails without a cut: {}", self.name, error.chain());
+        }
+        drop(guard);
+        let record = world.stop_recording();
+        let events = world.events();
+        let end = world.remains();
+        drop(world);
+
+        let mut cuts: Vec<Option<Cut>> = match only {
+            Some((cut, _)) => vec![cut],
+            None => self.cuts(events).into_iter().map(Some).collect(),
+        };
+        if only.is_none() {
+            cuts.insert(0, None);
+        }
+        let failed = AtomicUsize::new(usize::MAX);
+        let judged = |(index, cut): (usize, &Option<Cut>)| {
+            let mut summary = Summary::default();
+            if index > failed.load(Ordering::Relaxed) {
+                return Ok(summary);
+            }
+            let (remains, completed) = match *cut {
+                None => (end.clone(), true),
+                Some(cut) => {
+                    let remains = record.at(cut).expect("SIM_CUT is of a failed case");
+                    (remains, record.completes(cut))
+                }
+            };
+            let case = Case { seed, cut: *cut, tear: 0, completed };
+            let verdict = self.endings(&remains, case, only, &judge, &mut summary);
+            if verdict.is_err() {
+                failed.fetch_min(index, Ordering::Relaxed);
+            }
+            verdict.map(|()| summary)
+        };
+        // One at a time per core: how long a case takes differs.
+        let verdicts: Vec<_> = cuts.par_iter().enumerate().with_max_len(1).map(judged).collect();
+        let mut summary = Summary { events, ..Summary::default() };
+        for verdict in verdicts {
+            let part = verdict?;
+            summary.cases += part.cases;
+            summary.judged += part.judged;
+            summary.completed += part.completed;
+        }
+        Ok(summary)
+    }
+
+    /// The seed, and the only case to look at, if the environment says so.
+    fn asked(&self) -> (u64, Option<(Option<Cut>, u64)>) {
+        let seed = match std::env::var("SIM_SEED") {
+            Ok(text) => text.parse().expect("SIM_SEED is a number"),
+            Err(_) => self.seed,
+        };
+        let only =
+            std::env::var("SIM_CUT").ok().map(|text| parse(&text).expect("SIM_CUT is of a failed case"));
+        (seed, only)
     }
 
     fn world(&self, seed: u64) -> World {
@@ -212,7 +290,7 @@ impl Explore {
 
     fn endings(
         &self,
-        world: &World,
+        remains: &Remains,
         case: Case,
         only: Option<(Option<Cut>, u64)>,
         judge: &impl Fn(&World, &Case) -> Result<(), String>,
@@ -227,13 +305,14 @@ impl Explore {
             let case = Case { tear, ..case };
             summary.cases += 1;
             summary.completed += u64::from(case.completed);
-            let survivors = world.survivors(case.restart_seed());
+            let survivors = remains.survivors(case.restart_seed());
             if judged.contains(&survivors) {
                 continue;
             }
             judged.push(survivors.clone());
             summary.judged += 1;
-            let found = world.power_on(case.restart_seed(), survivors).expect("memory for a simulated disk");
+            let found =
+                remains.power_on(case.restart_seed(), survivors).expect("memory for a simulated disk");
             let guard = Guard(&self.name, case);
             let verdict = judge(&found, &case);
             drop(guard);

@@ -20,6 +20,7 @@ pub mod explore;
 pub mod image;
 mod queue;
 mod random;
+mod record;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -28,13 +29,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use rustix::io::Errno;
 
 use crate::backend::blocking::Blocking;
-use crate::backend::{Queue, QueueChoice};
+use crate::backend::{Position, Queue, QueueChoice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::buffer::Arena;
 use crate::units::Extent;
 use disk::Disk;
 use image::Image;
 use random::Dice;
+use record::{Record, Remains};
 
 /// The bytes of a buffer of [`World::blocking`]: small, as worlds are many.
 const BLOCKING_BYTES: u32 = 128 << 10;
@@ -153,6 +155,9 @@ struct Inner {
     is_cut: bool,
     faults: Vec<(Fault, u64)>,
     disks: Vec<Disk>,
+    /// Writes handed over so far.
+    handed: u64,
+    record: Option<Record>,
 }
 
 /// Worlds that a whole pipeline was told to work on.
@@ -196,6 +201,8 @@ impl World {
             is_cut: false,
             faults: Vec::new(),
             disks: Vec::new(),
+            handed: 0,
+            record: None,
         })))
     }
 
@@ -354,24 +361,24 @@ impl World {
     /// # Errors
     /// No memory or descriptors.
     pub fn restart(&self, tear: u64) -> Result<Self> {
-        self.power_on(tear, self.survivors(tear))
+        let remains = self.remains();
+        remains.power_on(tear, remains.survivors(tear))
     }
 
-    /// What every disk of [`World::restart`] would hold, and how it behaves.
-    fn survivors(&self, tear: u64) -> Vec<(Image, DiskOptions)> {
-        let inner = self.lock();
-        let disks = (0u64..).zip(&inner.disks);
-        // The same manner for each disk, other dice.
-        disks.map(|(index, disk)| (disk.survivors(tear.wrapping_add(index << 32)), disk.options)).collect()
+    /// Remember from now on what a cut at each event would leave.
+    fn start_recording(&self) {
+        self.lock().record = Some(Record::default());
     }
 
-    fn power_on(&self, tear: u64, disks: Vec<(Image, DiskOptions)>) -> Result<Self> {
+    fn stop_recording(&self) -> Record {
+        self.lock().record.take().unwrap_or_default()
+    }
+
+    /// What is there for a restart.
+    fn remains(&self) -> Remains {
         let inner = self.lock();
-        let world = Self::with(random::mix(tear ^ inner.events), inner.options);
-        for (image, options) in disks {
-            world.add(image, options)?;
-        }
-        Ok(world)
+        let disks = inner.disks.iter().map(|disk| disk.medium(std::iter::empty())).collect();
+        Remains { events: inner.events, options: inner.options, disks }
     }
 
     /// The disk behind a descriptor.
@@ -389,28 +396,64 @@ impl Inner {
         self.clock + self.options.latency_min + self.dice.below(spread + 1)
     }
 
-    /// One transfer of the raw device reaches its end. `flying`: it was handed over while there was power.
+    /// A write is handed to a disk: its number, if there is power.
+    fn hand_over(
+        &mut self,
+        disk: usize,
+        through: &Arc<OwnedFd>,
+        position: Position,
+        bytes: &[u8],
+    ) -> Option<u64> {
+        if self.is_cut {
+            return None;
+        }
+        self.handed += 1;
+        if let Some(record) = &mut self.record {
+            record.hand_over(self.handed, disk, through, position, bytes);
+        }
+        Some(self.handed)
+    }
+
+    /// One transfer of the raw device reaches its end. `handed`: which of those that were handed over while there was power.
     fn perform(
         &mut self,
         disk: usize,
         through: &OwnedFd,
-        flying: bool,
+        handed: Option<u64>,
         raw: Raw<'_>,
     ) -> Result<Moved, Errno> {
         if self.is_cut {
             if let Raw::Write(offset, bytes) = raw
-                && flying
+                && let Some(handed) = handed
             {
-                self.disks[disk].interrupt(offset, bytes);
+                self.disks[disk].interrupt(handed, offset, bytes);
             }
             return Err(Errno::IO);
         }
-        let phase = if matches!(raw, Raw::Read(..)) { None } else { self.count() };
+        if matches!(raw, Raw::Read(..)) {
+            if let Some(record) = &mut self.record {
+                record.reads();
+            }
+            return self.transfer(disk, through, None, handed, raw);
+        }
+        let phase = self.count();
         self.is_cut = phase.is_some();
+        let own = if matches!(raw, Raw::Write(..)) { handed } else { None };
+        self.recorded(own, |inner| inner.transfer(disk, through, phase, handed, raw))
+    }
+
+    fn transfer(
+        &mut self,
+        disk: usize,
+        through: &OwnedFd,
+        phase: Option<Phase>,
+        handed: Option<u64>,
+        raw: Raw<'_>,
+    ) -> Result<Moved, Errno> {
         match raw {
             _ if phase == Some(Phase::Before) => Err(Errno::IO),
             Raw::Write(offset, bytes) if phase == Some(Phase::Middle) => {
-                self.disks[disk].interrupt(offset, bytes);
+                self.disks[disk].interrupt(handed.unwrap_or(u64::MAX), offset, bytes);
                 Err(Errno::IO)
             }
             Raw::Flush(_) if phase == Some(Phase::Middle) => Err(Errno::IO),

@@ -48,8 +48,8 @@ struct Flight {
     number: u64,
     /// Writes the disk had completed when this was handed over.
     before: u64,
-    /// It was handed over while there was power.
-    powered: bool,
+    /// A write that was handed over while there was power: the how-manieth.
+    handed: Option<u64>,
 }
 
 #[derive(Default)]
@@ -174,7 +174,7 @@ impl SimQueue {
         let (position, outcome) = match &mut flight.op.what {
             What::Ready { .. } => return Some(Ok(0)),
             What::Flush => {
-                let outcome = world.perform(disk, file, flight.powered, Raw::Flush(flight.before));
+                let outcome = world.perform(disk, file, flight.handed, Raw::Flush(flight.before));
                 return Some(outcome.map(|_| 0).map_err(std::io::Error::from));
             }
             What::Read { position, buf, span } => {
@@ -183,7 +183,7 @@ impl SimQueue {
                     Err(errno) => return Some(Err(errno.into())),
                 };
                 let into = &mut buf[(span.start + moved) as usize..span.end as usize];
-                (*position, world.perform(disk, file, flight.powered, Raw::Read(offset, into)))
+                (*position, world.perform(disk, file, flight.handed, Raw::Read(offset, into)))
             }
             What::Write { position, buf, span } => {
                 let offset = match place(*position, moved, file) {
@@ -191,7 +191,7 @@ impl SimQueue {
                     Err(errno) => return Some(Err(errno.into())),
                 };
                 let bytes = &buf[(span.start + moved) as usize..span.end as usize];
-                (*position, world.perform(disk, file, flight.powered, Raw::Write(offset, bytes)))
+                (*position, world.perform(disk, file, flight.handed, Raw::Write(offset, bytes)))
             }
         };
         let step = match outcome {
@@ -262,7 +262,7 @@ impl Queue for SimQueue {
                 self.in_flight += 1;
                 let number = self.numbers;
                 self.numbers += 1;
-                self.pushed.push(Flight { op, moved: 0, due: 0, number, before: 0, powered: true });
+                self.pushed.push(Flight { op, moved: 0, due: 0, number, before: 0, handed: None });
                 Ok(())
             }
         }
@@ -278,7 +278,12 @@ impl Queue for SimQueue {
                     flight.before = world.disks[disk].completed();
                 }
                 flight.due = world.due();
-                flight.powered = !world.is_cut;
+                if let (Home::Disk(disk), What::Write { position, buf, span }) =
+                    (attached.home, &flight.op.what)
+                {
+                    let bytes = &buf[span.start as usize..span.end as usize];
+                    flight.handed = world.hand_over(disk, &attached.file, *position, bytes);
+                }
                 self.flying.push(flight);
             }
         }
@@ -338,6 +343,9 @@ impl Queue for SimQueue {
         let recalled = self.flying.extract_if(.., |flight| flight.op.port == port && world.dice.chance(500));
         let recalled: Vec<Flight> = recalled.collect();
         for flight in &recalled {
+            if let (Some(record), Some(handed)) = (&mut world.record, flight.handed) {
+                record.recalled(handed);
+            }
             if let What::Write { position: Position::At(offset), buf, span } = &flight.op.what {
                 let bytes = &buf[(span.start + flight.moved) as usize..span.end as usize];
                 world.cancelled(disk, offset + u64::from(flight.moved), bytes);

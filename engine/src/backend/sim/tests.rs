@@ -397,3 +397,110 @@ fn what_fails_by_itself_is_not_explored() {
     let fails = |world: &World| world.blocking(0, "disk")?.read(0, &mut [0; 1024]);
     let _ = explore.run(fails, |_, _| Ok(()));
 }
+
+/// Many writes in flight on one disk while another is written at odd places.
+fn busy(world: &World) -> Result<()> {
+    let mut deep = Deep::new(world);
+    let mut device = world.blocking(1, "log")?;
+    for round in 0..6_u8 {
+        for index in 0..8 {
+            deep.write(u64::from(index), u64::from((index * 5 + round) % 14), b'a' + round, 2);
+        }
+        // In flight until somebody waits, and recorded or cut as such.
+        deep.queue.kick()?;
+        device.write(u64::from(round) * 700 + 3, &[round + 1; 900])?;
+        if round % 2 == 1 {
+            device.flush()?;
+        }
+        let done = deep.collect(8);
+        for done in done {
+            done.result.map_err(|cause| Error::io("write failed", cause))?;
+            deep.free.extend(done.buf);
+        }
+        deep.push(9, What::Flush);
+        for done in deep.collect(1) {
+            done.result.map_err(|cause| Error::io("flush failed", cause))?;
+        }
+    }
+    device.read(0, &mut [0; 1])
+}
+
+type Endings = std::collections::BTreeMap<String, (bool, u64, Vec<Image>)>;
+
+/// Each case with what it found; the clock behind a write tells the judged world's dice.
+fn endings(
+    explore: impl FnOnce(&(dyn Fn(&World, &Case) -> Result<(), String> + Sync)) -> explore::Summary,
+) -> (explore::Summary, Endings) {
+    let seen = Mutex::new(Endings::new());
+    let summary = explore(&|world, case| {
+        let images = vec![world.durable(0), world.durable(1)];
+        put(&mut world.blocking(0, "disk").expect("blocking"), 0, b'x', 1);
+        let clock = world.clock();
+        let ending = (case.completed, clock, images);
+        assert!(seen.lock().expect("no panic").insert(case.to_string(), ending).is_none());
+        Ok(())
+    });
+    (summary, seen.into_inner().expect("no panic"))
+}
+
+#[test]
+fn a_recorded_run_ends_as_one_that_is_cut_at_each_event() {
+    for seed in [20, 21] {
+        let options = Options { short_per_mille: 200, ..Options::default() };
+        let mut explore = Explore { tears: 16, options, ..Explore::new("busy", seed, Image::zeros(8192)) };
+        explore.disks.push((Image::zeros(0), DiskOptions { sector_bytes: 4096, ..DiskOptions::default() }));
+        let (summary, rerun) = endings(|judge| explore.run(busy, judge).expect("no verdict"));
+        let (same, recorded) = endings(|judge| explore.recorded(busy, judge).expect("no verdict"));
+        assert_eq!(summary, same);
+        assert!(summary.events > 60 && summary.judged > 1000, "{summary:?}");
+        assert!(rerun.values().filter(|(completed, ..)| *completed).count() > 0);
+        for (case, ending) in &rerun {
+            assert!(recorded.get(case) == Some(ending), "{seed}: {case}");
+        }
+        assert_eq!(rerun.len(), recorded.len());
+    }
+}
+
+#[test]
+fn a_recorded_run_finds_the_first_violation_on_any_core() {
+    let image = Image::of(&[b'.'; 3 * SECTOR]);
+    let explore = Explore { tears: 16, ..Explore::new("publish", 12, image) };
+    let rerun = explore.run(|world| publish(world, [false, true]), judge).expect_err("caught");
+    let recorded = explore.recorded(|world| publish(world, [false, true]), judge).expect_err("caught");
+    assert_eq!(rerun.to_string(), recorded.to_string());
+}
+
+/// Not a test: what a case costs. `cargo test -p engine --features sim --release -- --ignored --nocapture cost_of_a_case`
+#[test]
+#[ignore = "a measurement"]
+fn cost_of_a_case() {
+    let bytes: Vec<u8> =
+        (0..256 << 10).map(|at: u32| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let explore = Explore { tears: 400, ..Explore::new("cost", 1, Image::of(&bytes)) };
+    let act = |world: &World| {
+        let mut deep = Deep::new(world);
+        for round in 0..10_u8 {
+            for index in 0..8_u8 {
+                deep.write(u64::from(index), u64::from(index) * 16 + u64::from(round) * 32, round, 16);
+            }
+            let done = deep.collect(8);
+            deep.free.extend(done.into_iter().filter_map(|done| done.buf));
+            deep.push(9, What::Flush);
+            deep.collect(1);
+        }
+        Ok(())
+    };
+    let start = std::time::Instant::now();
+    let summary = explore.recorded(act, |_, _| Ok(())).expect("no verdict");
+    let each = start.elapsed().as_secs_f64() * 1e6 / f64::from(u32::try_from(summary.judged).expect("few"));
+    println!("{summary:?}: {each:.1} us for each judged case, all cores together");
+    let start = std::time::Instant::now();
+    let summary = explore
+        .recorded(act, |world, _| {
+            let mut device = world.blocking(0, "disk").expect("blocking");
+            device.read(0, &mut [0; 4096]).map_err(|error| error.chain())
+        })
+        .expect("reads");
+    let each = start.elapsed().as_secs_f64() * 1e6 / f64::from(u32::try_from(summary.judged).expect("few"));
+    println!("{each:.1} us with a `Blocking` and a read");
+}
