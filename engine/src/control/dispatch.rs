@@ -286,7 +286,15 @@ fn check_names(submit: &Submit) -> Result<()> {
         Some(Format::NewLuks(new)) => new.header.as_ref().map(|header| ("header", &header.name)),
         Some(Format::Raw(_)) | None => None,
     };
-    [source, sink, header].into_iter().flatten().try_for_each(check_name)
+    let rewritten = submit.reencrypt.as_ref().map(|request| ("volume", &request.volume.name));
+    let beside = match submit.reencrypt.as_ref().map(|request| &request.format) {
+        Some(proto::reencrypt::Format::Luks(luks)) => {
+            luks.header.as_ref().map(|header| ("header", &header.name))
+        }
+        Some(proto::reencrypt::Format::Raw(pair)) => Some(("journal", &pair.journal.name)),
+        None => None,
+    };
+    [source, sink, header, rewritten, beside].into_iter().flatten().try_for_each(check_name)
 }
 
 /// The same for a header operation.
@@ -317,6 +325,7 @@ fn shorten(mut job: JobInfo) -> JobInfo {
     cut(&mut job.sink);
     if let Some(outcome) = &mut job.outcome {
         outcome.bench = Vec::new();
+        outcome.reencrypt = None;
         if let Some(failure) = &mut outcome.failure {
             cut(&mut failure.message);
             failure.hint = None;
@@ -392,7 +401,7 @@ mod tests {
                 }),
                 first_difference: Some(wide),
                 bench: Vec::new(),
-                reencrypt: None,
+                reencrypt: Some(Box::default()),
                 padded_bytes: wide,
                 cpu_seconds: (long, long),
             }),

@@ -72,7 +72,7 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
     if job.action == Action::Verify {
         return verdict(job, prepared);
     }
-    make_durable(job, prepared)?;
+    make_durable(job, pipeline, prepared)?;
     Ok(Ending { padded_bytes: transfer.padded_bytes() })
 }
 
@@ -176,7 +176,7 @@ fn buffered(prepared: &Prepared) -> impl Iterator<Item = (&Device, Side)> {
 /// 4. the last look for a cancellation: what has a name, or is whole on a device, is not taken back;
 /// 5. the sink's name; 6. the name of a detached header. A crash between the two leaves whole data, and its whole header
 ///    under its partial name; the other way round it could leave a replaced header without its data.
-fn make_durable(job: &Job, prepared: &mut Prepared) -> Result<()> {
+fn make_durable(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<()> {
     job.set_state(JobState::Flushing);
     let sink = &prepared.sink;
     let transfer = &prepared.transfer;
@@ -184,7 +184,12 @@ fn make_durable(job: &Job, prepared: &mut Prepared) -> Result<()> {
         sink.set_len(sink_end(transfer, transfer.plan.end().unwrap_or(0)))?;
     }
     let start = Instant::now();
-    sink.sync_all()?;
+    if sink.is_stream() {
+        sink.sync_all()?;
+    } else {
+        // Through a queue, where a simulated disk sees it. A file's length is of what its data needs to be found by.
+        pipeline.blocking(sink.file().clone(), sink.name(), 1)?.flush()?;
+    }
     job.check_cancelled()?;
     prepared.encrypted.finish(transfer)?;
     if prepared.names.is_some() {

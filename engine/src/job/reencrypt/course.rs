@@ -149,6 +149,34 @@ pub fn reread(opened: &Opened, shape: &Shape, proof: Arc<Proof>) -> Result<Cours
     Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: 2 * shape.depth })
 }
 
+/// Lay the course of reading this part of the device as it is, to see how fast that goes.
+#[must_use]
+pub fn sample(shape: &Shape, start: u64, end: u64) -> Course {
+    let plan = Plan::new(Some(end), shape.chunk_bytes);
+    plan.start_at(start);
+    let (news, listener) = unbounded();
+    let transfer = transfer(shape, plan);
+    let plain = || Segments::new(vec![Segment { start: 0, offset: 0, unit_bytes: 512, cipher: None }]);
+    transfer.set_rewrite(Rewrite {
+        old: plain(),
+        new: plain(),
+        fused: None,
+        checksums: None,
+        journal: None,
+        prover: None,
+        read_only: true,
+        news,
+    });
+    Course {
+        transfer,
+        news: listener,
+        track: Track::new(Direction::Forward, end, 0),
+        from: start,
+        hotzone_bytes: u64::from(shape.chunk_bytes),
+        buffers: 2 * shape.depth,
+    }
+}
+
 fn transfer(shape: &Shape, plan: Plan) -> Arc<Transfer> {
     let end = || End {
         file: Arc::clone(&shape.file),

@@ -1,16 +1,186 @@
-//! What it would do, and how long it would take.
+//! What it would do, and how long it would take. Writes nothing.
+//!
+//! The time is an estimate from two measurements: how fast the device reads, in pieces spread over all of it and with as many
+//! transfers in flight as the job would have; and how fast this machine's workers hash and re-encrypt in memory. Writes cannot be
+//! measured without writing, so a byte written is taken to cost what a byte read does. That is said in the report.
 
-use crate::error::{Error, ErrorKind, Result};
+use std::time::{Duration, Instant};
+
+use proto::reencrypt::{Format, RawPair, Report};
+
+use crate::crypto::hash::Hash;
+use crate::crypto::spec::CipherSpec;
+use crate::crypto::{Layout, Secret, VolumeKey, recrypter, sha256};
+use crate::error::Result;
+use crate::job::reencrypt::course::{self, Shape};
+use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::request::Prepared;
+use crate::job::reencrypt::{Desk, words};
 use crate::job::run::Ending;
 use crate::job::state::Job;
-use crate::pipeline::Pipeline;
+use crate::pipeline::carrier::{Carrier, Turn};
+use crate::volume::random;
+use crate::volume::reencrypt::begin::{self, Planned};
+
+/// Pieces of the device that are read.
+const PLACES: u64 = 8;
+/// Most bytes of one.
+const PLACE_BYTES: u64 = 32 << 20;
+/// When that much time has passed, the pieces read so far have to do.
+const ENOUGH: Duration = Duration::from_secs(5);
+/// How often a cancellation is looked for.
+const TICK: Duration = Duration::from_millis(100);
+/// What is hashed and re-encrypted in memory, bytes.
+const SAMPLE_BYTES: usize = 8 << 20;
+/// What a step costs beside its bytes: two header writes and three flushes, as a disk without battery has them.
+const STEP_SECONDS: f64 = 0.02;
 
 /// Say it.
 ///
 /// # Errors
-/// Of the plan.
-pub fn run(job: &Job, pipeline: &Pipeline, prepared: &Prepared) -> Result<Ending> {
-    let _ = (job, pipeline, prepared);
-    Err(Error::new(ErrorKind::Unsupported, "dry run"))
+/// As beginning it: wrong keys, keyslots that would be lost, no room, one under way. Of the device.
+pub(super) fn run(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Ending> {
+    job.unlocking();
+    let planned = plan(job, desk, prepared);
+    job.unlocked();
+    let planned = planned?;
+    let memory = Memory::take();
+    let shape = desk.shape(prepared, desk.align, &memory);
+    let hotzone = planned.hotzone_max.unwrap_or(u64::MAX).min(prepared.hotzone_bytes.unwrap_or(u64::MAX));
+    let hotzone_bytes = hotzone.min(shape.memory / 2).min(planned.total);
+    let [old_cipher, new_cipher] = planned.ciphers.clone();
+    let mut report = Report {
+        total_bytes: planned.total,
+        old_cipher,
+        new_cipher,
+        resilience: planned.resilience.clone(),
+        hotzone_bytes,
+        carried_keyslots: planned.carried.clone(),
+        dropped_keyslots: planned.dropped.clone(),
+        notes: planned.notes.clone(),
+        ..Report::default()
+    };
+    job.report(report.clone());
+    let (read, seconds) = sample(job, desk, prepared, &shape)?;
+    if read > 0 {
+        let io = seconds / number(read);
+        let cpu = in_memory(&planned, &shape)?;
+        let ways = match planned.resilience.as_str() {
+            // Read, journal, write.
+            "journal" => 3.0,
+            _ => 2.0,
+        };
+        let reread = if prepared.verify { number(planned.total) * io } else { 0.0 };
+        let steps = match planned.hotzone_max {
+            Some(_) => number(planned.total.div_ceil(hotzone_bytes.max(1))),
+            None => 1.0,
+        };
+        let estimate = number(planned.total) * (ways * io).max(cpu) + steps * STEP_SECONDS + reread;
+        report.estimate_seconds = Some(estimate);
+        report.notes.push(format!(
+            "the time is an estimate: {} MiB were read in {seconds:.2} s, and writes, of which a dry run makes none, are \
+             taken to cost what reads do",
+            read >> 20
+        ));
+        job.report(report);
+    }
+    Ok(Ending::default())
+}
+
+fn plan(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Planned> {
+    let give_up = || job.is_cancelled();
+    match &prepared.format {
+        Format::Luks(luks) => {
+            let wish = desk.wish(prepared, luks);
+            let mut header = desk.blocking(prepared.header())?;
+            begin::plan(&mut header, &wish, &prepared.keys, prepared.new_key.as_ref(), &give_up)
+        }
+        Format::Raw(pair) => Ok(raw(pair, prepared)),
+    }
+}
+
+/// Without a header there is nothing to be found out: it is what the user says.
+fn raw(pair: &RawPair, prepared: &Prepared) -> Planned {
+    let cipher = |side: &proto::Raw| {
+        let name = CipherSpec::AesXts(side.tweak).name();
+        Some(words(name, side.key_bytes as usize, side.data_unit))
+    };
+    let resilience = prepared.resilience.unwrap_or(proto::reencrypt::Resilience::Checksum);
+    Planned {
+        total: prepared.data_bytes(),
+        resilience: match resilience {
+            proto::reencrypt::Resilience::Checksum => "checksum",
+            proto::reencrypt::Resilience::Journal => "journal",
+            proto::reencrypt::Resilience::None => "none",
+            proto::reencrypt::Resilience::Datashift => "datashift",
+        }
+        .to_owned(),
+        hotzone_max: (resilience != proto::reencrypt::Resilience::None).then_some(u64::MAX),
+        ciphers: [cipher(&pair.old), cipher(&pair.new)],
+        carried: Vec::new(),
+        dropped: Vec::new(),
+        notes: Vec::new(),
+    }
+}
+
+/// Read pieces of the device: bytes and seconds.
+fn sample(job: &Job, desk: &Desk<'_>, prepared: &Prepared, shape: &Shape) -> Result<(u64, f64)> {
+    let begun = Instant::now();
+    let apart = prepared.data_bytes() / PLACES;
+    let (mut read, mut spent) = (0, Duration::ZERO);
+    for place in 0..PLACES {
+        let start = place * apart;
+        let start = start - start % u64::from(shape.chunk_bytes);
+        let end = (start + PLACE_BYTES.min(apart)).min(prepared.data_bytes());
+        let end = end - end % u64::from(shape.align.max(512));
+        if end <= start || begun.elapsed() > ENOUGH {
+            continue;
+        }
+        let course = course::sample(shape, start, end);
+        let transfer = &course.transfer;
+        let mut carrier =
+            desk.pipeline.carry(transfer, course.news.clone(), shape.workers_max, course.buffers)?;
+        let from = Instant::now();
+        while !matches!(carrier.next(TICK), Turn::Ended) {
+            if job.is_cancelled() || transfer.has_failed() {
+                transfer.gate.stop();
+                carrier.wake();
+            }
+        }
+        spent += from.elapsed();
+        job.keep_record(transfer.final_record());
+        if let Some(failure) = transfer.take_failure() {
+            return Err(failure);
+        }
+        job.check_cancelled()?;
+        read += transfer.totals().done_bytes;
+    }
+    Ok((read, spent.as_secs_f64()))
+}
+
+/// Seconds per byte of hashing and re-encrypting with all workers.
+fn in_memory(planned: &Planned, shape: &Shape) -> Result<f64> {
+    let mut bytes = vec![0x5a_u8; SAMPLE_BYTES];
+    let key = || -> Result<VolumeKey> {
+        let mut key = Secret::zeroed(64)?;
+        random::fill(key.as_mut_bytes())?;
+        VolumeKey::new(key.as_bytes())
+    };
+    let both = recrypter(shape.kernel, (&key()?, Layout::plain64(512)), (&key()?, Layout::plain64(4096)))?;
+    let mut hashes = vec![0; SAMPLE_BYTES / 4096 * Hash::Sha256.bytes()];
+    let begun = Instant::now();
+    for (chunk, hashes) in bytes.chunks_mut(1 << 20).zip(hashes.chunks_mut((1 << 20) / 4096 * 32)) {
+        if planned.resilience == "checksum" {
+            sha256::checksums(Hash::Sha256, 4096, chunk, hashes);
+        }
+        both.recrypt(0, chunk);
+    }
+    let workers = u32::try_from(shape.workers_max.max(1)).unwrap_or(u32::MAX);
+    std::hint::black_box((&bytes, &hashes));
+    Ok(begun.elapsed().as_secs_f64() / f64::from(workers) / number(SAMPLE_BYTES as u64))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn number(bytes: u64) -> f64 {
+    bytes as f64
 }

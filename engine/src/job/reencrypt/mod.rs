@@ -24,7 +24,7 @@ pub mod steps;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::reencrypt::{Format, Mode, Phase, Report};
+use proto::reencrypt::{Format, Luks, Mode, Phase, Report};
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
@@ -53,10 +53,10 @@ const PAUSE_POLL: Duration = Duration::from_millis(100);
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
 pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
     wait_while_paused(job)?;
-    if prepared.dry_run {
-        return dry::run(job, pipeline, &prepared);
-    }
     let desk = Desk::new(pipeline, &prepared);
+    if prepared.dry_run {
+        return dry::run(job, &desk, &prepared);
+    }
     job.unlocking();
     let opened = desk.open(job, &mut prepared);
     job.unlocked();
@@ -165,13 +165,7 @@ impl<'a> Desk<'a> {
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
         }
-        let wish = begin::Wish {
-            mode: prepared.mode(),
-            luks,
-            resilience: prepared.resilience,
-            data_bytes: prepared.data_bytes(),
-            block_bytes: prepared.block_bytes(),
-        };
+        let wish = self.wish(prepared, luks);
         let header = self.blocking(prepared.header())?;
         let new_key = prepared.new_key.as_ref();
         let begun = begin::begin(header, &mut data, &wish, &prepared.keys, new_key, &give_up);
@@ -209,13 +203,17 @@ impl<'a> Desk<'a> {
         Err(Error::new(ErrorKind::Unsupported, "volumes without a header"))
     }
 
-    fn shape(&self, prepared: &Prepared, opened: &Opened, memory: &Memory) -> Shape {
-        let mut align = self.align;
-        if align > 1 && !course::is_aligned(opened, align) {
-            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
-            prepared.data.disable_direct();
-            align = 1;
+    fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {
+        begin::Wish {
+            mode: prepared.mode(),
+            luks,
+            resilience: prepared.resilience,
+            data_bytes: prepared.data_bytes(),
+            block_bytes: prepared.block_bytes(),
         }
+    }
+
+    fn shape(&self, prepared: &Prepared, align: u32, memory: &Memory) -> Shape {
         Shape {
             file: prepared.data.file().clone(),
             name: prepared.data.name().to_owned(),
@@ -239,7 +237,13 @@ impl<'a> Desk<'a> {
         proving: Option<&Proving>,
     ) -> Result<()> {
         let memory = Memory::take();
-        let shape = self.shape(prepared, opened, &memory);
+        let mut align = self.align;
+        if align > 1 && !course::is_aligned(opened, align) {
+            // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
+            prepared.data.disable_direct();
+            align = 1;
+        }
+        let shape = self.shape(prepared, align, &memory);
         let course = course::lay(opened, &shape, proving.map(Proving::key))?;
         report.hotzone_bytes = course.hotzone_bytes;
         job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
@@ -350,7 +354,11 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
 
 fn in_words(side: &Side) -> Option<String> {
     let (area, key) = side.cipher.as_ref()?;
-    Some(format!("{}, {}-bit key, {}-byte data units", area.spec.name(), key.len() * 8, area.unit_bytes))
+    Some(words(area.spec.name(), key.len(), area.unit_bytes))
+}
+
+fn words(cipher: &str, key_bytes: usize, unit_bytes: u32) -> String {
+    format!("{cipher}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
 }
 
 /// A request that never began: a new header goes.
