@@ -352,7 +352,7 @@ pub enum Job {
     Pause(JobRef),
     /// Go on with a paused job
     Resume(JobRef),
-    /// End a job and undo its unfinished sink
+    /// End a job and undo its unfinished sink; a re-encryption stops where it can be gone on with
     Cancel(JobRef),
     /// Limit a job's rate
     Throttle {

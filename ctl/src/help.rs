@@ -2,7 +2,7 @@
 
 /// Shown by `cryptctl --help`.
 pub const TOP: &str = "\
-Encrypts, decrypts and verifies volumes at the speed of the device.
+Encrypts, decrypts, verifies and re-encrypts volumes at the speed of the device.
 
 cryptctl opens files, devices and keys with your rights and hands them to cryptd, which moves the data. If no daemon \
 answers, one is started for you; it leaves when it has been idle for a while. No root is needed: who may open a \
@@ -37,8 +37,9 @@ EXIT STATUS
 
   The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of encrypt, decrypt, verify
   and bench cancels the job, waits until it is undone, and ends with status 1.
-  So does, with --json, a reader of the events that goes away. What it does to
-  a change of a header, `cryptctl luks --help` tells.
+  So does, with --json, a reader of the events that goes away. A re-encryption
+  is not undone but stopped between two steps, and can be gone on with. What an
+  interrupt does to a change of a header, `cryptctl luks --help` tells.
 
 FILES
   $XDG_RUNTIME_DIR/cryptd/cryptd.sock
@@ -157,7 +158,10 @@ EXIT STATUS
 pub const JOB: &str = "\
 Lists, watches and steers jobs.
 
-You see your own jobs, root sees all. A job started with --detach outlives the command that started it.";
+You see your own jobs, root sees all. A job started with --detach outlives the command that started it.
+
+A re-encryption is paused and cancelled between two steps, where it is durable; a cancelled one is not undone, and \
+`cryptctl reencrypt --resume-only` goes on with it.";
 
 /// The end of `job --help`.
 pub const JOB_AFTER: &str = "\
@@ -209,7 +213,7 @@ EXIT STATUS
 pub const DAEMON: &str = "\
 Starts, stops or describes the daemon.
 
-Starting is rarely needed: encrypt, decrypt, verify, bench and luks start a daemon when none answers, unless --no-start.";
+Starting is rarely needed: encrypt, decrypt, verify, reencrypt, bench and luks start a daemon when none answers, unless --no-start.";
 
 /// The end of `daemon --help`.
 pub const DAEMON_AFTER: &str = "\

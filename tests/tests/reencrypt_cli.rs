@@ -74,7 +74,7 @@ fn a_volume_key_is_rotated_and_the_report_proves_it() {
 #[test]
 fn with_json_the_report_is_in_the_last_event_and_every_line_is_of_the_wire() {
     let place = place(User::Me, 4 * MIB);
-    let words = "reencrypt @/v --key file:@/one --new-key file:@/two --sector-size 4096 --verify --json";
+    let words = "reencrypt @/v --key file:@/one --new-key file:@/two --sector-size 4096 --force-sector-size --verify --json";
     let ran = place.run(words).done();
     let info = finished(&ran);
     assert_eq!((info.action, info.state), (Action::Reencrypt, JobState::Done));
@@ -200,9 +200,9 @@ fn a_detached_one_is_watched_shown_and_listed() {
     // The volume is under way: nobody else begins.
     let _ = place.run("reencrypt @/v --key file:@/one").exit(1, &[]);
     let ran = place.run(&format!("job watch {id}")).done();
-    assert!(ran.text().contains("old volume key    opens nothing any more"), "{}", ran.text());
+    assert!(ran.text().contains("old volume key  opens nothing any more"), "{}", ran.text());
     let shown = place.run(&format!("job show {id}")).done().text();
-    assert!(shown.contains("volume            ") && shown.contains("old volume key    opens"), "{shown}");
+    assert!(shown.contains("volume          ") && shown.contains("old volume key  opens"), "{shown}");
     holds(&place, "one");
 }
 

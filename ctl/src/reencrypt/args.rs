@@ -71,7 +71,8 @@ pub struct VolumeArgs {
     /// Where a raw volume's progress is kept: a new file, or that of what was begun
     ///
     /// Created readable by you alone. On another disk than the volume it is faster; on a filesystem in memory it does not
-    /// outlast a power cut. Without it an interrupted re-encryption cannot be gone on with, and nothing can be read.
+    /// outlast a power cut. Without it an interrupted re-encryption cannot be gone on with, and nothing can be read. When all
+    /// is done it is not needed any more.
     #[arg(long, value_name = "FILE")]
     pub journal: Option<PathBuf>,
     /// Bits of the new volume key: 512 is AES-256 [default: as it is; raw: bits of the old key, 512]
@@ -79,7 +80,8 @@ pub struct VolumeArgs {
     pub key_size: Option<String>,
     /// Bytes of a new data unit [default: as it is; raw: of the old, 512]
     ///
-    /// A larger one is refused where a filesystem with smaller blocks is found, which could not be mounted any more.
+    /// A larger one is refused without --sector-size-may-break-filesystem: a filesystem with smaller blocks could not be mounted
+    /// any more.
     #[arg(long, value_name = "BYTES", value_parser = ["512", "1024", "2048", "4096"])]
     pub sector_size: Option<String>,
     /// New cipher in dm-crypt's notation [default: as it is, or aes-xts-plain64]
@@ -91,7 +93,7 @@ pub struct VolumeArgs {
     #[arg(long)]
     pub drop_slots: bool,
     /// Take the larger --sector-size although it may make a filesystem unmountable
-    #[arg(long, requires = "sector_size")]
+    #[arg(long, visible_alias = "force-sector-size", requires = "sector_size")]
     pub sector_size_may_break_filesystem: bool,
 }
 
