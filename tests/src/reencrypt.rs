@@ -139,7 +139,7 @@ impl Bench {
     /// The words that re-encrypt it, or go on with it.
     #[must_use]
     pub fn ours(&self, options: &str) -> String {
-        format!("reencrypt {} --key file:@/pass {options}", self.name)
+        format!("reencrypt {} --yes {CHEAP_PBKDF2} --key file:@/pass {options}", self.name)
     }
 
     /// Those for cryptsetup, for a shell. It must be told how a step is protected also when it goes on, or measures how costly

@@ -130,7 +130,8 @@ impl<'a> Judge<'a> {
         drop(header);
         let metadata = &loaded.header.metadata;
         let standing = self.standing(metadata)?;
-        let mut found = vec![0; self.volume.plain.len() + usize::try_from(self.volume.data_offset).expect("small")];
+        let mut found =
+            vec![0; self.volume.plain.len() + usize::try_from(self.volume.data_offset).expect("small")];
         let file = world.file(self.volume.shape.data_disk());
         let count = rustix::io::pread(&*file, &mut found, 0).map_err(|errno| errno.to_string())?;
         if count < found.len() {
@@ -175,15 +176,18 @@ impl<'a> Judge<'a> {
             } else {
                 &known.as_ref().ok_or("the new key is not known")?.0
             };
-            let right = encryption == "aes-xts-plain64" && *sector_size == side.unit && *iv_tweak == at as u64 / 512;
+            let right =
+                encryption == "aes-xts-plain64" && *sector_size == side.unit && *iv_tweak == at as u64 / 512;
             if !right {
                 return Err(format!("segment {id} has another cipher or counter than its data: {segment:?}"));
             }
             let offset = usize::try_from(segment.offset).expect("small");
-            let there = found.get(offset..offset + size).ok_or(format!("segment {id} ends beyond the disk"))?;
+            let there =
+                found.get(offset..offset + size).ok_or(format!("segment {id} ends beyond the disk"))?;
             let wanted = side.bytes.get(at..at + size).ok_or(format!("segment {id} ends beyond the data"))?;
             if there != wanted {
-                let first = there.iter().zip(wanted).position(|(one, other)| one != other).expect("they differ");
+                let first =
+                    there.iter().zip(wanted).position(|(one, other)| one != other).expect("they differ");
                 return Err(format!(
                     "plaintext byte {} of {total} is lost: segment {id} of {at}..{}",
                     at + first,

@@ -7,13 +7,15 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use engine::backend::sim::explore::{Case, Explore, Summary, Violation};
-use engine::backend::sim::{Cut, Phase, World};
+use engine::backend::sim::image::Image;
+use engine::backend::sim::{DiskOptions, Phase, World};
 use engine::crypto::Secret;
 use engine::crypto::spec::CipherSpec;
-use engine::error::Result;
+use engine::error::{Error, ErrorKind, Result};
 use engine::format::luks2::Loaded;
 use engine::format::luks2::reencrypt::{Side, State, read};
 use engine::volume::AreaCipher;
+use engine::volume::reencrypt::ledger::Ledger;
 use engine::volume::reencrypt::recover::{self, Proven};
 use engine::volume::reencrypt::{self, Opened, luks};
 
@@ -45,7 +47,7 @@ pub struct Totals {
     pub events: AtomicU64,
     /// Endings of whole re-encryptions.
     pub endings: AtomicU64,
-    /// Of these, how many were not the same as another one of the same cut.
+    /// Of all, how many were not the same as another one of the same cut.
     pub distinct: AtomicU64,
     /// A step had been interrupted, and was recovered.
     pub recovered: AtomicU64,
@@ -66,6 +68,13 @@ impl Totals {
         [&self.endings, &self.nested, &self.twice].iter().map(|one| one.load(Ordering::Relaxed)).sum()
     }
 
+    /// Was there some of everything?
+    #[must_use]
+    pub fn is_thorough(&self) -> bool {
+        let all = [&self.endings, &self.nested, &self.twice, &self.recovered, &self.opened, &self.resumed];
+        all.iter().all(|one| one.load(Ordering::Relaxed) >= 10)
+    }
+
     fn count(counter: &AtomicU64, by: u64) {
         counter.fetch_add(by, Ordering::Relaxed);
     }
@@ -76,11 +85,12 @@ impl fmt::Display for Totals {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         write!(
             f,
-            "{} power cuts: {} of re-encryptions ({} distinct) at {} writes and flushes, {} of recoveries, {} of those' recoveries; \
+            "{} power cuts ({} outcomes not the same as another of the same cut): {} of re-encryptions at {} writes and flushes, {} of \
+             recoveries, {} of those' recoveries; \
              {} steps recovered, {} opened with passphrases, {} gone on with to the end",
             self.cuts(),
-            of(&self.endings),
             of(&self.distinct),
+            of(&self.endings),
             of(&self.events),
             of(&self.nested),
             of(&self.twice),
@@ -91,6 +101,9 @@ impl fmt::Display for Totals {
     }
 }
 
+/// What is done to a ledger in its world.
+pub type WrapIn<'a> = &'a (dyn Fn(&World, Box<dyn Ledger>) -> Box<dyn Ledger> + Sync);
+
 /// A whole re-encryption to be cut.
 pub struct Proof<'a> {
     /// For messages.
@@ -100,7 +113,7 @@ pub struct Proof<'a> {
     /// How closely.
     pub depth: Depth,
     /// What is done to the ledger.
-    pub wrap: &'a dyn Fn(&World, Box<dyn reencrypt::ledger::Ledger>) -> Box<dyn reencrypt::ledger::Ledger>,
+    pub wrap: WrapIn<'a>,
     /// What was tried.
     pub totals: &'a Totals,
     judge: Judge<'a>,
@@ -110,7 +123,20 @@ impl<'a> Proof<'a> {
     /// Of the production code as it is.
     #[must_use]
     pub fn new(name: &str, volume: &'a Volume, depth: Depth, totals: &'a Totals) -> Self {
-        Self { name: name.to_owned(), volume, depth, wrap: &|_, ledger| ledger, totals, judge: Judge::new(volume) }
+        Self {
+            name: name.to_owned(),
+            volume,
+            depth,
+            wrap: &|_, ledger| ledger,
+            totals,
+            judge: Judge::new(volume),
+        }
+    }
+
+    /// With another ledger.
+    #[must_use]
+    pub fn wrapped(self, wrap: WrapIn<'a>) -> Self {
+        Self { wrap, ..self }
     }
 
     /// Cut it everywhere.
@@ -123,9 +149,9 @@ impl<'a> Proof<'a> {
             tears,
             cuts_max,
             disks: self.volume.disks.clone(),
-            ..Explore::new(&self.name, seed, engine::backend::sim::image::Image::default())
+            ..Explore::new(&self.name, seed, Image::default())
         };
-        let summary = explore.run(|world| self.whole(world), |world, case| self.ending(world, case))?;
+        let summary = explore.recorded(|world| self.whole(world), |world, case| self.ending(world, case))?;
         Totals::count(&self.totals.events, summary.events);
         Totals::count(&self.totals.endings, summary.cases);
         Totals::count(&self.totals.distinct, summary.judged);
@@ -145,7 +171,7 @@ impl<'a> Proof<'a> {
         let number = number_of(case);
         let one_of = |every: u64, salt: u64| mix(number ^ salt).is_multiple_of(every.max(1));
         let nest = one_of(self.depth.nest_every, 1) && self.is_interrupted(found)?;
-        let again = if nest { Some(copy(found, 0)?) } else { None };
+        let again = nest.then(|| self.disks_of(found));
         if one_of(self.depth.open_every, 2) {
             self.open(found)?;
         } else {
@@ -159,7 +185,7 @@ impl<'a> Proof<'a> {
             self.resume(found, standing)?;
         }
         if let Some(again) = again {
-            self.nested(&again, number, 1)?;
+            self.nested(again, number, 1)?;
         }
         Ok(())
     }
@@ -205,7 +231,10 @@ impl<'a> Proof<'a> {
                 offset_sectors: cipher.iv_tweak,
                 large_tweak: false,
             };
-            Ok(reencrypt::Side { offset: side.offset, cipher: Some((area, Secret::copy_of(key.as_bytes())?)) })
+            Ok(reencrypt::Side {
+                offset: side.offset,
+                cipher: Some((area, Secret::copy_of(key.as_bytes())?)),
+            })
         };
         let old = side(&process.old, &self.volume.key).map_err(failed)?;
         let new = side(&process.new, new.key()).map_err(failed)?;
@@ -232,31 +261,28 @@ impl<'a> Proof<'a> {
     }
 
     /// Cut the recovery of what was found. Whatever becomes of it can be recovered again.
-    fn nested(&self, found: &World, number: u64, level: u32) -> Result<(), String> {
-        let uncut = copy(found, 0)?;
-        self.recover(&uncut)?;
-        let events = uncut.events();
-        let counter = if level == 1 { &self.totals.nested } else { &self.totals.twice };
-        for event in 1..=events {
-            for phase in [Phase::Before, Phase::Middle, Phase::After] {
-                if phase == Phase::Before && event > 1 {
-                    continue;
-                }
-                let cut = Cut { event, phase };
-                let world = copy(found, 0)?;
-                world.cut_at(cut);
-                // It fails, of course; or it was done before anybody noticed.
-                let _ = self.recover(&world);
-                for tear in 0..self.depth.nest_tears {
-                    let number = mix(number ^ mix(event << 3 | phase as u64) ^ tear << 40);
-                    let ending = world.restart(number & !7 | tear & 7).map_err(|error| error.chain())?;
-                    Totals::count(counter, 1);
-                    self.nested_ending(&ending, number, level)
-                        .map_err(|why| format!("{why} (its recovery was cut at {cut:?}, tear {tear}, level {level})"))?;
-                }
-            }
-        }
+    fn nested(&self, disks: Vec<(Image, DiskOptions)>, number: u64, level: u32) -> Result<(), String> {
+        let within = Explore {
+            tears: self.depth.nest_tears,
+            disks,
+            within: true,
+            ..Explore::new(&self.name, mix(number), Image::default())
+        };
+        let act = |world: &World| self.recover(world).map_err(|why| Error::new(ErrorKind::Internal, why));
+        let judged = within.recorded(act, |world, case| {
+            self.nested_ending(world, number_of(case), level)
+                .map_err(|why| format!("{why} (its recovery was cut at {case}, level {level})"))
+        });
+        let summary = judged.map_err(|violation| violation.message)?;
+        Totals::count(if level == 1 { &self.totals.nested } else { &self.totals.twice }, summary.cases);
+        Totals::count(&self.totals.distinct, summary.judged);
         Ok(())
+    }
+
+    /// As they were found.
+    fn disks_of(&self, found: &World) -> Vec<(Image, DiskOptions)> {
+        let options = self.volume.disks.iter().map(|(_, options)| *options);
+        options.enumerate().map(|(disk, options)| (found.durable(disk), options)).collect()
     }
 
     fn nested_ending(&self, ending: &World, number: u64, level: u32) -> Result<(), String> {
@@ -264,7 +290,7 @@ impl<'a> Proof<'a> {
             && mix(number).is_multiple_of(self.depth.nest_every.max(1))
             && self.is_interrupted(ending)?;
         if deeper {
-            self.nested(&copy(ending, 0)?, number, 2)?;
+            self.nested(self.disks_of(ending), number, 2)?;
         }
         self.recover(ending)?;
         let standing = self.judge.look(ending)?;
@@ -278,12 +304,6 @@ impl<'a> Proof<'a> {
 fn new_key(opened: &Opened) -> &Secret {
     let (_, key) = opened.new.cipher.as_ref().expect("there is a new key");
     key
-}
-
-/// The same disks in a world of their own, with power.
-fn copy(world: &World, seed: u64) -> Result<World, String> {
-    // Nothing is in a cache yet: all is found again, however it is torn.
-    world.restart(seed << 3).map_err(|error| error.chain())
 }
 
 /// All that distinguishes an ending.

@@ -7,9 +7,9 @@ use engine::error::{Error, ErrorKind, Result};
 use engine::format::luks2::Loaded;
 use engine::format::luks2::reencrypt::{Process, Resilience, read, write};
 use engine::units::Extent;
+use engine::volume::reencrypt::ledger::{Ledger, Protection};
 use engine::volume::reencrypt::luks;
 use engine::volume::{Header, store};
-use engine::volume::reencrypt::ledger::{Ledger, Protection};
 
 /// Which rule is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +106,12 @@ impl FreeLedger {
     ///
     /// # Errors
     /// The header is not one of a re-encryption.
-    pub fn instead_of(inner: Box<dyn Ledger>, world: &World, total: u64, area: Area) -> Result<Box<dyn Ledger>> {
+    pub fn instead_of(
+        inner: Box<dyn Ledger>,
+        world: &World,
+        total: u64,
+        area: Area,
+    ) -> Result<Box<dyn Ledger>> {
         let mut header = world.blocking(super::HEADER, "header")?;
         let Header::Luks2(loaded) = Header::load(&mut header)? else {
             return Err(Error::new(ErrorKind::Internal, "LUKS1"));
