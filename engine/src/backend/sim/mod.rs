@@ -10,6 +10,7 @@
 //! - Completions come in a seeded order in virtual time: nothing sleeps. One seed and one thread: one history.
 //! - [`World::cut_at`] takes the power away at the n-th write or flush; everything later fails with `EIO`.
 //!   [`World::restart`] gives the disks as they are found afterwards. [`explore`] does both for every n.
+//! - [`explore::Explore::recorded`] gives the same without a run for each cut: one run, remembered at every event.
 //! - [`World::inject`] makes chosen operations fail, fall short or read another place.
 //!
 //! For tests only. It refuses to know of what does not pass through a queue: `fsync` and hole punching on the descriptor
@@ -244,7 +245,9 @@ impl World {
     /// only when settled.
     #[must_use]
     pub fn path(&self, disk: usize) -> PathBuf {
-        let number = self.lock().disks[disk].file.as_raw_fd();
+        let mut inner = self.lock();
+        inner.disks[disk].shared = true;
+        let number = inner.disks[disk].file.as_raw_fd();
         PathBuf::from(format!("/proc/{}/fd/{number}", std::process::id()))
     }
 
@@ -286,7 +289,7 @@ impl World {
     /// # Errors
     /// No memory.
     pub fn blocking(&self, disk: usize, name: &str) -> Result<Blocking> {
-        let mut arena = Arena::new(1, BLOCKING_BYTES)?;
+        let mut arena = Arena::simulated(1, BLOCKING_BYTES)?;
         let queue = self.queue(&arena, 1);
         let buf = arena.take_all().pop().expect("an arena of one buffer");
         let align = self.lock().disks[disk].options.alignment;
