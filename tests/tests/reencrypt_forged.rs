@@ -7,11 +7,15 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::crypto::Secret;
+use engine::crypto::hash::Hash;
+use engine::crypto::kdf::Kdf;
 use engine::error::{Error, Result};
 use engine::format::luks2::metadata::Metadata;
+use engine::format::luks2::reencrypt::digest::message;
 use engine::format::luks2::reencrypt::read::read;
 use engine::format::luks2::reencrypt::write::{clean, finish, hot};
-use engine::format::luks2::reencrypt::{Direction, Process, State};
+use engine::format::luks2::reencrypt::{Direction, Mode, Process, State};
 use engine::units::Extent;
 use serde_json::{Map, Value};
 use tests::{Random, seed};
@@ -112,6 +116,62 @@ fn every_forged_header_is_refused_for_its_reason() {
         }
     }
     assert!(wrong.is_empty(), "{} cases:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Does the digest prove this metadata with the keys it was begun with?
+fn is_proven(metadata: &Metadata, process: &Process) -> bool {
+    // A key is that which its digest checks, whatever side it is said to be of.
+    let key = |digest: Option<u32>| {
+        let from = if process.mode == Mode::Encrypt || digest == Some(1) { 64 } else { 0 };
+        Secret::copy_of(&(from..from + 64).collect::<Vec<u8>>()).expect("memory")
+    };
+    let (old, new) = (key(process.old.digest), key(process.new.digest));
+    let message = message(metadata, process, Some(&old), Some(&new)).expect("both keys");
+    let proof = &metadata.digests[&process.protection.expect("a digest")];
+    let kdf = Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: proof.iterations };
+    let mut digest = vec![0; proof.digest.len()];
+    kdf.derive(message.as_bytes(), &proof.salt, &mut digest).expect("derived");
+    digest == proof.digest
+}
+
+#[test]
+fn the_proof_of_cryptsetup_holds() {
+    for row in table("valid.txt") {
+        let metadata = Metadata::parse(base(&row[0]).to_string().as_bytes()).expect("valid");
+        let (process, _) = read(&metadata).expect("valid").expect("a re-encryption");
+        assert!(is_proven(&metadata, &process), "{}", row[0]);
+    }
+}
+
+/// Forgeries that are whole in themselves.
+#[test]
+fn what_no_rule_tells_the_proof_does() {
+    for (name, edits) in [
+        ("clean", "swap /digests/0/segments /digests/1/segments"),
+        ("crash", "swap /digests/0/segments /digests/1/segments"),
+        ("begun", "set /keyslots/2/direction \"backward\""),
+        ("begun", "set /segments/2/sector_size 4096"),
+        ("begun", "set /segments/2/encryption \"aes-cbc-essiv:sha256\""),
+        ("clean", "set /keyslots/2/area/type \"none\""),
+        ("crash", "set /keyslots/2/area/type \"journal\""),
+        ("crash", "set /keyslots/2/area/hash \"sha512\""),
+        ("crash", "set /keyslots/2/area/hash \"SHA256\""),
+        ("crash", "set /keyslots/2/area/sector_size 8192"),
+        ("crash", "set /keyslots/2/area/size \"2097152\""),
+        ("crash", "set /keyslots/2/area/offset \"552960\" ; set /keyslots/2/area/size \"2097152\""),
+        ("decrypt-crash", "set /keyslots/1/area/type \"journal\""),
+        ("encrypt-shift", "set /segments/0/offset \"11534336\" ; set /segments/2/offset \"11534336\""),
+        ("encrypt-shift", "set /segments/3/size \"7340032\" ; set /segments/1/size \"5242880\""),
+        ("crash", "set /digests/3/iterations 1111"),
+    ] {
+        let mut json = base(name);
+        for line in edits.split(" ; ") {
+            edit(&mut json, line);
+        }
+        let metadata = Metadata::parse(json.to_string().as_bytes()).expect(edits);
+        let (process, _) = read(&metadata).expect(edits).expect(edits);
+        assert!(!is_proven(&metadata, &process), "{name}: {edits}");
+    }
 }
 
 /// What cryptsetup ignores is no forgery.

@@ -344,26 +344,47 @@ fn next_hotzone(process: &Process, boundary: u64, total: u64) -> Extent {
 }
 
 #[test]
-fn every_state_is_as_cryptsetup_writes_it_and_goes_on_from() {
+fn every_state_of_a_reencryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("reencrypt");
+}
+
+#[test]
+fn every_state_of_an_encryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("encrypt");
+}
+
+#[test]
+fn every_state_of_a_decryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("decrypt");
+}
+
+fn every_state_is_as_cryptsetup_writes_it(mode: &str) {
     if !has_cryptsetup() {
         return skip("no cryptsetup");
     }
-    for way in ways() {
+    for way in ways().into_iter().filter(|way| way.name.split(' ').next() == Some(mode)) {
         let bench = Bench::new(way.detached);
         let mut process = begun(&bench, &way);
         let total = process.total.unwrap_or(DATA);
         let mut ours = bench.load();
         let mut boundary = process.begins_at(total);
         let mut crashes = 0;
+        // The first hotzone, one in the middle, the last: the others are as these.
+        let mut hotzones = 0..;
+        let last = process.ends_at(total);
         let resume = format!("reencrypt --resume-only --force-offline-reencrypt --hotzone-size {HOTZONE}");
         while boundary != process.ends_at(total) {
             let at = format!("{} at {boundary}", way.name);
             let zone = next_hotzone(&process, boundary, total);
             let limit = process.new.offset + zone.start();
             let after = process.boundary_after(zone);
+            let at_rest = ours.metadata.clone();
             hot(&mut ours.metadata, &process, zone, total).expect("it follows");
             // Below that the header could not be written either.
-            if limit >= 2 * MIB {
+            let is_looked_at = after == last || [0, 4].contains(&hotzones.next().expect("endless"));
+            if limit >= 2 * MIB && is_looked_at {
+                let seqid = bench.load().seqid + 1;
+                bench.store(&Header { seqid, metadata: at_rest, ..ours.clone() });
                 let output = bench.limited(&resume, limit);
                 assert!(!output.status.success(), "{at}: all was written");
                 let theirs = bench.load();
@@ -392,7 +413,7 @@ fn every_state_is_as_cryptsetup_writes_it_and_goes_on_from() {
             clean(&mut ours.metadata, &process, after, total).expect("a boundary");
             boundary = after;
         }
-        assert!(crashes >= 6, "{}: {crashes} hotzones failed", way.name);
+        assert!(crashes >= 2, "{}: {crashes} hotzones failed", way.name);
         assert_eq!(
             read(&ours.metadata).expect("valid").expect("not over yet").1,
             State::Finished,

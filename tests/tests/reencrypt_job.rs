@@ -1,39 +1,346 @@
-//! Re-encryption as a job, through the registry, on real files.
+//! Re-encryption as a job, through the registry, on real files and on simulated disks that fail.
 
-use proto::reencrypt::Resilience;
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine::backend::QueueChoice;
+use engine::backend::sim::image::Image;
+use engine::backend::sim::{DiskOptions, Effect, Fault, On, When, World};
+use engine::job::Registry;
+use engine::units::Extent;
+use proto::reencrypt::{Phase, Resilience};
+use proto::{ErrorKind, JobState};
 use tests::Scratch;
-use tests::jobs::{MIB, QUEUES, assert_done, noise, registry};
+use tests::jobs::{MIB, QUEUES, assert_done, failure, noise, registry, wait, wait_for};
 use tests::rewriting::{PASS, Rewrite, plaintext, report, volume};
 
 const IN_PLACE: [Resilience; 3] = [Resilience::Checksum, Resilience::Journal, Resilience::None];
+
+/// A volume, its plaintext, and who works on it.
+struct Scene {
+    registry: Arc<Registry>,
+    scratch: Scratch,
+    plain: Vec<u8>,
+    path: PathBuf,
+}
+
+impl Scene {
+    fn new(bytes: usize, unit: u32) -> Self {
+        let registry = registry(QueueChoice::Auto);
+        let scratch = Scratch::new();
+        let plain = noise(bytes, 77);
+        let path = volume(&registry, &scratch, &plain, unit, None);
+        Self { registry, scratch, plain, path }
+    }
+
+    fn data_offset(&self) -> usize {
+        usize::try_from(std::fs::metadata(&self.path).expect("stat").len()).expect("small") - self.plain.len()
+    }
+
+    /// Small steps, slowly.
+    fn slowly(&self, resilience: Resilience) -> Rewrite {
+        Rewrite::of(&self.path)
+            .by(resilience)
+            .with(|request| request.hotzone_bytes = Some(1 << 20))
+            .rate(16 << 20)
+    }
+
+    fn has_its_plaintext(&self, volume: &Path) -> bool {
+        plaintext(&self.registry, &self.scratch, volume, PASS) == self.plain
+    }
+}
 
 #[test]
 fn every_protection_on_every_queue_keeps_the_plaintext_and_changes_the_key() {
     for queue in QUEUES {
         let registry = registry(queue);
         for resilience in IN_PLACE {
-            for (unit, bytes) in [(512, 7 * MIB + 512), (4096, 40 * MIB + 4096)] {
+            for (unit, bytes) in [(512, 7 * MIB + 512), (4096, 20 * MIB + 4096)] {
                 let scratch = Scratch::new();
                 let plain = noise(bytes, 77);
                 let path = volume(&registry, &scratch, &plain, unit, None);
                 let before = std::fs::read(&path).expect("volume");
-                let info = Rewrite::of(&path).by(resilience).run(&registry);
+                let rewrite = Rewrite::of(&path).by(resilience).with(|request| {
+                    request.verify = unit == 512;
+                    request.hotzone_bytes = Some(3 << 20);
+                });
+                let info = rewrite.run(&registry);
                 assert_done(&info);
                 let what = format!("{queue:?} {resilience:?} {unit}");
                 let after = std::fs::read(&path).expect("volume");
                 assert_eq!(before.len(), after.len(), "{what}");
                 let data = before.len() - bytes;
-                let same = (data..after.len())
-                    .step_by(512)
-                    .filter(|&at| before[at..at + 512] == after[at..at + 512]);
+                let sectors = (data..after.len()).step_by(512);
+                let same = sectors.filter(|&at| before[at..at + 512] == after[at..at + 512]);
                 assert_eq!(same.count(), 0, "{what}: sectors that are as before");
                 assert!(plaintext(&registry, &scratch, &path, PASS) == plain, "{what}");
-                assert_eq!(info.progress.done_bytes, bytes as u64, "{what}");
-                assert_eq!(info.progress.total_bytes, Some(bytes as u64), "{what}");
+                let total = bytes as u64;
+                assert_eq!(
+                    (info.progress.done_bytes, info.progress.total_bytes),
+                    (total, Some(total)),
+                    "{what}"
+                );
                 let report = report(&info);
-                assert_eq!(report.total_bytes, bytes as u64);
+                assert_eq!((report.total_bytes, report.done_before_bytes), (total, 0), "{what}");
                 assert!(report.old_key_gone, "{what}");
+                if unit == 512 {
+                    assert!(report.digest_before.as_ref().is_some_and(|digest| digest.len() == 64), "{what}");
+                    assert_eq!(report.digest_before, report.digest_after, "{what}");
+                    assert_eq!(report.digest_bytes, total, "{what}");
+                } else {
+                    assert_eq!(report.digest_after, None, "{what}");
+                }
             }
         }
+    }
+}
+
+#[test]
+fn a_new_passphrase_takes_the_place_of_the_old_one_and_data_units_may_grow() {
+    let scene = Scene::new(3 * MIB, 512);
+    let rewrite = Rewrite::of(&scene.path).new_key(b"another").luks(|luks| {
+        luks.data_unit = Some(4096);
+        luks.force_data_unit = true;
+    });
+    let info = rewrite.run(&scene.registry);
+    assert_done(&info);
+    assert_eq!(
+        report(&info).new_cipher.as_deref(),
+        Some("aes-xts-plain64, 512-bit key, 4096-byte data units")
+    );
+    assert!(plaintext(&scene.registry, &scene.scratch, &scene.path, b"another") == scene.plain);
+    let info = Rewrite::of(&scene.path).run(&scene.registry);
+    assert_eq!(failure(&info).0, ErrorKind::WrongKey, "the old passphrase");
+}
+
+#[test]
+fn a_wrong_key_changes_nothing() {
+    let scene = Scene::new(MIB, 4096);
+    let before = std::fs::read(&scene.path).expect("volume");
+    let file = OpenOptions::new().read(true).write(true).open(&scene.path).expect("open");
+    let info = Rewrite::bare(file, "volume").key(b"wrong").run(&scene.registry);
+    assert_eq!(failure(&info).0, ErrorKind::WrongKey);
+    assert!(std::fs::read(&scene.path).expect("volume") == before);
+    // Nor does going on with what was never begun.
+    let info = Rewrite::of(&scene.path).with(|request| request.resume_only = true).run(&scene.registry);
+    let (kind, message) = failure(&info);
+    assert_eq!(kind, ErrorKind::Invalid);
+    assert!(message.contains("no re-encryption to go on with"), "{message}");
+    assert!(std::fs::read(&scene.path).expect("volume") == before);
+}
+
+#[test]
+fn a_pause_is_durable_and_what_was_paused_goes_on_here_or_from_the_volume_alone() {
+    for resilience in IN_PLACE {
+        let scene = Scene::new(24 * MIB, 4096);
+        let job = scene.slowly(resilience).start(&scene.registry).expect("accepted");
+        wait_for(&scene.registry, job, "some of it", |info| {
+            info.progress.done_bytes >= 4 << 20 && info.progress.phase == Some(Phase::Rewriting)
+        });
+        let info = scene.registry.pause(job).expect("paused");
+        assert_eq!(info.state, JobState::Paused);
+        let done = at_rest(&scene.registry, job);
+        assert!(done < 24 << 20, "{resilience:?}: paused in the middle");
+        // As after a power cut, or on another machine.
+        let copy = scene.scratch.join("copy");
+        std::fs::copy(&scene.path, &copy).expect("copied");
+        let info = Rewrite::of(&copy).with(|request| request.resume_only = true).run(&scene.registry);
+        assert_done(&info);
+        assert_eq!(report(&info).done_before_bytes, done, "{resilience:?}: the boundary is where it rests");
+        assert_eq!(report(&info).recovered_bytes, 0, "{resilience:?}: no step was cut off");
+        assert!(scene.has_its_plaintext(&copy), "{resilience:?}: from the volume");
+        scene.registry.throttle(job, None).expect("lifted");
+        scene.registry.resume(job).expect("resumed");
+        assert_done(&wait(&scene.registry, job));
+        assert!(scene.has_its_plaintext(&scene.path), "{resilience:?}: here");
+    }
+}
+
+/// Bytes done once nothing moves any more.
+fn at_rest(registry: &Registry, job: u64) -> u64 {
+    let done = || registry.show(job).expect("known").progress.done_bytes;
+    let deadline = Instant::now() + tests::PATIENCE;
+    loop {
+        let before = done();
+        std::thread::sleep(Duration::from_secs(2));
+        if done() == before {
+            return before;
+        }
+        assert!(Instant::now() < deadline, "it never rests");
+    }
+}
+
+#[test]
+fn a_cancelled_one_is_left_at_a_safe_point_says_so_and_is_gone_on_with() {
+    for resilience in IN_PLACE {
+        let scene = Scene::new(24 * MIB, 512);
+        let job = scene.slowly(resilience).start(&scene.registry).expect("accepted");
+        wait_for(&scene.registry, job, "some of it", |info| info.progress.done_bytes >= 3 << 20);
+        scene.registry.cancel(job).expect("cancelled");
+        let info = wait(&scene.registry, job);
+        assert_eq!(info.state, JobState::Cancelled, "{:?}", info.outcome);
+        let failure = info.outcome.as_ref().and_then(|outcome| outcome.failure.clone()).expect("why");
+        assert!(failure.message.contains("it rests at a safe point"), "{}", failure.message);
+        assert!(failure.hint.is_some_and(|hint| hint.contains("--resume-only")));
+        let stopped = info.progress.done_bytes;
+        assert!(stopped < 24 << 20);
+        // Without being told to resume, too: the same command again.
+        let again = Rewrite::of(&scene.path).run(&scene.registry);
+        assert_done(&again);
+        assert_eq!(report(&again).done_before_bytes, stopped, "{resilience:?}");
+        assert_eq!(report(&again).recovered_bytes, 0, "{resilience:?}");
+        assert_eq!(again.progress.done_bytes, 24 << 20);
+        assert!(scene.has_its_plaintext(&scene.path), "{resilience:?}");
+    }
+}
+
+#[test]
+fn a_rate_limit_holds_and_can_be_changed() {
+    let scene = Scene::new(8 * MIB, 4096);
+    let begun = Instant::now();
+    let rewrite = Rewrite::of(&scene.path).rate(4 << 20);
+    let job = rewrite.start(&scene.registry).expect("accepted");
+    let info = wait_for(&scene.registry, job, "half", |info| info.progress.done_bytes >= 4 << 20);
+    assert_eq!(info.progress.throttle_bytes_per_second, Some(4 << 20));
+    assert!(begun.elapsed() > Duration::from_millis(700), "4 MiB at 4 MiB/s");
+    scene.registry.throttle(job, None).expect("lifted");
+    assert_done(&wait(&scene.registry, job));
+    assert!(scene.has_its_plaintext(&scene.path));
+}
+
+#[test]
+fn a_volume_is_re_encrypted_by_one_job_at_a_time_and_two_volumes_by_two() {
+    let scene = Scene::new(16 * MIB, 4096);
+    let other = Scene::new(8 * MIB, 512);
+    let job = scene.slowly(Resilience::Checksum).start(&scene.registry).expect("accepted");
+    for second in [
+        Rewrite::of(&scene.path),
+        // Whichever registry it is sent to.
+        Rewrite::of(&scene.path).with(|request| request.resume_only = true),
+    ] {
+        let error = second.start(&other.registry).expect_err("taken");
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{}", error.chain());
+    }
+    let aside = Rewrite::of(&other.path).start(&scene.registry).expect("another volume");
+    assert_done(&wait(&scene.registry, aside));
+    // It may have ended by now.
+    let _ = scene.registry.throttle(job, None);
+    assert_done(&wait(&scene.registry, job));
+    assert!(scene.has_its_plaintext(&scene.path));
+    assert!(other.has_its_plaintext(&other.path));
+    // Free again.
+    assert_done(&Rewrite::of(&scene.path).run(&scene.registry));
+    assert!(scene.has_its_plaintext(&scene.path));
+}
+
+#[test]
+fn a_volume_that_another_program_has_locked_is_left_alone() {
+    let scene = Scene::new(MIB, 4096);
+    let held = OpenOptions::new().read(true).write(true).open(&scene.path).expect("open");
+    assert_eq!(engine::sys::lock::try_lock(&held), Ok(true));
+    let error = Rewrite::of(&scene.path).start(&scene.registry).expect_err("in use");
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    drop(held);
+    assert_done(&Rewrite::of(&scene.path).run(&scene.registry));
+}
+
+#[test]
+fn a_device_that_became_shorter_is_refused_and_unharmed() {
+    let scene = Scene::new(12 * MIB, 4096);
+    let job = scene.slowly(Resilience::Checksum).start(&scene.registry).expect("accepted");
+    wait_for(&scene.registry, job, "some of it", |info| info.progress.done_bytes >= 6 << 20);
+    scene.registry.cancel(job).expect("cancelled");
+    wait(&scene.registry, job);
+    let whole = std::fs::read(&scene.path).expect("volume");
+    let file = OpenOptions::new().write(true).open(&scene.path).expect("open");
+    file.set_len((scene.data_offset() + 4 * MIB) as u64).expect("cut");
+    let short = std::fs::read(&scene.path).expect("volume");
+    let info = Rewrite::of(&scene.path).run(&scene.registry);
+    assert_eq!(failure(&info).0, ErrorKind::Damaged);
+    assert!(std::fs::read(&scene.path).expect("volume") == short, "nothing was written");
+    std::fs::write(&scene.path, &whole).expect("grown again");
+    assert_done(&Rewrite::of(&scene.path).run(&scene.registry));
+    assert!(scene.has_its_plaintext(&scene.path));
+}
+
+#[test]
+fn a_dry_run_says_what_it_would_do_and_writes_nothing() {
+    let scene = Scene::new(16 * MIB, 4096);
+    let before = std::fs::read(&scene.path).expect("volume");
+    let file = File::open(&scene.path).expect("open for reading only");
+    let rewrite = Rewrite::of_file(file, "volume").with(|request| request.dry_run = true);
+    let info = rewrite.run(&scene.registry);
+    assert_done(&info);
+    let report = report(&info);
+    assert_eq!((report.total_bytes, report.resilience.as_str()), (16 << 20, "checksum"));
+    assert!(report.estimate_seconds.is_some_and(|seconds| seconds > 0.0 && seconds < 600.0), "{report:?}");
+    assert!(report.notes.iter().any(|note| note.contains("an estimate")), "{:?}", report.notes);
+    assert_eq!(report.carried_keyslots, [0]);
+    assert!(std::fs::read(&scene.path).expect("volume") == before);
+}
+
+/// The volume on a simulated disk, with something wrong on it.
+fn on_a_bad_disk(scene: &Scene, resilience: Resilience, fault: Fault) -> (World, proto::JobInfo) {
+    let world = World::new(tests::seed());
+    let image = Image::of(&std::fs::read(&scene.path).expect("volume"));
+    world.add(image, DiskOptions::default()).expect("a disk");
+    world.inject(fault);
+    let registry = registry(world.choice());
+    let file = world.descriptor(0).expect("a descriptor");
+    let rewrite = Rewrite::of_file(file.into(), "disk").by(resilience).with(|request| {
+        request.hotzone_bytes = Some(1 << 20);
+    });
+    let info = rewrite.tuned(|tuning| tuning.chunk_bytes = Some(128 << 10)).run(&registry);
+    (world, info)
+}
+
+#[test]
+fn a_bad_place_stops_it_where_it_can_be_gone_on_from() {
+    let scene = Scene::new(8 * MIB, 512);
+    let place = (scene.data_offset() + 5 * MIB) as u64;
+    let bad = Extent::new(place, place + 512).expect("a sector");
+    for resilience in IN_PLACE {
+        for (on, safe) in [(On::Read, "it rests at a safe point"), (On::Write, "a step was interrupted")] {
+            if (resilience, on) == (Resilience::None, On::Write) {
+                // Nothing was kept of what a failed write tore.
+                continue;
+            }
+            let fault = Fault { disk: 0, on, when: When::Touching(bad), effect: Effect::Fail(5) };
+            let (world, info) = on_a_bad_disk(&scene, resilience, fault);
+            let (kind, message) = failure(&info);
+            let what = format!("{resilience:?} {on:?}: {message}");
+            assert_eq!(kind, ErrorKind::Io, "{what}");
+            assert!(message.contains(safe) && message.contains("EIO"), "{what}");
+            // Steps of 1 MiB, the sixth of which begins with the bad place; what lies before it is done.
+            assert!(message.contains(&format!("{} of", 5 * MIB)), "{what}");
+            world.heal();
+            let mended = scene
+                .scratch
+                .file("mended", &world.visible(0).expect("image").bytes(0, scene.data_offset() + 8 * MIB));
+            let info = Rewrite::of(&mended).run(&scene.registry);
+            assert_done(&info);
+            assert_eq!(report(&info).recovered_bytes > 0, on == On::Write, "{what}");
+            assert!(scene.has_its_plaintext(&mended), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_flush_that_fails_leaves_the_step_to_be_recovered() {
+    let scene = Scene::new(4 * MIB, 4096);
+    for nth in [3, 4, 5, 8, 9, 12] {
+        let fault = Fault { disk: 0, on: On::Flush, when: When::Nth(nth), effect: Effect::Fail(5) };
+        let (world, info) = on_a_bad_disk(&scene, Resilience::Checksum, fault);
+        if info.state == JobState::Done {
+            continue;
+        }
+        assert_eq!(failure(&info).0, ErrorKind::Io);
+        world.heal();
+        let found = world.visible(0).expect("image").bytes(0, scene.data_offset() + 4 * MIB);
+        let mended = scene.scratch.file("mended", &found);
+        assert_done(&Rewrite::of(&mended).run(&scene.registry));
+        assert!(scene.has_its_plaintext(&mended), "flush {nth}");
     }
 }

@@ -305,6 +305,18 @@ impl NewHeader {
     /// # Errors
     /// Of the device.
     pub fn write(&self, device: &mut Blocking) -> Result<()> {
+        self.write_in(device, [Copy::Primary, Copy::Secondary])
+    }
+
+    /// As [`NewHeader::write`], the second copy of a LUKS2 header first: until it is durable the first sector is as it was.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn write_primary_last(&self, device: &mut Blocking) -> Result<()> {
+        self.write_in(device, [Copy::Secondary, Copy::Primary])
+    }
+
+    fn write_in(&self, device: &mut Blocking, order: [Copy; 2]) -> Result<()> {
         for (range, content) in self.behind_the_header(self.header_bytes) {
             let bytes = range.end - range.start;
             match content {
@@ -317,7 +329,7 @@ impl NewHeader {
         match &self.header {
             Header::Luks1(header) => store::replace_luks1(device, header),
             Header::Luks2(loaded) => {
-                for copy in [Copy::Primary, Copy::Secondary] {
+                for copy in order {
                     device.write(loaded.header.offset(copy), &loaded.header.to_bytes(copy)?)?;
                     device.flush()?;
                 }

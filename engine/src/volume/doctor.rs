@@ -102,7 +102,7 @@ pub fn examine(device: &mut Blocking, patient: &Patient<'_>, give_up: GiveUp<'_>
     damage::copies(&header, &mut report);
     damage::sizes(&header, &summary, patient, &mut report);
     if let Header::Luks2(loaded) = &header {
-        progress::explain(&loaded.header.metadata, &mut report);
+        progress::explain(&loaded.header.metadata, patient.data_bytes, &mut report);
         rotation::explain(&loaded.header.metadata, patient.now, &mut report);
     }
     settings::explain(&header, &summary, &mut report);

@@ -370,7 +370,11 @@ pub(super) fn check_requirements(metadata: &Metadata, name: &str) -> Result<()> 
     let reencryption = unmet.iter().any(|requirement| requirement.contains("reencrypt"));
     let what = format!("the header has requirements and must not be changed ({})", unmet.join(", "));
     let error = Error::new(ErrorKind::Unsupported, what).at(name);
-    Err(if reencryption { error.hint("finish the re-encryption first") } else { error })
+    Err(if reencryption {
+        error.hint("finish the re-encryption first: cryptctl reencrypt --resume-only")
+    } else {
+        error
+    })
 }
 
 fn open(

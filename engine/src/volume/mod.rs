@@ -41,6 +41,7 @@ use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::metadata::{Metadata, Segment, SegmentKind};
 use crate::format::{luks1, luks2};
+use crate::volume::reencrypt::shift;
 
 /// Data unit of every LUKS1 volume, bytes.
 pub const LUKS1_UNIT_BYTES: u32 = 512;
@@ -140,8 +141,16 @@ impl Header {
             )),
             (false, _) => match secondary_offsets(device)?.first() {
                 Some(_) => Self::load_luks2(device),
+                None if shift::is_marked(device)? => Err(no_header_yet()),
                 None => return Err(no_luks(device)),
             },
+        };
+        // What is there of the second copy then is the torn beginning of one.
+        let header = match header {
+            Err(error) if error.kind() != ErrorKind::Io && shift::is_marked(device)? => {
+                Err(no_header_yet().because(error))
+            }
+            other => other,
         };
         header.map_err(|error| named(error.as_damage(), device))
     }
@@ -177,6 +186,12 @@ impl Header {
             Self::Luks2(loaded) => &loaded.header.uuid,
         }
     }
+}
+
+/// See [`shift`].
+fn no_header_yet() -> Error {
+    Error::new(ErrorKind::Unsupported, "an encryption of this device was cut off before there was a header")
+        .hint("its first bytes are safe: the same `cryptctl reencrypt --encrypt` command puts them back and begins anew")
 }
 
 fn no_luks(device: &Blocking) -> Error {
@@ -234,7 +249,7 @@ fn refused_requirement(unmet: &[&str]) -> Option<Error> {
     } else if unmet.iter().any(|name| name.starts_with("online-reencrypt") || *name == "offline-reencrypt") {
         Some(
             error(format!("re-encryption of the volume is not finished (requirement {all})"))
-                .hint("finish it with the program that began it: cryptsetup reencrypt --resume-only"),
+                .hint("finish it first: cryptctl reencrypt --resume-only, whichever program began it"),
         )
     } else if unmet.iter().any(|name| name.starts_with("opal")) {
         Some(error(format!("the volume is encrypted by its drive (requirement {all})")))

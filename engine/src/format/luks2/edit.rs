@@ -12,8 +12,9 @@ use crate::format::luks2::fields::invalid;
 use crate::format::luks2::metadata::{
     Area, AsRead, Config, Digest, KdfText, Keyslot, Luks2Keyslot, Metadata, Segment, SegmentKind, Token,
 };
+use crate::format::luks2::reencrypt::valid::is_online;
 use crate::format::luks2::validate::{
-    AREA_ALIGN, DIGESTS_MAX, KEYSLOTS_BYTES_MAX, OBJECTS_MAX, is_copy_bytes, is_online_reencryption,
+    AREA_ALIGN, DIGESTS_MAX, KEYSLOTS_BYTES_MAX, OBJECTS_MAX, is_copy_bytes,
 };
 use crate::format::luks2::{Copy, Header};
 
@@ -247,10 +248,7 @@ impl Metadata {
     /// Is a re-encryption under way (interrupted or not)?
     #[must_use]
     pub fn is_reencrypting(&self) -> bool {
-        self.config
-            .requirements
-            .iter()
-            .any(|name| name == "offline-reencrypt" || is_online_reencryption(name))
+        self.config.requirements.iter().any(|name| name == "offline-reencrypt" || is_online(name))
     }
 }
 

@@ -385,7 +385,8 @@ impl Metadata {
             .map(|(id, digest)| (*id, digest))
     }
 
-    /// Requirements that forbid activating or changing the volume: all but those this build knows how to honour (none yet).
+    /// Requirements that forbid activating or changing the volume: all. That of a re-encryption is known to
+    /// [`super::reencrypt::read`] alone, and holds for everybody else until it is over.
     #[must_use]
     pub fn unmet_requirements(&self) -> Vec<&str> {
         self.config.requirements.iter().map(String::as_str).collect()

@@ -6,6 +6,7 @@ use crate::format::luks2::COPY_BYTES;
 use crate::format::luks2::binary::BINARY_BYTES;
 use crate::format::luks2::fields::invalid;
 use crate::format::luks2::metadata::{Area, Keyslot, Metadata, Segment, SegmentKind};
+use crate::format::luks2::reencrypt::valid as reencryption;
 
 /// Keyslots, tokens and segments each have numbers below this.
 pub const OBJECTS_MAX: u32 = 32;
@@ -33,7 +34,7 @@ pub fn validate(metadata: &Metadata) -> Result<()> {
     references(metadata)?;
     segments(metadata)?;
     areas(metadata, copy_bytes)?;
-    reencryption(metadata)
+    reencryption::check(metadata)
 }
 
 fn config(metadata: &Metadata) -> Result<u64> {
@@ -59,7 +60,7 @@ fn config(metadata: &Metadata) -> Result<u64> {
 /// into keyslots. Any other segment in there is refused: adding or erasing keyslots would write over its data.
 fn data_behind(metadata: &Metadata, end: u64) -> Result<()> {
     let is_reencrypting =
-        metadata.config.requirements.iter().any(|requirement| is_online_reencryption(requirement));
+        metadata.config.requirements.iter().any(|requirement| reencryption::is_online(requirement));
     let mut behind = 0;
     let mut segments: Vec<&Segment> = metadata.data_segments().map(|(_, segment)| segment).collect();
     segments.sort_by_key(|segment| segment.offset);
@@ -201,78 +202,6 @@ fn luks2_keyslot(metadata: &Metadata, id: u32, at: &str) -> Result<()> {
         return Err(invalid("area is smaller than its key material", at));
     }
     Ok(())
-}
-
-/// Is this a requirement that says a re-encryption is under way: `online-reencrypt`, or `online-reencrypt-v` and digits?
-#[must_use]
-pub fn is_online_reencryption(requirement: &str) -> bool {
-    match requirement.strip_prefix("online-reencrypt") {
-        Some("") => true,
-        Some(rest) => rest
-            .strip_prefix("-v")
-            .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())),
-        None => false,
-    }
-}
-
-fn reencryption(metadata: &Metadata) -> Result<()> {
-    let requirements: Vec<&str> = metadata
-        .config
-        .requirements
-        .iter()
-        .map(String::as_str)
-        .filter(|name| is_online_reencryption(name))
-        .collect();
-    let keyslots =
-        metadata.keyslots.values().filter(|keyslot| matches!(keyslot, Keyslot::Reencrypt { .. })).count();
-    if requirements.len() > 1 {
-        return Err(invalid("more than one online-reencrypt requirement", "config requirements"));
-    }
-    if keyslots > 1 {
-        return Err(invalid("more than one reencrypt keyslot", "keyslots"));
-    }
-    let Some(requirement) = requirements.first() else {
-        return if keyslots == 0 {
-            Ok(())
-        } else {
-            Err(invalid("a reencrypt keyslot without the requirement", "keyslots"))
-        };
-    };
-    // What a version we do not know keeps where is unknown, too; such a volume is not touched anyway.
-    if !["online-reencrypt", "online-reencrypt-v2", "online-reencrypt-v3"].contains(requirement) {
-        return Ok(());
-    }
-    if keyslots == 0 {
-        return Err(invalid("a re-encryption without its keyslot", "keyslots"));
-    }
-    let flagged = |flag: &str| {
-        metadata
-            .segments
-            .values()
-            .find(|segment| segment.flags.iter().any(|name| name == flag))
-            .ok_or_else(|| invalid(format!("a re-encryption without a {flag} segment"), "segments"))
-    };
-    let (previous, target) = (flagged("backup-previous")?, flagged("backup-final")?);
-    for (id, segment) in metadata.data_segments() {
-        let now = segment.flags.iter().any(|flag| flag == "in-reencryption");
-        if !is_encrypted_alike(segment, target) && (now || !is_encrypted_alike(segment, previous)) {
-            return Err(invalid(
-                "cipher of neither before nor after the re-encryption",
-                &format!("segment {id}"),
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn is_encrypted_alike(one: &Segment, other: &Segment) -> bool {
-    match (&one.kind, &other.kind) {
-        (
-            SegmentKind::Crypt { encryption: one, sector_size: one_size, .. },
-            SegmentKind::Crypt { encryption: other, sector_size: other_size, .. },
-        ) => one == other && one_size == other_size,
-        (one, other) => one == other,
-    }
 }
 
 /// The JSON text does not fit its area.

@@ -31,7 +31,7 @@ use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{self as format, Direction, Resilience};
-use crate::job::reencrypt::course::Shape;
+use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::proof::Proving;
 use crate::job::reencrypt::request::Prepared;
@@ -39,8 +39,10 @@ use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
+use crate::pipeline::slot::Side;
+use crate::units::Extent;
 use crate::volume::Header;
-use crate::volume::reencrypt::{Opened, Side, begin, open};
+use crate::volume::reencrypt::{self as volume, Opened, begin, open, sidecar};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
@@ -145,11 +147,7 @@ impl<'a> Desk<'a> {
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => {
-                let beside = prepared.beside.as_ref().expect("a journal was opened");
-                let journal = self.blocking(beside)?;
-                return self.open_raw(prepared, pair, journal, &mut data);
-            }
+            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data),
         };
         if self.has_header(prepared)? {
             let mut keys = Vec::new();
@@ -196,11 +194,28 @@ impl<'a> Desk<'a> {
         &self,
         prepared: &Prepared,
         pair: &proto::reencrypt::RawPair,
-        journal: Blocking,
         data: &mut Blocking,
     ) -> Result<Opened> {
-        let _ = (prepared, pair, journal, data);
-        Err(Error::new(ErrorKind::Unsupported, "volumes without a header"))
+        let beside = prepared.beside.as_ref().expect("a journal was opened");
+        let ([old], Some(new)) = (prepared.keys.as_slice(), &prepared.new_key) else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a volume without a header has one key on each side",
+            ));
+        };
+        let data_bytes = prepared.data_bytes();
+        if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            return Ok(opened);
+        }
+        if prepared.resume_only {
+            return Err(nothing_begun(prepared));
+        }
+        let wish = sidecar::Wish {
+            resilience: prepared.resilience,
+            hotzone_bytes: prepared.hotzone_bytes,
+            ..sidecar::Wish::new(pair, data_bytes, prepared.block_bytes())
+        };
+        sidecar::begin(self.blocking(beside)?, &wish, old, new)
     }
 
     fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {
@@ -255,12 +270,15 @@ impl<'a> Desk<'a> {
             prepared.workers_max,
             course.buffers,
         )?;
-        let mut ticked = Instant::now();
+        let (mut ticked, mut dropped) = (Instant::now(), 0);
         let mut wish = || {
             let now = Instant::now();
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
                 job.tick(now);
+                if shape.align == 1 && !prepared.data.is_memory() {
+                    dropped = drop_passed(&prepared.data, &course, dropped);
+                }
             }
             if job.is_cancelled() { Wish::Stop } else { Wish::Go }
         };
@@ -278,6 +296,20 @@ impl<'a> Desk<'a> {
         drop((course, memory));
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
     }
+}
+
+/// Buffered: start writing what is complete and drop what has passed, so that a volume does not push everybody else's pages out.
+/// Returns how far it got, in order.
+fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
+    // All that is in flight lies within two hotzones of what is done.
+    let done = course.transfer.totals().done_bytes.saturating_sub(2 * course.hotzone_bytes);
+    if let Some(extent) = course.track.extent(course.from + dropped, course.from + done.max(dropped)) {
+        let place = course.transfer.place(Side::Sink, extent.start());
+        if let Some(extent) = Extent::new(place, place + extent.len()) {
+            data.drop_cache(extent);
+        }
+    }
+    done.max(dropped)
 }
 
 /// How it ended, for the user.
@@ -352,7 +384,7 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
     }
 }
 
-fn in_words(side: &Side) -> Option<String> {
+fn in_words(side: &volume::Side) -> Option<String> {
     let (area, key) = side.cipher.as_ref()?;
     Some(words(area.spec.name(), key.len(), area.unit_bytes))
 }

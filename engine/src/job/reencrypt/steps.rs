@@ -140,8 +140,16 @@ impl Loop<'_> {
         self.committed == self.course.track.total()
     }
 
+    /// Nothing more is to be begun. A read that failed is no reason: what lies before it can still be done.
     fn is_to_stop(&mut self) -> bool {
-        (self.wish)() == Wish::Stop || self.course.transfer.has_failed()
+        (self.wish)() == Wish::Stop || self.course.transfer.gate.is_stopped() || self.is_stuck()
+    }
+
+    /// A read has failed, and nothing more arrives that could be done.
+    fn is_stuck(&self) -> bool {
+        (self.idle || self.ended)
+            && self.course.transfer.has_failed()
+            && self.arrivals.reach() == self.arrivals.next()
     }
 
     /// Hotzone after hotzone.
@@ -257,6 +265,10 @@ impl Loop<'_> {
         }
         let turn = self.carrier.next(PATIENCE);
         self.idle = matches!(turn, Turn::Idle);
+        if self.idle && self.course.transfer.gate.is_stopped() {
+            // A worker with nothing in flight has no other way to learn of another's failure.
+            self.carrier.wake();
+        }
         self.ended = matches!(turn, Turn::Ended);
         let Turn::News(news) = turn else { return Ok(()) };
         match (news, &mut self.step) {
@@ -286,8 +298,8 @@ impl Loop<'_> {
     /// Let the workers leave.
     fn dismiss(&mut self) {
         self.course.transfer.gate.stop();
-        self.carrier.wake();
         while !self.ended {
+            self.carrier.wake();
             self.ended = matches!(self.carrier.next(PATIENCE), Turn::Ended);
         }
     }

@@ -1,137 +1,119 @@
-//! Re-encryption: how far it is, and what a recovery would do. Derived from the metadata alone, as everybody does.
-
-use serde_json::{Map, Value};
+//! Re-encryption: how far it is, and what a recovery would do. By the same reading and the same table that a resume goes by, with one difference: the
+//! keys are not here, so that the metadata is what was begun is not proven.
 
 use super::Report;
-use crate::format::luks2::metadata::{Keyslot, Metadata, Segment};
+use crate::format::luks2::metadata::{Keyslot, Metadata};
+use crate::format::luks2::reencrypt::{Process, State, read};
+use crate::volume::reencrypt::decide::{Decision, Facts, Proof, Refusal, Requirement, decide};
+use crate::volume::reencrypt::luks;
 
-/// States of a re-encryption.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
-    /// Not begun, or over.
-    None,
-    /// Begun, and at rest between two steps.
-    Clean,
-    /// Interrupted within a step: to be recovered before anything else.
-    Crash,
-}
+const ABOUT: &str = "reencryption";
 
-/// Where it stands.
-pub(super) fn state(metadata: &Metadata) -> State {
-    let online = metadata.config.requirements.iter().any(|name| name.starts_with("online-reencrypt"));
-    match (online, hot(metadata)) {
-        (false, _) => State::None,
-        (true, None) => State::Clean,
-        (true, Some(_)) => State::Crash,
+/// `data_bytes`: of the device with the data, where it is known.
+pub(super) fn explain(metadata: &Metadata, data_bytes: Option<u64>, report: &mut Report) {
+    if luks::is_unswept(metadata) {
+        report.weak(
+            ABOUT,
+            "one that is over was cut off before all places that held the old volume key's material were overwritten",
+            "cryptctl reencrypt --resume-only does it; no passphrase is needed",
+        );
     }
-}
-
-/// The segment being rewritten.
-fn hot(metadata: &Metadata) -> Option<(u32, &Segment)> {
-    metadata.data_segments().find(|(_, segment)| segment.flags.iter().any(|flag| flag == "in-reencryption"))
-}
-
-pub(super) fn explain(metadata: &Metadata, report: &mut Report) {
-    let about = "reencryption";
     if metadata.config.requirements.iter().any(|name| name == "offline-reencrypt") {
         report.danger(
-            about,
+            ABOUT,
             "an offline re-encryption of an old cryptsetup was begun and not finished",
             "finish it with the program and the log file it was begun with; nothing else can",
         );
-    }
-    let object = metadata.keyslots.values().find_map(|slot| match slot {
-        Keyslot::Reencrypt { object, .. } => Some(object),
-        _ => None,
-    });
-    let state = state(metadata);
-    if state == State::None {
-        if object.is_some() {
-            report.weak(
-                about,
-                "the header has a re-encryption's keyslot and no requirement that says so",
-                "cryptsetup repair looks into it",
-            );
-        }
         return;
     }
-    let Some(object) = object else {
-        report.danger(
-            about,
-            "a re-encryption is required to be finished and its keyslot is missing",
-            "restore a header backup of before the re-encryption only if no data were rewritten yet",
-        );
-        return;
-    };
-    let (mode, direction) = (word(object, "mode"), word(object, "direction"));
-    let area = object.get("area").and_then(Value::as_object);
-    let resilience = area.map_or_else(|| "unknown".to_owned(), |area| word(area, "type"));
-    let done = done_bytes(metadata);
-    let what = format!("mode {mode}, direction {direction}, resilience {resilience}, {done} bytes are done");
-    if metadata.config.requirements.iter().any(|name| name == "online-reencrypt") {
-        report.danger(
-            about,
+    let has_keyslot = metadata.keyslots.values().any(|slot| matches!(slot, Keyslot::Reencrypt { .. }));
+    match Requirement::of(metadata) {
+        Requirement::None if has_keyslot => report.weak(
+            ABOUT,
+            "the header has a re-encryption's keyslot and no requirement that says so",
+            "cryptsetup repair looks into it",
+        ),
+        Requirement::None => {}
+        Requirement::Old => report.danger(
+            ABOUT,
             "it was begun by a cryptsetup before 2.4.3, whose metadata anybody could change (CVE-2021-4122)",
             "cryptsetup repair converts it, with a passphrase",
-        );
-    }
-    match (state, hot(metadata)) {
-        (State::Crash, Some((id, segment))) => {
-            let size = segment.size.map_or_else(|| "all the".to_owned(), |size| size.to_string());
-            report.danger(
-                about,
-                format!(
-                    "interrupted while {size} bytes from {} on (segment {id}) were rewritten: {what}. {}",
-                    segment.offset,
-                    recovery(&resilience)
-                ),
-                "do not write to the volume; resume the re-encryption, which recovers first",
-            );
-        }
-        _ => report.danger(
-            about,
-            format!("begun and at rest between two steps: {what}. A resume goes on from there, nothing needs recovery"),
-            "resume it; header backups of before must not be restored any more",
         ),
+        Requirement::Two | Requirement::Three => match read::read(metadata) {
+            Ok(Some((process, state))) => under_way(metadata, &process, state, data_bytes, report),
+            Ok(None) => {}
+            Err(error) => report.danger(
+                ABOUT,
+                format!("one is under way that this build does not go on with: {}", error.chain()),
+                "do not write to the volume; see what cryptsetup reencrypt --resume-only says",
+            ),
+        },
     }
+}
+
+fn under_way(
+    metadata: &Metadata,
+    process: &Process,
+    state: State,
+    data_bytes: Option<u64>,
+    report: &mut Report,
+) {
+    let total = process.total.or_else(|| data_bytes?.checked_sub(process.new.offset));
+    let done = match total {
+        Some(total) => format!("{} of {total} bytes are done", state.done_bytes(process, total)),
+        None => "how much is done is not known without the data".to_owned(),
+    };
+    let what = format!(
+        "mode {}, direction {}, resilience {}, {done}",
+        process.mode.name(),
+        process.direction.name(),
+        process.resilience.name()
+    );
+    let unproven = "If its digest is right, which takes a passphrase to know: ";
+    let decision = decide(&Facts::of(metadata, process, state, Proof::Right));
+    if let State::Crash { start, end } = state {
+        report.danger(
+            ABOUT,
+            format!(
+                "interrupted while {} bytes from {start} on were rewritten: {what}. {unproven}{}",
+                end - start,
+                recovery(decision)
+            ),
+            "do not write to the volume; cryptctl reencrypt --resume-only recovers the step and goes on",
+        );
+        return;
+    }
+    let next = match decision {
+        Decision::TakeDown => "all data is new; a resume takes down what is left of it",
+        Decision::GoOn => "a resume goes on from there, nothing needs recovery",
+        other => recovery(other),
+    };
+    report.danger(
+        ABOUT,
+        format!("begun and at rest between two steps: {what}. {unproven}{next}"),
+        "resume it: cryptctl reencrypt --resume-only; header backups of before must not be restored any more",
+    );
 }
 
 /// What a recovery would do.
-fn recovery(resilience: &str) -> &'static str {
-    match resilience {
-        "checksum" => {
-            "A recovery hashes every block of them: one with the stored hash is still old and is rewritten, any other is new"
+fn recovery(decision: Decision) -> &'static str {
+    match decision {
+        Decision::RewriteOldBlocks => {
+            "a recovery hashes every block of them: one with the stored hash is still old and is rewritten, any other is new"
         }
-        "journal" => "A recovery decrypts the old bytes from the journal and rewrites all of them",
-        "datashift" | "datashift-checksum" | "datashift-journal" => {
-            "A recovery reads their source, which lies shifted and whole, and rewrites all of them"
+        Decision::RewriteFromJournal => {
+            "a recovery decrypts the old bytes from the journal and rewrites all of them"
         }
-        "none" => "No recovery is possible: nothing was saved, and which of the bytes are old is not known",
-        _ => "What a recovery would do is not known: the resilience is of no known type",
+        Decision::RewriteFromSource => {
+            "a recovery reads their source, which lies shifted and whole, and rewrites all of them"
+        }
+        Decision::Refuse(Refusal::Lost) => {
+            "no recovery is possible: nothing was saved, and which of the bytes are old is not known"
+        }
+        Decision::Refuse(Refusal::TooLong) => {
+            "no recovery is possible: what was saved cannot be that of so long a step"
+        }
+        Decision::Refuse(_) => "it would be refused",
+        Decision::Nothing | Decision::GoOn | Decision::TakeDown => "nothing needs recovery",
     }
-}
-
-fn word(object: &Map<String, Value>, name: &str) -> String {
-    let text = object.get(name).and_then(Value::as_str).unwrap_or("unknown");
-    text.chars().filter(char::is_ascii_graphic).take(32).collect()
-}
-
-/// Bytes under the key (or in the plain) that all of the volume shall have: those of segments that are bound to the digest of
-/// the final segment as that one is, and not being rewritten.
-fn done_bytes(metadata: &Metadata) -> u64 {
-    let flagged = |flag: &str| {
-        let found = metadata.segments.iter().find(|(_, segment)| segment.flags.iter().any(|one| one == flag));
-        found.map(|(id, _)| *id)
-    };
-    let of = |id: u32| metadata.digest_of_segment(id).map(|(digest, _)| digest);
-    let (before, after) = (flagged("backup-previous").map(of), flagged("backup-final").map(of));
-    if before == after {
-        return 0;
-    }
-    let hot = hot(metadata).map(|(id, _)| id);
-    metadata
-        .data_segments()
-        .filter(|(id, _)| Some(*id) != hot && Some(of(*id)) == after)
-        .filter_map(|(_, segment)| segment.size)
-        .sum()
 }

@@ -18,7 +18,7 @@ use crate::volume::reencrypt::decide::{
 };
 use crate::volume::reencrypt::luks::LuksLedger;
 use crate::volume::reencrypt::recover::{self, Proven};
-use crate::volume::reencrypt::{Opened, Side, luks};
+use crate::volume::reencrypt::{Opened, Side, luks, shift};
 use crate::volume::unlock::{self, WRONG_KEY};
 use crate::volume::{AreaCipher, Header, named, store};
 
@@ -35,6 +35,10 @@ pub fn open(
     keys: &[Secret],
     give_up: GiveUp<'_>,
 ) -> Result<Option<Opened>> {
+    // An encryption that was cut off before there was a header is none.
+    if shift::put_back(data)? {
+        return Ok(None);
+    }
     let held = store::lock_device(&header, false)?;
     let Header::Luks2(mut loaded) = Header::load(&mut header)? else { return Ok(None) };
     drop(held);
@@ -47,7 +51,7 @@ pub fn open(
         }
         None => {}
     }
-    if loaded.health[0] != Health::Good {
+    if loaded.health[0] != Health::Good && !shift::is_marked(&mut header)? {
         keyslots::refuse_overwritten(&mut header)?;
     }
     let found = read::read(&loaded.header.metadata).map_err(|error| named(error, &header))?;

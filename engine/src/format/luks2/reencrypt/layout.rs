@@ -3,11 +3,9 @@
 
 use serde_json::Map;
 
+use super::valid::HOT;
 use super::{Direction, Process, Side, State};
 use crate::format::luks2::metadata::{Segment, SegmentKind};
-
-/// The flag of a hotzone.
-pub const HOT: &str = "in-reencryption";
 
 /// One data segment.
 pub struct Part {

@@ -14,6 +14,7 @@
 //! |---|---|
 //! | `mod` | the process and its state |
 //! | `layout` | the data segments of each state |
+//! | `valid` | what is valid of any, whoever wrote it |
 //! | `read` | from metadata: every rule checked, forged ones refused |
 //! | `write` | to metadata: begin, hot, clean, finish |
 //! | `digest` | the bytes the protection digest covers |
@@ -21,7 +22,11 @@
 pub mod digest;
 mod layout;
 pub mod read;
+pub mod valid;
 pub mod write;
+
+#[cfg(test)]
+mod tests;
 
 use crate::crypto::hash::Hash;
 use crate::format::luks2::metadata::Area;

@@ -4,16 +4,14 @@
 //! The state is guessed from few numbers (how many data segments, where the flagged one lies); then the data segments of
 //! that state are laid out anew, and each must be what was found, with its digests.
 
-use super::layout::{self, HOT, Part};
+use super::layout::{self, Part};
+use super::valid::{FINAL, HOT, MOVED, PREVIOUS, REQUIREMENT, TO_THE_FRONT, UNPROVEN, is_online};
 use super::{Checksum, Direction, Mode, Moved, Process, Resilience, Side, SideCipher, State};
 use crate::crypto::hash::Hash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::fields::{Fields, invalid};
 use crate::format::luks2::metadata::{Area, Keyslot, Metadata, Segment, SegmentKind};
-use crate::format::luks2::validate::{AREA_ALIGN, is_online_reencryption};
-
-/// The requirement of all that this build goes on with.
-pub const REQUIREMENT: &str = "online-reencrypt-v2";
+use crate::format::luks2::validate::AREA_ALIGN;
 
 /// The re-encryption a header speaks of, if any.
 ///
@@ -49,8 +47,7 @@ fn is_required(metadata: &Metadata) -> Result<bool> {
             .at("LUKS2 re-encryption")
             .hint("finish it with the program and the log file it was begun with"));
     }
-    let online: Vec<&str> =
-        requirements.iter().map(String::as_str).filter(|name| is_online_reencryption(name)).collect();
+    let online: Vec<&str> = requirements.iter().map(String::as_str).filter(|name| is_online(name)).collect();
     let at = "config requirements";
     match online[..] {
         [] if keyslots(metadata).next().is_some() => {
@@ -59,14 +56,14 @@ fn is_required(metadata: &Metadata) -> Result<bool> {
         [] => return Ok(false),
         [REQUIREMENT] => {}
         // CVE-2021-4122: nothing proves that it is what was begun.
-        ["online-reencrypt"] => {
+        [UNPROVEN] => {
             return Err(damaged(
                 "a re-encryption of before cryptsetup 2.4.3, without a digest that proves it",
                 at,
             )
             .hint("cryptsetup repair converts it, with a passphrase; then resume it"));
         }
-        ["online-reencrypt-v3"] => {
+        [TO_THE_FRONT] => {
             return Err(unsupported(
                 "decryption that also moves the data to the front (online-reencrypt-v3)",
             ));
@@ -181,7 +178,7 @@ pub(super) struct Backups<'a> {
 
 impl<'a> Backups<'a> {
     pub fn of(metadata: &'a Metadata) -> Result<Self> {
-        const FLAGS: [&str; 3] = ["backup-previous", "backup-final", "backup-moved-segment"];
+        const FLAGS: [&str; 3] = [PREVIOUS, FINAL, MOVED];
         let mut found: [Option<(u32, &Segment)>; 3] = [None; 3];
         for (id, segment) in metadata.segments.iter().filter(|(_, segment)| segment.is_backup()) {
             let at = format!("segment {id}");
@@ -250,7 +247,7 @@ fn side(metadata: &Metadata, id: u32, segment: &Segment) -> Result<Side> {
 fn moved(segment: &Segment) -> Result<Moved> {
     match (&segment.kind, segment.size) {
         (SegmentKind::Linear, Some(bytes)) => Ok(Moved { bytes, offset: segment.offset }),
-        (SegmentKind::Linear, None) => Err(damaged("size is dynamic", "backup-moved-segment")),
+        (SegmentKind::Linear, None) => Err(damaged("size is dynamic", MOVED)),
         _ => Err(unsupported("encrypted data that was moved first")),
     }
 }
@@ -267,7 +264,7 @@ fn check_sides(process: &Process, backups: &Backups<'_>) -> Result<()> {
         return Err(damaged(what, "segments"));
     }
     if backups.last.size.is_some() {
-        return Err(damaged("size is not dynamic", "backup-final"));
+        return Err(damaged("size is not dynamic", FINAL));
     }
     let unit = process.unit_bytes();
     if let Resilience::Checksum(checksum) = process.resilience
@@ -276,7 +273,7 @@ fn check_sides(process: &Process, backups: &Backups<'_>) -> Result<()> {
         return Err(damaged("area sector_size is less than a sector of the data", "keyslots"));
     }
     if process.total.is_some_and(|total| !total.is_multiple_of(unit)) {
-        return Err(damaged("size is not a multiple of both sector sizes", "backup-previous"));
+        return Err(damaged("size is not a multiple of both sector sizes", PREVIOUS));
     }
     Ok(())
 }
@@ -300,7 +297,7 @@ fn check_shift(process: &Process) -> Result<()> {
             return Err(unsupported("a volume of a fixed size"));
         }
         if process.old.offset != process.new.offset {
-            return Err(damaged("offset is not that of backup-final", "backup-previous"));
+            return Err(damaged("offset is not that of backup-final", PREVIOUS));
         }
         return Ok(());
     };
@@ -311,7 +308,7 @@ fn check_shift(process: &Process) -> Result<()> {
         return Err(unsupported(format!("resilience datashift in mode {mode}, {direction}")));
     };
     let Some(total) = process.total else {
-        return Err(damaged("size is dynamic", "backup-previous"));
+        return Err(damaged("size is dynamic", PREVIOUS));
     };
     if !shift.is_multiple_of(process.unit_bytes()) {
         return Err(damaged("area shift_size is not a multiple of both sector sizes", "keyslots"));
@@ -320,17 +317,17 @@ fn check_shift(process: &Process) -> Result<()> {
         return Err(damaged("data shifts by something else than area shift_size", "segments"));
     }
     if process.old.offset != 0 {
-        return Err(damaged("offset is not 0", "backup-previous"));
+        return Err(damaged("offset is not 0", PREVIOUS));
     }
     if moved.bytes != shift.min(total) {
-        return Err(damaged("size is not what the data shifts by", "backup-moved-segment"));
+        return Err(damaged("size is not what the data shifts by", MOVED));
     }
     // It is the last to be read: nothing may be written over it.
     if process.new.offset.checked_add(total).is_none_or(|end| end > moved.offset) {
-        return Err(damaged("it lies where encrypted data shall be", "backup-moved-segment"));
+        return Err(damaged("it lies where encrypted data shall be", MOVED));
     }
     if moved.offset.checked_add(moved.bytes).is_none() {
-        return Err(damaged("offset and size overflow", "backup-moved-segment"));
+        return Err(damaged("offset and size overflow", MOVED));
     }
     Ok(())
 }

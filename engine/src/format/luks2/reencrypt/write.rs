@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::layout::{self, Part};
-use super::read::{self, Backups, REQUIREMENT};
+use super::read::{self, Backups};
+use super::valid::{FINAL, MOVED, PREVIOUS, REQUIREMENT};
 use super::{Checksum, Direction, Mode, Moved, Process, Resilience, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Header;
@@ -42,7 +43,7 @@ pub struct Begin {
 /// # Errors
 /// `NoSpace`: no keyslot number, no area. `Conflict`: one is under way. `Unsupported`: integrity, more than one data segment, other
 /// requirements, a combination of mode, direction, resilience and shift that [`read`](super::read::read) does not go on with.
-/// `Damaged`: sizes and offsets that do not fit each other.
+/// `Invalid`: sizes and offsets that do not fit each other.
 pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
     let at = "LUKS2 re-encryption";
     if header.metadata.is_reencrypting() {
@@ -80,11 +81,11 @@ pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
         _ => Vec::new(),
     };
     let mut parts: Vec<Part> = Vec::new();
-    let moved = begin.moved.and_then(|_| now.first()).map(|segment| flagged(segment, "backup-moved-segment"));
-    for segment in now.into_iter().chain(moved).chain([flagged(&previous, "backup-previous")]) {
+    let moved = begin.moved.and_then(|_| now.first()).map(|segment| flagged(segment, MOVED));
+    for segment in now.into_iter().chain(moved).chain([flagged(&previous, PREVIOUS)]) {
         parts.push(Part { digests: crypt(old_digest, &segment), segment });
     }
-    let target = flagged(&begin.target, "backup-final");
+    let target = flagged(&begin.target, FINAL);
     parts.push(Part { digests: crypt(begin.new_digest, &target), segment: target });
     set_segments(&mut metadata, parts);
     // 2. The keyslot.
@@ -97,8 +98,14 @@ pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
     metadata.keyslots.insert(metadata.free_keyslot()?, Keyslot::Reencrypt { area, object });
     // 3. The requirement.
     metadata.config.requirements.push(REQUIREMENT.to_owned());
-    let process = read::process(&metadata)?;
-    if read::state(&metadata, &process)? != (State::Clean { boundary: None }, process.total) {
+    let refused = |error: Error| {
+        // Nothing of it is on a disk yet, so nothing is damaged.
+        let kind = if error.kind() == ErrorKind::Damaged { ErrorKind::Invalid } else { error.kind() };
+        Error::new(kind, "this re-encryption cannot begin").because(error)
+    };
+    let process = read::process(&metadata).map_err(refused)?;
+    if read::state(&metadata, &process).map_err(refused)? != (State::Clean { boundary: None }, process.total)
+    {
         return Err(Error::new(ErrorKind::Unsupported, "the data is already as it shall be").at(at));
     }
     header.metadata = metadata;
