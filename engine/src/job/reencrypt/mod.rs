@@ -210,12 +210,15 @@ impl<'a> Desk<'a> {
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
         }
-        let wish = sidecar::Wish {
+        sidecar::begin(self.blocking(beside)?, &self.raw_wish(prepared, pair), old, new)
+    }
+
+    fn raw_wish<'b>(&self, prepared: &Prepared, pair: &'b proto::reencrypt::RawPair) -> sidecar::Wish<'b> {
+        sidecar::Wish {
             resilience: prepared.resilience,
             hotzone_bytes: prepared.hotzone_bytes,
-            ..sidecar::Wish::new(pair, data_bytes, prepared.block_bytes())
-        };
-        sidecar::begin(self.blocking(beside)?, &wish, old, new)
+            ..sidecar::Wish::new(pair, prepared.data_bytes(), prepared.block_bytes())
+        }
     }
 
     fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {
