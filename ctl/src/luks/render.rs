@@ -317,20 +317,10 @@ fn finding(finding: &Finding, colour: bool) -> String {
     let word = if colour && !code.is_empty() { format!("{code}{padded}\x1b[0m") } else { padded };
     let mut text = format!("{word}  {}: {}\n", printable(&finding.about), printable(&finding.message));
     if let Some(advice) = &finding.advice {
-        let advice = RESUME.iter().fold(advice.clone(), |advice, (said, verb)| advice.replace(said, verb));
-        text.push_str(&format!("        {}\n", printable(&advice)));
+        text.push_str(&format!("        {}\n", printable(advice)));
     }
     text
 }
-
-/// What the daemon advises without knowing our verbs, and the verb that does it.
-const RESUME: [(&str, &str); 2] = [
-    (
-        "resume the re-encryption, which recovers first",
-        "`cryptctl reencrypt VOLUME --resume-only` recovers it first, and goes on",
-    ),
-    ("resume it;", "`cryptctl reencrypt VOLUME --resume-only` goes on with it;"),
-];
 
 #[cfg(test)]
 mod tests;

@@ -29,6 +29,8 @@ pub struct Reencrypt {
     #[arg(long, value_name = "REF")]
     pub new_key: Option<KeyText>,
     /// Go on with what was begun, by this program or by cryptsetup; begin nothing
+    ///
+    /// With the passphrases it was begun with. Where all data is new and only the old key's traces are left, none is needed.
     #[arg(long)]
     pub resume_only: bool,
     /// Say what would be done, and how long it would take by a measured sample; write nothing

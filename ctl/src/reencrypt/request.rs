@@ -225,7 +225,8 @@ impl Refs {
             return Err(Error::usage("--encrypt needs one passphrase: --new-key")
                 .hint("`cryptctl luks add-key` adds others afterwards"));
         }
-        if typed == 0 && !args.becoming.encrypt {
+        // What is left of one that is all but over needs no key: the daemon knows.
+        if typed == 0 && !args.becoming.encrypt && !args.resume_only {
             return Err(Error::usage("--key is missing").hint("--key prompt asks for the passphrase"));
         }
         if keys.iter().filter(|key| **key == KeyRef::Prompt).count() > 1 {

@@ -210,6 +210,7 @@ fn what_contradicts_itself_is_refused() {
     let dir = place();
     for (words, says) in [
         ("@/luks", "--key is missing"),
+        ("@/luks --new-key K1", "--key is missing"),
         ("@/luks --decrypt --key K1", "--decrypt needs --header"),
         ("@/luks --decrypt --header @/plain --key K1 --new-key K2", "--new-key means nothing with --decrypt"),
         ("@/plain --encrypt --new-key K1", "the new header needs a place"),
@@ -269,6 +270,13 @@ fn the_command_line_knows_what_goes_together() {
         let all = ["cryptctl", "reencrypt"].into_iter().chain(words.split(' '));
         assert_eq!(Cli::try_parse_from(all).expect_err(words).exit_code(), 2);
     }
+}
+
+#[test]
+fn what_is_left_of_one_that_is_over_needs_no_key() {
+    let dir = place();
+    let (request, _) = sent(dir.path(), "@/luks --resume-only");
+    assert!(request.resume_only && request.keys.is_empty() && request.new_key.is_none());
 }
 
 #[test]
