@@ -142,6 +142,21 @@ impl Daemon {
         command
     }
 
+    /// `cryptctl reencrypt` of a LUKS2 volume made by [`Daemon::command`], to a new volume key behind the same passphrase.
+    #[must_use]
+    pub fn reencrypt(&self, volume: &Path, resilience: &str) -> Command {
+        let mut command = Command::new(&self.programs.cryptctl);
+        command.arg("reencrypt").arg(volume).args(["--quiet", "--yes", "--resilience", resilience]);
+        command.args(["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]);
+        if resilience == "none" {
+            command.arg("--crash-may-destroy-data");
+        }
+        command.args(["--key", &format!("file:{}", self.key.display())]);
+        command.arg("--socket").arg(&self.socket);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
     /// CPU time of the daemon so far, all threads.
     ///
     /// # Errors

@@ -75,3 +75,13 @@ pub fn openssl_files(encrypt: bool, passphrase: &Path, source: &Path, sink: &Pat
     writer.args(["bs=1M", "iflag=fullblock", "oflag=direct", "conv=fsync", "status=none"]);
     [reader, openssl(encrypt, passphrase), writer]
 }
+
+/// `cryptsetup reencrypt` of a LUKS2 volume in place, without device-mapper, to a new volume key.
+#[must_use]
+pub fn cryptsetup_reencrypt(passphrase: &Path, resilience: &str, volume: &Path) -> Command {
+    let mut command = Command::new("cryptsetup");
+    command.args(["reencrypt", "--batch-mode", "--force-offline-reencrypt", "--resilience", resilience]);
+    command.args(["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file"]).arg(passphrase);
+    command.arg(volume).stdin(Stdio::null());
+    command
+}

@@ -1,4 +1,4 @@
-//! The sweep, the stage bench and the unlock bench in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
+//! The sweep, the stage bench, the unlock bench and the one of re-encryption in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -107,4 +107,21 @@ fn key_derivations_are_measured_beside_cryptsetup() {
     } else {
         assert_eq!(beside, 7, "ours has a ratio in every case");
     }
+}
+
+#[test]
+fn re_encryption_is_measured_beside_its_limit_and_cryptsetup_and_keeps_the_plaintext() {
+    let (rows, said) = small(env!("CARGO_BIN_EXE_reencrypt"), "reencrypt", &[]);
+    let names = contenders(&rows);
+    for (name, tool) in [("fio rw=rw", "fio"), ("cryptsetup", "cryptsetup")] {
+        assert!(
+            names.contains(name) || said.contains(&format!("{tool} is not installed")),
+            "{names:?}\n{said}"
+        );
+    }
+    for case in ["checksum", "journal", "none"] {
+        let ours = rows.iter().filter(|row| row["contender"] == "cryptctl" && row["case"] == case);
+        assert_eq!(ours.filter(|row| row["sha256"].is_string()).count(), 1, "{case}");
+    }
+    assert!(rows.iter().all(|row| row["rss_peak_bytes"].as_u64().is_some_and(|bytes| bytes > 0)));
 }

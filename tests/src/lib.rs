@@ -3,12 +3,14 @@
 //!
 //! Nothing here knows what is right: the tests do.
 
+pub mod crash;
 pub mod header;
 pub mod jobs;
 mod loop_device;
 pub mod luks;
 pub mod luks2;
 mod place;
+pub mod reencrypt;
 pub mod rewrite;
 pub mod rewriting;
 pub mod scene;

@@ -118,6 +118,8 @@ pub struct Explore {
     pub options: Options,
     /// What the disks hold at first.
     pub disks: Vec<(Image, DiskOptions)>,
+    /// It is part of a case of another exploration: `SIM_SEED` and `SIM_CUT` name that case, and are not for this one.
+    pub within: bool,
 }
 
 /// Says which case it was if something in it panics.
@@ -142,6 +144,7 @@ impl Explore {
             cuts_max: u64::MAX,
             options: Options::default(),
             disks: vec![(image, DiskOptions::default())],
+            within: false,
         }
     }
 
@@ -260,6 +263,9 @@ impl Explore {
 
     /// The seed, and the only case to look at, if the environment says so.
     fn asked(&self) -> (u64, Option<(Option<Cut>, u64)>) {
+        if self.within {
+            return (self.seed, None);
+        }
         let seed = match std::env::var("SIM_SEED") {
             Ok(text) => text.parse().expect("SIM_SEED is a number"),
             Err(_) => self.seed,

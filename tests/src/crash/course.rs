@@ -1,0 +1,99 @@
+//! The production code, whole: begin, open and recover of `volume::reencrypt`, the loop of `job::reencrypt`, the worker loop of
+//! `pipeline`; on one thread, over simulated disks.
+
+use engine::backend::sim::World;
+use engine::crypto::{Kernel, Secret};
+use engine::error::Result;
+use engine::format::luks2::reencrypt::Mode;
+use engine::job::reencrypt::course::{self, Shape as CourseShape};
+use engine::job::reencrypt::steps::{self, Steps, Wish as Go};
+use engine::pipeline::carrier::Inline;
+use engine::volume::reencrypt::begin::{self, Wish};
+use engine::volume::reencrypt::ledger::Ledger;
+use engine::volume::reencrypt::{Opened, open};
+
+use super::{HEADER, Shape, Volume, stay};
+
+/// What is done to the ledger before it is used.
+pub type Wrap<'a> = &'a dyn Fn(Box<dyn Ledger>) -> Box<dyn Ledger>;
+
+/// Nothing.
+#[must_use]
+pub fn as_it_is(ledger: Box<dyn Ledger>) -> Box<dyn Ledger> {
+    ledger
+}
+
+/// Begin.
+///
+/// # Errors
+/// As the production code has them.
+pub fn begin(world: &World, volume: &Volume) -> Result<Opened> {
+    let shape = &volume.shape;
+    let luks = shape.wish();
+    let wish = Wish {
+        mode: Mode::Reencrypt,
+        luks: &luks,
+        resilience: Some(shape.resilience),
+        data_bytes: volume.data_bytes(),
+        block_bytes: shape.sector,
+    };
+    let header = world.blocking(HEADER, "header")?;
+    let mut data = world.blocking(shape.data_disk(), "data")?;
+    begin::begin(header, &mut data, &wish, &shape.passphrases(), None, &stay)
+}
+
+/// Open what is under way, recovering an interrupted step; `None`: nothing is.
+///
+/// # Errors
+/// As the production code has them.
+pub fn open(world: &World, volume: &Volume, keys: &[Secret]) -> Result<Option<Opened>> {
+    let header = world.blocking(HEADER, "header")?;
+    let mut data = world.blocking(volume.shape.data_disk(), "data")?;
+    open::open(header, &mut data, volume.data_bytes(), keys, &stay)
+}
+
+/// Go on to the end.
+///
+/// # Errors
+/// As the production code has them.
+pub fn finish(world: &World, shape: &Shape, opened: Opened, wrap: Wrap<'_>) -> Result<()> {
+    let disk = shape.data_disk();
+    let course_shape = CourseShape {
+        file: world.file(disk),
+        name: "data".to_owned(),
+        align: 512,
+        kernel: Kernel::best()?,
+        workers: 1,
+        workers_max: 1,
+        depth: 8,
+        chunk_bytes: shape.chunk,
+        memory: 1 << 20,
+        hotzone_bytes: Some(shape.hotzone),
+    };
+    let course = course::lay(&opened, &course_shape, None)?;
+    let mut carrier = Inline::new(world, &course.transfer, course.news.clone(), course.buffers)?;
+    let mut ledger = wrap(opened.ledger);
+    let mut data = world.blocking(disk, "data")?;
+    let ended = steps::run(Steps {
+        course: &course,
+        carrier: &mut carrier,
+        ledger: ledger.as_mut(),
+        data: &mut data,
+        wish: &mut || Go::Go,
+    });
+    match ended.failure {
+        None => Ok(()),
+        Some(error) => Err(error),
+    }
+}
+
+/// Open and go on to the end; begin where nothing is under way.
+///
+/// # Errors
+/// As the production code has them.
+pub fn resume(world: &World, volume: &Volume) -> Result<()> {
+    match open(world, volume, &volume.shape.passphrases())? {
+        Some(opened) => finish(world, &volume.shape, opened, &as_it_is),
+        None => Ok(()),
+    }
+}
