@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use engine::error::ErrorKind;
 use engine::format::luks2::metadata::{Keyslot, Token};
-use engine::format::luks2::reencrypt::Mode;
+use engine::format::luks2::reencrypt::{Mode, read, write};
 use engine::volume::reencrypt::{begin, luks};
 use engine::volume::{Header, unlock};
 use proto::reencrypt::{Luks, Resilience};
@@ -497,4 +497,44 @@ fn what_a_power_cut_behind_the_end_left_is_overwritten_without_any_key() {
     assert!(piece.iter().filter(|byte| **byte == 0xA5).count() < 100);
     assert!(!luks::is_unswept(&volume.metadata()));
     assert!(volume.plain(PASS).len() as u64 == DATA);
+}
+
+/// cryptsetup writes a last state at rest, in which all data is new, before it ends; a kill in between leaves that, with old keyslots or
+/// without. To begin anew over new data would destroy it.
+#[test]
+fn all_data_new_and_the_end_not_written_is_an_end() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    for old_keyslots_gone in [false, true] {
+        let volume = Volume::new(512);
+        let before = volume.plain(PASS);
+        assert!(!go_on(volume.begin(Resilience::Checksum, 4096), &volume.path, STEP, Until::Within(5, 1000)));
+        let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+        let metadata = &mut loaded.header.metadata;
+        let (process, _) = read::read(metadata).expect("valid").expect("under way");
+        write::clean(metadata, &process, DATA, DATA).expect("the end");
+        if old_keyslots_gone {
+            metadata.remove_keyslot(0).expect("the old one");
+        }
+        engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("written");
+        let bytes = std::fs::read(&volume.path).expect("read");
+        let refused = volume.open_with(&["nobody's"]).err().expect("a key is needed");
+        assert_eq!(refused.kind(), ErrorKind::WrongKey);
+        assert!(std::fs::read(&volume.path).expect("read") == bytes, "nothing was written");
+        let opened = volume.open().expect("opens").expect("under way");
+        assert_eq!((opened.boundary, opened.recovered_bytes), (DATA, 0));
+        drop(opened);
+        volume.is_over();
+        assert!(volume.plain(PASS) == before);
+    }
+    // While data under it is left, the old key must be there.
+    let volume = Volume::new(512);
+    assert!(!go_on(volume.begin(Resilience::Checksum, 512), &volume.path, STEP, Until::Steps(1)));
+    let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+    loaded.header.metadata.remove_keyslot(0).expect("the old one");
+    engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("written");
+    let refused = volume.open().err().expect("the old key is gone");
+    assert_eq!(refused.kind(), ErrorKind::Damaged);
+    assert!(refused.chain().contains("old volume key"), "{}", refused.chain());
 }
