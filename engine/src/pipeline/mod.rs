@@ -5,7 +5,7 @@
 //! | `transfer` | what workers are told about a job, and what they report back |
 //! | `segment` | the encrypted side: ciphers, and where bytes lie |
 //! | `plan` | which extents, in which order, and when |
-//! | `worker` | the loop |
+//! | `worker` | the loop; `claim`, `moves`, `rewrite`: who goes next, a chunk on its way, a chunk that is held |
 //! | `slot` | one chunk in flight |
 //! | `crypt` | what is done to a chunk that is here |
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |

@@ -10,6 +10,7 @@
 //! - Completions come in a seeded order in virtual time: nothing sleeps. One seed and one thread: one history.
 //! - [`World::cut_at`] takes the power away at the n-th write or flush; everything later fails with `EIO`.
 //!   [`World::restart`] gives the disks as they are found afterwards. [`explore`] does both for every n.
+//! - [`explore::Explore::recorded`] gives the same without a run for each cut: one run, remembered at every event.
 //! - [`World::inject`] makes chosen operations fail, fall short or read another place.
 //!
 //! For tests only. It refuses to know of what does not pass through a queue: `fsync` and hole punching on the descriptor
