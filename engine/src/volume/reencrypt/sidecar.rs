@@ -252,8 +252,11 @@ pub fn open(
     Ok(Some(opened(ledger, sides, recovered, notes)))
 }
 
+/// What is in force, and what the other slot holds if that is whole.
+type Found = (Box<Unproven>, Option<Box<Unproven>>);
+
 /// The superblocks of a journal that says that something was begun.
-fn load(journal: &mut Blocking) -> Result<Option<(Box<Unproven>, Option<Box<Unproven>>)>> {
+fn load(journal: &mut Blocking) -> Result<Option<Found>> {
     let slots = read_slots(journal)?;
     match Slots::read(&slots).map_err(|error| named(error, journal))? {
         Slots::Empty => Ok(None),
