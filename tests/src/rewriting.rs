@@ -77,6 +77,42 @@ impl Rewrite {
         Self::bare(file, name).key(PASS)
     }
 
+    /// Of a volume without a header, AES-256-XTS in data units of 512 bytes, from the key of [`jobs::key_bytes`] to another.
+    ///
+    /// # Panics
+    /// If it cannot be opened, or the journal neither.
+    #[must_use]
+    pub fn raw(volume: &Path, journal: &Path, new_key: &[u8]) -> Self {
+        let open = |path: &Path, create| {
+            OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path).expect("open")
+        };
+        let mut rewrite = Self::bare(open(volume, false), "volume");
+        let fd = rewrite.send(open(journal, true));
+        let side = proto::Raw {
+            key_bytes: 64,
+            data_unit: 512,
+            tweak: proto::TweakKind::Plain64,
+            large_tweak: false,
+            tweak_offset: 0,
+        };
+        let journal = proto::luks::File { fd, name: "journal".to_owned() };
+        rewrite.request.format =
+            Format::Raw(Box::new(proto::reencrypt::RawPair { old: side.clone(), new: side, journal }));
+        rewrite.key(&jobs::key_bytes()).new_key(new_key)
+    }
+
+    /// Plain data that is to become a volume, or the other way round, with a header in a file of its own, which is there.
+    ///
+    /// # Panics
+    /// If one cannot be opened.
+    #[must_use]
+    pub fn detached(mode: Mode, data: &Path, header: &Path) -> Self {
+        let open = |path| OpenOptions::new().read(true).write(true).open(path).expect("open");
+        let mut rewrite = Self::bare(open(data), "data").with(|request| request.mode = mode);
+        let fd = rewrite.send(open(header));
+        rewrite.luks(|luks| luks.header = Some(proto::luks::File { fd, name: "header".to_owned() }))
+    }
+
     /// Without a key.
     #[must_use]
     pub fn bare(file: File, name: &str) -> Self {

@@ -344,11 +344,25 @@ fn next_hotzone(process: &Process, boundary: u64, total: u64) -> Extent {
 }
 
 #[test]
-fn every_state_is_as_cryptsetup_writes_it_and_goes_on_from() {
+fn every_state_of_a_reencryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("reencrypt");
+}
+
+#[test]
+fn every_state_of_an_encryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("encrypt");
+}
+
+#[test]
+fn every_state_of_a_decryption_is_as_cryptsetup_writes_it_and_goes_on_from() {
+    every_state_is_as_cryptsetup_writes_it("decrypt");
+}
+
+fn every_state_is_as_cryptsetup_writes_it(mode: &str) {
     if !has_cryptsetup() {
         return skip("no cryptsetup");
     }
-    for way in ways() {
+    for way in ways().into_iter().filter(|way| way.name.split(' ').next() == Some(mode)) {
         let bench = Bench::new(way.detached);
         let mut process = begun(&bench, &way);
         let total = process.total.unwrap_or(DATA);

@@ -25,6 +25,8 @@ pub struct Blocking {
     file: Arc<OwnedFd>,
     /// Zeros between calls. `None` once the queue broke while it held the buffer.
     buf: Option<Buf>,
+    /// So many bytes of it have ever been something else.
+    used: usize,
     name: String,
     align: u64,
 }
@@ -61,13 +63,13 @@ impl Blocking {
         Self::over(queue, buf, file, name, align)
     }
 
-    /// Over a given queue (the simulated disk), with a buffer of that queue's arena.
+    /// Over a given queue (the simulated disk), with a buffer of that queue's arena that nobody has written to.
     ///
     /// # Errors
     /// The file cannot be attached; `Invalid`: `align` is no power of two, or the buffer is not made of such blocks.
     pub fn over(
         mut queue: Box<dyn Queue>,
-        mut buf: Buf,
+        buf: Buf,
         file: Arc<OwnedFd>,
         name: &str,
         align: u32,
@@ -78,8 +80,15 @@ impl Blocking {
             return Err(Error::new(ErrorKind::Invalid, what).at(name));
         }
         let port = queue.attach(Arc::clone(&file))?;
-        buf.zeroize();
-        Ok(Self { queue, port, file, buf: Some(buf), name: name.to_owned(), align: u64::from(align) })
+        Ok(Self {
+            queue,
+            port,
+            file,
+            buf: Some(buf),
+            used: 0,
+            name: name.to_owned(),
+            align: u64::from(align),
+        })
     }
 
     /// What the user calls it.
@@ -155,6 +164,7 @@ impl Blocking {
                 let from = start + u64::from(whole - block);
                 self.transfer(Way::Read, from, 0..block, |buf, got| last.keep(&buf[..got]))?;
             }
+            self.used = self.used.max(whole as usize);
             let buf = self.buf.as_mut().ok_or_else(broken)?;
             buf[..head].copy_from_slice(&first.0[..head]);
             buf[head..head + count].copy_from_slice(now);
@@ -209,6 +219,7 @@ impl Blocking {
     ) -> Result<usize> {
         let buf = self.buf.take().ok_or_else(broken)?;
         let used = span.end as usize;
+        self.used = self.used.max(used);
         let position = Position::At(offset);
         let what = match way {
             Way::Read => What::Read { position, buf, span },
@@ -250,8 +261,9 @@ impl Blocking {
 
 impl Drop for Blocking {
     fn drop(&mut self) {
+        // Zeros already, but for a panic between filling it and handing it over. What was never used is not touched.
         if let Some(buf) = &mut self.buf {
-            buf.zeroize();
+            buf[..self.used].zeroize();
         }
     }
 }

@@ -446,8 +446,12 @@ impl Slots {
         if slots.len() <= SLOT_BYTES && slots.iter().all(|&byte| byte == 0) {
             return Ok(Self::Empty);
         }
-        let (found, _) = slots.as_chunks();
-        match (Slot::read(found.first())?, Slot::read(found.get(1))?) {
+        // Or bytes behind the superblock, which are zeros.
+        let mut first = [0; SLOT_BYTES];
+        let known = slots.len().min(SLOT_BYTES);
+        first[..known].copy_from_slice(&slots[..known]);
+        let second = slots.get(SLOT_BYTES..).and_then(|rest| rest.first_chunk());
+        match (Slot::read(Some(&first))?, Slot::read(second)?) {
             (Slot::Whole(one), Slot::Whole(other)) => {
                 let ordered = one.superblock.sequence >= other.superblock.sequence;
                 let (newer, older) = if ordered { (one, other) } else { (other, one) };

@@ -33,8 +33,12 @@ pub trait Carrier {
 
 /// The buffers one worker gets for a transfer that brings its own; wiped when the last of them is dropped.
 pub(super) fn own_buffers(transfer: &Transfer, count: u32) -> Result<Vec<Buf>> {
+    Ok(Arena::new(count, chunk_bytes(transfer))?.take_all())
+}
+
+fn chunk_bytes(transfer: &Transfer) -> u32 {
     let chunk = u32::try_from(transfer.plan.chunk_bytes()).expect("a chunk fits a buffer");
-    Ok(Arena::new(count, chunk.next_multiple_of(BUFFER_ALIGN_BYTES))?.take_all())
+    chunk.next_multiple_of(BUFFER_ALIGN_BYTES)
 }
 
 /// A transfer on the pipeline's threads. Dropping it does not end the transfer.
@@ -74,7 +78,7 @@ pub use inline::Inline;
 
 #[cfg(feature = "sim")]
 mod inline {
-    use super::{Arc, Carrier, Duration, News, Receiver, Result, Transfer, Turn, own_buffers};
+    use super::{Arc, Arena, Carrier, Duration, News, Receiver, Result, Transfer, Turn, chunk_bytes};
     use crate::backend::sim::World;
     use crate::pipeline::worker::{Command, Worker};
 
@@ -105,7 +109,7 @@ mod inline {
             buffers: u32,
         ) -> Result<Self> {
             assert!(!transfer.counters.is_empty(), "a transfer counts for each worker");
-            let own = own_buffers(transfer, buffers)?;
+            let own = Arena::simulated(buffers, chunk_bytes(transfer))?.take_all();
             let (commands, inbox) = crossbeam::channel::bounded(1);
             transfer.begin(1);
             commands.send(Command::Start(transfer.clone(), own)).expect("the inbox is at hand and empty");

@@ -399,6 +399,78 @@ mod tests {
         assert_eq!(plan.claim(), Claim::Exhausted);
     }
 
+    /// All there is to claim now, in order.
+    fn all(plan: &Plan) -> Vec<(u64, u64)> {
+        let claims = std::iter::from_fn(|| match plan.claim() {
+            Claim::Extent(extent) => Some((extent.start(), extent.end())),
+            _ => None,
+        });
+        claims.collect()
+    }
+
+    const K: u64 = 1024;
+
+    #[test]
+    fn a_backward_plan_comes_from_the_end_and_is_cut_at_whole_blocks() {
+        let plan = Plan::backward(21 * K, 8192);
+        assert_eq!(all(&plan), [(16 * K, 21 * K), (8 * K, 16 * K), (0, 8 * K)]);
+        assert_eq!(plan.claim(), Claim::Exhausted);
+        let plan = Plan::backward(24 * K, 8192);
+        plan.cut_at(vec![12 * K]);
+        plan.start_at(4 * K);
+        assert_eq!(all(&plan), [(12 * K, 20 * K), (4 * K, 12 * K), (0, 4 * K)]);
+    }
+
+    #[test]
+    fn a_plan_begins_where_it_is_told_to() {
+        let plan = Plan::new(Some(24 * K), 8192);
+        plan.start_at(5 * K);
+        assert_eq!(all(&plan), [(5 * K, 12 * K), (12 * K, 20 * K), (20 * K, 24 * K)]);
+        let plan = Plan::new(Some(24 * K), 8192);
+        plan.start_at(24 * K);
+        assert!(plan.is_exhausted());
+    }
+
+    #[test]
+    fn no_chunk_crosses_the_place_where_a_barrier_stood() {
+        for backward in [false, true] {
+            let plan = if backward { Plan::backward(64 * K, 8192) } else { Plan::new(Some(64 * K), 8192) };
+            plan.open_until(12 * K);
+            assert!(matches!(plan.claim(), Claim::Extent(_)));
+            // Moved while the rest of the first hotzone is still to be claimed; twice to the same place is once.
+            plan.open_until(20 * K);
+            plan.open_until(20 * K);
+            let orders: Vec<_> = std::iter::from_fn(|| match plan.claim() {
+                Claim::Extent(extent) => Some(plan.order_of(extent)),
+                _ => None,
+            })
+            .collect();
+            assert_eq!(orders, [(8 * K, 12 * K), (12 * K, 20 * K)], "{backward}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_written_and_where_the_journal_takes_it() {
+        let at = |start, end| Extent::new(start, end).expect("not empty");
+        let plan = Plan::backward(64 * K, 8192);
+        assert!(plan.may_write(at(0, 8 * K)), "without a barrier everything may");
+        plan.write_until(16 * K);
+        assert!(plan.may_write(at(48 * K, 56 * K)) && !plan.may_write(at(40 * K, 48 * K)));
+        assert_eq!(plan.journal_place(at(48 * K, 56 * K)), None);
+        plan.journal(at(40 * K, 64 * K));
+        assert_eq!(plan.journal_place(at(48 * K, 56 * K)), Some(8 * K), "as it lies, not as it is claimed");
+        assert_eq!(plan.journal_place(at(32 * K, 48 * K)), None);
+    }
+
+    #[test]
+    fn hotzones_are_cut_like_chunks() {
+        let plan = Plan::new(Some(100 * K), 8192);
+        assert_eq!((plan.cut(0, 30 * K), plan.cut(512, 30 * K)), (28 * K, 28 * K));
+        assert_eq!((plan.cut(90 * K, 30 * K), plan.cut(3 * K, 512)), (100 * K, 3 * K + 512));
+        let plan = Plan::backward(100 * K + 512, 8192);
+        assert_eq!(plan.cut(0, 30 * K), 28 * K + 512);
+    }
+
     #[test]
     fn concurrent_claims_never_overlap() {
         let plan = Plan::new(Some(1_000_003), 64);

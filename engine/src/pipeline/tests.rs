@@ -106,12 +106,12 @@ fn segment(salt: u8, unit: u32, start: u64) -> Segment {
 }
 
 impl Setup {
-    fn old(&self) -> Segments {
+    fn old_segments(&self) -> Segments {
         let first = segment(1, self.units.0, 0);
         Segments::new([first].into_iter().chain(self.seam.map(|at| segment(9, self.units.0, at))).collect())
     }
 
-    fn new(&self) -> Segments {
+    fn new_segments(&self) -> Segments {
         Segments::new(vec![segment(2, self.units.1, 0)])
     }
 
@@ -137,10 +137,10 @@ impl Setup {
 
     /// The disk as it is when `start` bytes of order are new.
     fn disk(&self, start: u64) -> Vec<u8> {
-        let mut data = self.data(&self.old());
+        let mut data = self.data(&self.old_segments());
         if start > 0 {
             let done = self.extent(0, start);
-            let new = self.data(&self.new());
+            let new = self.data(&self.new_segments());
             let range = range(done);
             data[range.clone()].copy_from_slice(&new[range]);
         }
@@ -177,8 +177,8 @@ impl Setup {
         });
         let journal = Journal { file: file.clone(), name: "journal".into(), offset: AREA, align: 512 };
         transfer.set_rewrite(Rewrite {
-            old: self.old(),
-            new: self.new(),
+            old: self.old_segments(),
+            new: self.new_segments(),
             fused,
             checksums: (self.flow == Flow::Checksums).then(|| Box::new(Heads) as Box<dyn Checksummer>),
             journal: (self.flow == Flow::Journal).then_some(journal),
@@ -436,10 +436,10 @@ fn transfers_with_few_buffers_share_a_worker() {
                 plan: Plan::new(Some(setup.total), 64 << 10),
             };
             let transfer = Transfer::new(spec, 2);
-            transfer.set_segments(setup.new());
+            transfer.set_segments(setup.new_segments());
             pipeline.run(&transfer, 2);
             transfer.ended.recv_timeout(WAIT).expect("the end");
-            assert!(read(&sink, DATA, 4 << 20) == setup.data(&setup.new()));
+            assert!(read(&sink, DATA, 4 << 20) == setup.data(&setup.new_segments()));
         });
     });
 }

@@ -75,6 +75,8 @@ struct Map {
     /// Buffers that were ever lent for writing, by index: only these need zeroing, and touching the others would make them
     /// resident.
     used: Box<[AtomicBool]>,
+    /// Nothing in it is anybody's secret.
+    plain: bool,
 }
 
 // SAFETY: `base` is plain memory owned by this value alone; access to its bytes goes through `Buf`, one owner per index.
@@ -85,7 +87,7 @@ unsafe impl Sync for Map {}
 impl Drop for Map {
     fn drop(&mut self) {
         for (index, used) in self.used.iter().enumerate() {
-            if used.load(Ordering::Relaxed) {
+            if used.load(Ordering::Relaxed) && !self.plain {
                 // SAFETY: inside the mapping (`index < count`); the last `Buf` and ring are gone, so nobody else looks.
                 // The stores cannot be elided: `munmap` is opaque to the compiler and may read what the pointer reaches.
                 unsafe {
@@ -192,9 +194,39 @@ impl Arena {
             mapped_bytes,
             buffer_bytes: buffer_bytes as usize,
             used: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            plain: false,
         });
         let locked = lock(&map, count, buffer_bytes);
         Ok(Self { map, facts: ArenaFacts { count, buffer_bytes, locked, pages }, taken: false })
+    }
+
+    /// Buffers for simulated disks, of which there are a million an hour: neither locked nor wiped, and in small pages.
+    ///
+    /// # Errors
+    /// No memory.
+    ///
+    /// # Panics
+    /// If there is no buffer, or its size is not so aligned.
+    #[cfg(feature = "sim")]
+    pub fn simulated(count: u32, buffer_bytes: u32) -> Result<Self> {
+        assert!(count > 0 && buffer_bytes > 0 && buffer_bytes.is_multiple_of(BUFFER_ALIGN_BYTES));
+        let mapped_bytes = count as usize * buffer_bytes as usize;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let start =
+            unsafe { mm::mmap_anonymous(std::ptr::null_mut(), mapped_bytes, prot, MapFlags::PRIVATE) }
+                .map_err(|errno| {
+                    Error::io(format!("no memory for {mapped_bytes} bytes of buffers"), errno)
+                })?;
+        let map = Arc::new(Map {
+            base: NonNull::new(start.cast()).expect("the kernel maps nothing at address zero"),
+            mapped_bytes,
+            buffer_bytes: buffer_bytes as usize,
+            used: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            plain: true,
+        });
+        let facts = ArenaFacts { count, buffer_bytes, locked: 0, pages: Pages::Base };
+        Ok(Self { map, facts, taken: false })
     }
 
     /// All buffers, in index order. Each can be taken once in the arena's life.

@@ -6,6 +6,7 @@
 //! A write goes to the medium in whole sectors, each with what surrounded the bytes at that time. At a power cut each sector holds
 //! what was durable or what any one write since put there.
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -40,6 +41,8 @@ pub(super) struct Medium {
 pub(super) struct Disk {
     pub(super) file: Arc<OwnedFd>,
     pub(super) options: DiskOptions,
+    /// Others may have descriptors of it.
+    pub(super) shared: bool,
     dev: u64,
     ino: u64,
     durable: Arc<Image>,
@@ -51,14 +54,43 @@ pub(super) struct Disk {
     completed: u64,
 }
 
+thread_local! {
+    /// Memory files of disks that are gone, and that nobody else has: a judged case lives some microseconds.
+    static SPARE: RefCell<Vec<Arc<OwnedFd>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Memory files kept by a thread.
+const SPARE_MAX: usize = 4;
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if !self.shared && Arc::strong_count(&self.file) == 1 {
+            // A lock belongs to the description, and so would go to its next disk.
+            let _ = rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock);
+            SPARE.with_borrow_mut(|spare| {
+                if spare.len() < SPARE_MAX {
+                    spare.push(Arc::clone(&self.file));
+                }
+            });
+        }
+    }
+}
+
 impl Disk {
     pub(super) fn new(mut image: Image, options: DiskOptions) -> Result<Self> {
         image.freeze();
-        let file = image.to_memfd("simulated-disk")?;
+        let file = match SPARE.with_borrow_mut(Vec::pop) {
+            Some(file) => {
+                image.reuse_memfd(&file)?;
+                file
+            }
+            None => Arc::new(image.to_memfd("simulated-disk")?),
+        };
         let stat =
             rustix::fs::fstat(&file).map_err(|errno| Error::io("cannot examine a simulated disk", errno))?;
         Ok(Self {
-            file: Arc::new(file),
+            file,
+            shared: false,
             options,
             dev: stat.st_dev,
             ino: stat.st_ino,
@@ -198,6 +230,11 @@ impl Disk {
 }
 
 impl Medium {
+    /// A number for what an image that survived has otherwise than what was durable: see [`Image::changes`].
+    pub(super) fn changes(&self, survivor: &Image) -> u64 {
+        survivor.changes(&self.durable)
+    }
+
     /// This one was not on its way after all.
     pub(super) fn recall(&mut self, handed: u64) {
         self.interrupted.retain(|pending| pending.order != handed);

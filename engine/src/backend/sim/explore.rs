@@ -3,6 +3,7 @@
 //! The first run is not cut: it must succeed, and tells how many events there are. Every other run starts from a fresh copy of
 //! the same disks. A case that fails names itself, and `SIM_SEED=… SIM_CUT=…` runs that one alone.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -300,16 +301,15 @@ impl Explore {
             Some((_, tear)) => tear..tear + 1,
             None => 0..self.tears,
         };
-        let mut judged = Vec::new();
+        let mut judged = HashSet::new();
         for tear in tears {
             let case = Case { tear, ..case };
             summary.cases += 1;
             summary.completed += u64::from(case.completed);
             let survivors = remains.survivors(case.restart_seed());
-            if judged.contains(&survivors) {
+            if !judged.insert(remains.changes(&survivors)) {
                 continue;
             }
-            judged.push(survivors.clone());
             summary.judged += 1;
             let found =
                 remains.power_on(case.restart_seed(), survivors).expect("memory for a simulated disk");

@@ -4,17 +4,22 @@
 //! ten thousand copies of a disk cost what each of them changes.
 
 use std::collections::BTreeMap;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::random::mix;
 use crate::error::{Error, Result};
 
 /// Bytes of a block of the table.
 const BLOCK_BYTES: usize = 4096;
 const BLOCK: u64 = BLOCK_BYTES as u64;
+
+/// Blocks that go to a memory file at once; the kernel takes 1024 pieces at most.
+const BLOCKS_PER_CALL: usize = 256;
 
 type Block = Arc<[u8; BLOCK_BYTES]>;
 
@@ -82,13 +87,48 @@ impl Image {
     pub fn to_memfd(&self, name: &str) -> Result<OwnedFd> {
         let failed = |errno: Errno| Error::io("cannot make a simulated disk", errno);
         let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map_err(failed)?;
-        rustix::fs::ftruncate(&file, self.size).map_err(failed)?;
-        for (index, block) in self.blocks() {
-            let start = index * BLOCK;
-            let length = usize::try_from(self.size.saturating_sub(start)).unwrap_or(BLOCK_BYTES);
-            put(&file, start, &block[..length.min(BLOCK_BYTES)]).map_err(failed)?;
-        }
+        self.fill(&file, false).map_err(failed)?;
         Ok(file)
+    }
+
+    /// The same, with a memory file that held something else: cheaper than a new one, whose pages must be found first.
+    pub(super) fn reuse_memfd(&self, file: &OwnedFd) -> Result<()> {
+        let failed = |errno: Errno| Error::io("cannot reuse a simulated disk", errno);
+        rustix::fs::seek(file, SeekFrom::Start(0)).map_err(failed)?;
+        self.fill(file, true).map_err(failed)
+    }
+
+    fn fill(&self, file: &OwnedFd, used: bool) -> Result<(), Errno> {
+        rustix::fs::ftruncate(file, self.size)?;
+        let mut blocks: Vec<_> = self.blocks().filter(|(index, _)| index * BLOCK < self.size).collect();
+        blocks.sort_unstable_by_key(|(index, _)| *index);
+        let mut filled = 0;
+        // Neighbours in one system call: there are many small disks.
+        for run in blocks.chunk_by(|one, next| one.0 + 1 == next.0) {
+            for run in run.chunks(BLOCKS_PER_CALL) {
+                let start = run[0].0 * BLOCK;
+                if used && filled < start {
+                    punch(file, filled, start)?;
+                }
+                let room = usize::try_from(self.size - start).unwrap_or(usize::MAX);
+                let bytes = room.min(run.len() * BLOCK_BYTES);
+                let slices: Vec<_> = run
+                    .iter()
+                    .enumerate()
+                    .map(|(at, (_, block))| {
+                        IoSlice::new(&block[..(bytes - at * BLOCK_BYTES).min(BLOCK_BYTES)])
+                    })
+                    .collect();
+                if rustix::io::pwritev(file, &slices, start)? != bytes {
+                    return Err(Errno::NOSPC);
+                }
+                filled = start + bytes as u64;
+            }
+        }
+        if used && filled < self.size {
+            punch(file, filled, self.size)?;
+        }
+        Ok(())
     }
 
     /// Bytes.
@@ -200,10 +240,45 @@ impl Image {
     }
 }
 
+impl Image {
+    /// A number for what this image has otherwise than the one it was copied from: by all odds another number for anything
+    /// else. Costs what was written since the copy.
+    pub(super) fn changes(&self, from: &Self) -> u64 {
+        let mut sum = mix(self.size);
+        for (&index, block) in &self.over {
+            let same = match (from.block(index), block) {
+                (Some(one), Some(two)) => Arc::ptr_eq(one, two) || one == two,
+                (one, two) => one.is_none() && two.is_none(),
+            };
+            if !same {
+                sum = mix(sum ^ index).wrapping_add(block.as_ref().map_or(1, |block| digest(block)));
+            }
+        }
+        mix(sum)
+    }
+}
+
+/// Eight chains side by side, for they wait for their multiplications.
+fn digest(block: &[u8; BLOCK_BYTES]) -> u64 {
+    let mut lanes = [0_u64; 8];
+    for words in block.chunks_exact(64) {
+        for (lane, word) in lanes.iter_mut().zip(words.chunks_exact(8)) {
+            let word = u64::from_le_bytes(word.try_into().expect("eight bytes"));
+            *lane = (*lane ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
+        }
+    }
+    lanes.into_iter().fold(0, |sum, lane| mix(sum ^ lane))
+}
+
 impl PartialEq for Image {
     fn eq(&self, other: &Self) -> bool {
         self.size == other.size && self.first_difference(other).is_none()
     }
+}
+
+/// Zeros from here to there.
+fn punch(file: &OwnedFd, from: u64, to: u64) -> Result<(), Errno> {
+    rustix::fs::fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, from, to - from)
 }
 
 /// Write all of `bytes` at `offset` of a memory file.

@@ -244,7 +244,9 @@ impl World {
     /// only when settled.
     #[must_use]
     pub fn path(&self, disk: usize) -> PathBuf {
-        let number = self.lock().disks[disk].file.as_raw_fd();
+        let mut inner = self.lock();
+        inner.disks[disk].shared = true;
+        let number = inner.disks[disk].file.as_raw_fd();
         PathBuf::from(format!("/proc/{}/fd/{number}", std::process::id()))
     }
 
@@ -286,7 +288,7 @@ impl World {
     /// # Errors
     /// No memory.
     pub fn blocking(&self, disk: usize, name: &str) -> Result<Blocking> {
-        let mut arena = Arena::new(1, BLOCKING_BYTES)?;
+        let mut arena = Arena::simulated(1, BLOCKING_BYTES)?;
         let queue = self.queue(&arena, 1);
         let buf = arena.take_all().pop().expect("an arena of one buffer");
         let align = self.lock().disks[disk].options.alignment;

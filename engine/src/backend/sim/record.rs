@@ -31,6 +31,12 @@ impl Remains {
         disks.map(|(index, disk)| (disk.survivors(tear.wrapping_add(index << 32)), disk.options)).collect()
     }
 
+    /// A number for what survived: another one for something else.
+    pub(super) fn changes(&self, survivors: &[(Image, DiskOptions)]) -> u64 {
+        let each = self.disks.iter().zip(survivors).map(|(disk, (image, _))| disk.changes(image));
+        each.fold(0, |sum, changes| random::mix(sum ^ changes))
+    }
+
     pub(super) fn power_on(&self, tear: u64, disks: Vec<(Image, DiskOptions)>) -> Result<World> {
         let world = World::with(random::mix(tear ^ self.events), self.options);
         for (image, options) in disks {

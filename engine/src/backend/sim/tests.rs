@@ -476,7 +476,7 @@ fn a_recorded_run_finds_the_first_violation_on_any_core() {
 fn cost_of_a_case() {
     let bytes: Vec<u8> =
         (0..256 << 10).map(|at: u32| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
-    let explore = Explore { tears: 400, ..Explore::new("cost", 1, Image::of(&bytes)) };
+    let explore = Explore { tears: 80, ..Explore::new("cost", 1, Image::of(&bytes)) };
     let act = |world: &World| {
         let mut deep = Deep::new(world);
         for round in 0..10_u8 {

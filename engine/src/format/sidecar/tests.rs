@@ -267,15 +267,18 @@ fn only_a_file_of_nothing_is_empty() {
     for bytes in [0, 1, 512, 4095, 4096] {
         assert_eq!(Slots::read(&vec![0; bytes]).expect("empty"), Slots::Empty, "{bytes}");
     }
-    assert_eq!(in_force([&preparing[..], &[]]), Some(0));
+    for bytes in [512, 513, 4095, 4096] {
+        assert_eq!(in_force([&preparing[..bytes], &[]]), Some(0));
+    }
     assert_eq!(in_force([&preparing[..], &[0; SLOT_BYTES]]), Some(0));
     for (bytes, kind) in [
         (vec![0; 4097], ErrorKind::Unsupported),
         (vec![0; 8192], ErrorKind::Unsupported),
         (vec![1], ErrorKind::Unsupported),
         (b"LUKS\xba\xbe".repeat(2000)[..8192].to_vec(), ErrorKind::Unsupported),
-        (preparing[..4095].to_vec(), ErrorKind::Unsupported),
-        (preparing[..512].to_vec(), ErrorKind::Unsupported),
+        (preparing[..511].to_vec(), ErrorKind::Damaged),
+        (preparing[..31].to_vec(), ErrorKind::Damaged),
+        (preparing[..15].to_vec(), ErrorKind::Unsupported),
     ] {
         assert_eq!(Slots::read(&bytes).expect_err("no journal").kind(), kind, "{} bytes", bytes.len());
     }

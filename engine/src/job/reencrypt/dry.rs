@@ -6,21 +6,21 @@
 
 use std::time::{Duration, Instant};
 
-use proto::reencrypt::{Format, RawPair, Report};
+use proto::reencrypt::{Format, Report};
 
 use crate::crypto::hash::Hash;
-use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Layout, Secret, VolumeKey, recrypter, sha256};
 use crate::error::Result;
+use crate::job::reencrypt::Desk;
 use crate::job::reencrypt::course::{self, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::request::Prepared;
-use crate::job::reencrypt::{Desk, words};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::carrier::{Carrier, Turn};
 use crate::volume::random;
 use crate::volume::reencrypt::begin::{self, Planned};
+use crate::volume::reencrypt::sidecar;
 
 /// Pieces of the device that are read.
 const PLACES: u64 = 8;
@@ -95,31 +95,10 @@ fn plan(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Planned> {
             let mut header = desk.blocking(prepared.header())?;
             begin::plan(&mut header, &wish, &prepared.keys, prepared.new_key.as_ref(), &give_up)
         }
-        Format::Raw(pair) => Ok(raw(pair, prepared)),
-    }
-}
-
-/// Without a header there is nothing to be found out: it is what the user says.
-fn raw(pair: &RawPair, prepared: &Prepared) -> Planned {
-    let cipher = |side: &proto::Raw| {
-        let name = CipherSpec::AesXts(side.tweak).name();
-        Some(words(name, side.key_bytes as usize, side.data_unit))
-    };
-    let resilience = prepared.resilience.unwrap_or(proto::reencrypt::Resilience::Checksum);
-    Planned {
-        total: prepared.data_bytes(),
-        resilience: match resilience {
-            proto::reencrypt::Resilience::Checksum => "checksum",
-            proto::reencrypt::Resilience::Journal => "journal",
-            proto::reencrypt::Resilience::None => "none",
-            proto::reencrypt::Resilience::Datashift => "datashift",
+        Format::Raw(pair) => {
+            let beside = prepared.beside.as_ref().expect("a journal was opened");
+            sidecar::plan(&mut desk.blocking(beside)?, &desk.raw_wish(prepared, pair))
         }
-        .to_owned(),
-        hotzone_max: (resilience != proto::reencrypt::Resilience::None).then_some(u64::MAX),
-        ciphers: [cipher(&pair.old), cipher(&pair.new)],
-        carried: Vec::new(),
-        dropped: Vec::new(),
-        notes: Vec::new(),
     }
 }
 

@@ -42,7 +42,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::slot::Side;
 use crate::units::Extent;
 use crate::volume::Header;
-use crate::volume::reencrypt::{self as volume, Opened, begin, open};
+use crate::volume::reencrypt::{self as volume, Opened, begin, open, sidecar};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
@@ -147,11 +147,7 @@ impl<'a> Desk<'a> {
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => {
-                let beside = prepared.beside.as_ref().expect("a journal was opened");
-                let journal = self.blocking(beside)?;
-                return self.open_raw(prepared, pair, journal, &mut data);
-            }
+            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data),
         };
         if self.has_header(prepared)? {
             let mut keys = Vec::new();
@@ -198,11 +194,31 @@ impl<'a> Desk<'a> {
         &self,
         prepared: &Prepared,
         pair: &proto::reencrypt::RawPair,
-        journal: Blocking,
         data: &mut Blocking,
     ) -> Result<Opened> {
-        let _ = (prepared, pair, journal, data);
-        Err(Error::new(ErrorKind::Unsupported, "volumes without a header"))
+        let beside = prepared.beside.as_ref().expect("a journal was opened");
+        let ([old], Some(new)) = (prepared.keys.as_slice(), &prepared.new_key) else {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a volume without a header has one key on each side",
+            ));
+        };
+        let data_bytes = prepared.data_bytes();
+        if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            return Ok(opened);
+        }
+        if prepared.resume_only {
+            return Err(nothing_begun(prepared));
+        }
+        sidecar::begin(self.blocking(beside)?, &self.raw_wish(prepared, pair), old, new)
+    }
+
+    fn raw_wish<'b>(&self, prepared: &Prepared, pair: &'b proto::reencrypt::RawPair) -> sidecar::Wish<'b> {
+        sidecar::Wish {
+            resilience: prepared.resilience,
+            hotzone_bytes: prepared.hotzone_bytes,
+            ..sidecar::Wish::new(pair, prepared.data_bytes(), prepared.block_bytes())
+        }
     }
 
     fn wish<'b>(&self, prepared: &Prepared, luks: &'b Luks) -> begin::Wish<'b> {

@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use proto::reencrypt::{Format, Mode, RawPair, Request, Resilience};
 use proto::{Submit, Tuning};
-use rustix::fs::fstat;
 
-use crate::backend::device::{Device, Nature, Purpose};
+use crate::backend::device::{Device, Purpose};
 use crate::crypto::{Kernel, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt as format;
@@ -74,18 +73,11 @@ impl Prepared {
         self.data.size().unwrap_or(0)
     }
 
-    /// What the data device writes whole or not at all, bytes.
+    /// What the data device writes whole or not at all, bytes: its logical block, also under a file. A filesystem's blocks are larger
+    /// (and what cryptsetup goes by), but a power cut knows nothing of them.
     #[must_use]
     pub fn block_bytes(&self) -> u32 {
-        match self.data.nature() {
-            // What cryptsetup goes by.
-            Nature::File => fstat(self.data.file())
-                .ok()
-                .and_then(|stat| u32::try_from(stat.st_blksize).ok())
-                .filter(|bytes| bytes.is_power_of_two())
-                .map_or(4096, |bytes| bytes.clamp(512, 4096)),
-            _ => self.data.direct_alignment().unwrap_or(512).max(512),
-        }
+        self.data.direct_alignment().unwrap_or(512).max(512)
     }
 
     /// As the format has it.

@@ -265,6 +265,10 @@ impl Loop<'_> {
         }
         let turn = self.carrier.next(PATIENCE);
         self.idle = matches!(turn, Turn::Idle);
+        if self.idle && self.course.transfer.gate.is_stopped() {
+            // A worker with nothing in flight has no other way to learn of another's failure.
+            self.carrier.wake();
+        }
         self.ended = matches!(turn, Turn::Ended);
         let Turn::News(news) = turn else { return Ok(()) };
         match (news, &mut self.step) {
@@ -294,8 +298,8 @@ impl Loop<'_> {
     /// Let the workers leave.
     fn dismiss(&mut self) {
         self.course.transfer.gate.stop();
-        self.carrier.wake();
         while !self.ended {
+            self.carrier.wake();
             self.ended = matches!(self.carrier.next(PATIENCE), Turn::Ended);
         }
     }

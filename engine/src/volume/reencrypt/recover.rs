@@ -11,6 +11,7 @@
 use zeroize::Zeroizing;
 
 use crate::backend::blocking::Blocking;
+use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, SectorCipher, bytes_equal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::Loaded;
@@ -130,6 +131,36 @@ impl<'a> Rewriter<'a> {
         }
     }
 
+    /// As [`Self::recrypt`], of bytes in equal blocks of which only these are old: what is new stays as it is.
+    fn renew(&self, at: u64, bytes: &mut [u8], is_old: &[bool]) {
+        if !is_old.contains(&false) {
+            return self.recrypt(at, bytes);
+        }
+        let block = bytes.len() / is_old.len();
+        let mut new = Zeroizing::new(bytes.to_vec());
+        if let Some((cipher, unit)) = &self.new {
+            cipher.decrypt(DataUnit(at / unit), &mut new);
+        }
+        if let Some((cipher, unit)) = &self.old {
+            cipher.decrypt(DataUnit(at / unit), bytes);
+        }
+        for ((bytes, new), is_old) in bytes.chunks_mut(block).zip(new.chunks(block)).zip(is_old) {
+            if !is_old {
+                bytes.copy_from_slice(new);
+            }
+        }
+        if let Some((cipher, unit)) = &self.new {
+            cipher.encrypt(DataUnit(at / unit), bytes);
+        }
+    }
+
+    /// Is a part of a data unit decrypted without the rest? With XTS: every 16 bytes by themselves.
+    fn is_separable(&self) -> bool {
+        [self.proven.old, self.proven.new].into_iter().all(|side| {
+            side.cipher.as_ref().is_none_or(|(cipher, _)| matches!(cipher.spec, CipherSpec::AesXts(_)))
+        })
+    }
+
     /// Where plaintext lies on the data device when it is new.
     fn target(&self, at: u64) -> u64 {
         self.proven.new.offset + at
@@ -156,6 +187,10 @@ impl<'a> Rewriter<'a> {
         );
         Err(Error::new(ErrorKind::Damaged, what).at(name))
     }
+}
+
+fn length_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a data unit or block")
 }
 
 /// The pieces of an extent: first byte and length of each.
@@ -188,6 +223,13 @@ fn old_blocks(
     let mut stored = vec![0; PIECE / block * hash.bytes()];
     let mut made = vec![0; hash.bytes()];
     let mut stored_at = process.area.offset;
+    // Where data units are larger than what the device writes whole, old and new blocks may lie in one unit.
+    let group = length_of(process.step_bytes()).max(block);
+    let mut is_old = vec![false; group / block];
+    if is_old.len() > 1 && !rewriter.is_separable() {
+        let what = format!("blocks of {block} bytes are hashed, and data units of this cipher are larger");
+        return Err(Error::new(ErrorKind::Unsupported, what).at(header.name()));
+    }
     for (at, length) in pieces(hot, PIECE) {
         let bytes = &mut bytes[..length];
         let stored = &mut stored[..length / block * hash.bytes()];
@@ -196,13 +238,18 @@ fn old_blocks(
         data.read(rewriter.target(at), bytes)?;
         // Blocks in a row that are old are written in one go; new ones are not written at all.
         let mut run = 0..0;
-        for (index, hash_of_old) in stored.chunks_exact(hash.bytes()).enumerate() {
-            let place = index * block..(index + 1) * block;
-            hash.digest(&[&bytes[place.clone()]], &mut made);
-            if !bytes_equal(&made, hash_of_old) {
+        for (index, hashes_of_old) in stored.chunks_exact(is_old.len() * hash.bytes()).enumerate() {
+            let place = index * group..(index + 1) * group;
+            let blocks =
+                bytes[place.clone()].chunks_exact(block).zip(hashes_of_old.chunks_exact(hash.bytes()));
+            for ((block, hash_of_old), is_old) in blocks.zip(&mut is_old) {
+                hash.digest(&[block], &mut made);
+                *is_old = bytes_equal(&made, hash_of_old);
+            }
+            if !is_old.contains(&true) {
                 continue;
             }
-            rewriter.recrypt(at + place.start as u64, &mut bytes[place.clone()]);
+            rewriter.renew(at + place.start as u64, &mut bytes[place.clone()], &is_old);
             if run.end != place.start {
                 data.write(rewriter.target(at + run.start as u64), &bytes[run.clone()])?;
                 run.start = place.start;

@@ -127,8 +127,8 @@ fn a_header_is_left_as_it_was_when_it_cannot_begin() {
         header.metadata.segments.get_mut(&0).expect("data").size = Some(MIB);
     };
     refused(&fixed, ErrorKind::Unsupported, "fixed size");
-    refused(&|_, wish| wish.target.offset += MIB, ErrorKind::Damaged, "offset is not that of backup-final");
-    refused(&|_, wish| wish.resilience = checksum(512), ErrorKind::Damaged, "less than a sector");
+    refused(&|_, wish| wish.target.offset += MIB, ErrorKind::Invalid, "offset is not that of backup-final");
+    refused(&|_, wish| wish.resilience = checksum(512), ErrorKind::Invalid, "less than a sector");
     let shift = Resilience::Datashift { shift: MIB };
     refused(
         &|_, wish| wish.resilience = shift,
@@ -140,7 +140,7 @@ fn a_header_is_left_as_it_was_when_it_cannot_begin() {
         wish.target = Segment::crypt(16 * MIB, None, "aes-xts-plain64", 512);
     };
     refused(&same, ErrorKind::Unsupported, "already as it shall be");
-    refused(&|_, wish| wish.new_digest = None, ErrorKind::Damaged, "not exactly one digest");
+    refused(&|_, wish| wish.new_digest = None, ErrorKind::Invalid, "not exactly one digest");
 }
 
 #[test]

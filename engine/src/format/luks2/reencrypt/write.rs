@@ -43,7 +43,7 @@ pub struct Begin {
 /// # Errors
 /// `NoSpace`: no keyslot number, no area. `Conflict`: one is under way. `Unsupported`: integrity, more than one data segment, other
 /// requirements, a combination of mode, direction, resilience and shift that [`read`](super::read::read) does not go on with.
-/// `Damaged`: sizes and offsets that do not fit each other.
+/// `Invalid`: sizes and offsets that do not fit each other.
 pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
     let at = "LUKS2 re-encryption";
     if header.metadata.is_reencrypting() {
@@ -98,8 +98,14 @@ pub fn begin(header: &mut Header, begin: &Begin) -> Result<Process> {
     metadata.keyslots.insert(metadata.free_keyslot()?, Keyslot::Reencrypt { area, object });
     // 3. The requirement.
     metadata.config.requirements.push(REQUIREMENT.to_owned());
-    let process = read::process(&metadata)?;
-    if read::state(&metadata, &process)? != (State::Clean { boundary: None }, process.total) {
+    let refused = |error: Error| {
+        // Nothing of it is on a disk yet, so nothing is damaged.
+        let kind = if error.kind() == ErrorKind::Damaged { ErrorKind::Invalid } else { error.kind() };
+        Error::new(kind, "this re-encryption cannot begin").because(error)
+    };
+    let process = read::process(&metadata).map_err(refused)?;
+    if read::state(&metadata, &process).map_err(refused)? != (State::Clean { boundary: None }, process.total)
+    {
         return Err(Error::new(ErrorKind::Unsupported, "the data is already as it shall be").at(at));
     }
     header.metadata = metadata;
