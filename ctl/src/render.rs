@@ -227,6 +227,7 @@ pub fn summary(job: &JobInfo) -> String {
     if let Some(report) = report.filter(|report| reencrypt::is_rehearsal(report)) {
         return reencrypt::rehearsed(report);
     }
+    let verb = report.map_or(verb, |report| reencrypt::verb(report));
     let resumed = job.progress.resumed_bytes;
     let bytes = job.progress.done_bytes.saturating_sub(resumed);
     let mut text = format!("{verb} {}", amount::bytes(bytes));
