@@ -31,15 +31,19 @@ pub fn begin(world: &World, volume: &Volume) -> Result<Opened> {
     let shape = &volume.shape;
     let luks = shape.wish();
     let wish = Wish {
-        mode: Mode::Reencrypt,
+        mode: shape.mode,
         luks: &luks,
-        resilience: Some(shape.resilience),
+        resilience: (!shape.moves()).then_some(shape.resilience),
         data_bytes: volume.data_bytes(),
         block_bytes: shape.sector,
     };
     let header = world.blocking(HEADER, "header")?;
     let mut data = world.blocking(shape.data_disk(), "data")?;
-    begin::begin(header, &mut data, &wish, &shape.passphrases(), None, &stay)
+    let keys = shape.passphrases();
+    match shape.mode {
+        Mode::Encrypt => begin::begin(header, &mut data, &wish, &[], Some(&keys[0]), &stay),
+        Mode::Reencrypt | Mode::Decrypt => begin::begin(header, &mut data, &wish, &keys, None, &stay),
+    }
 }
 
 /// Open what is under way, recovering an interrupted step; `None`: nothing is.
@@ -52,12 +56,29 @@ pub fn open(world: &World, volume: &Volume, keys: &[Secret]) -> Result<Option<Op
     open::open(header, &mut data, volume.data_bytes(), keys, &stay)
 }
 
+/// Where the data is, and in which pieces it goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Data {
+    /// Its disk.
+    pub disk: usize,
+    /// Bytes a worker takes at a time.
+    pub chunk: u32,
+    /// Most bytes of a hotzone.
+    pub hotzone: u64,
+}
+
+impl From<&Shape> for Data {
+    fn from(shape: &Shape) -> Self {
+        Self { disk: shape.data_disk(), chunk: shape.chunk, hotzone: shape.hotzone }
+    }
+}
+
 /// Go on to the end.
 ///
 /// # Errors
 /// As the production code has them.
-pub fn finish(world: &World, shape: &Shape, opened: Opened, wrap: Wrap<'_>) -> Result<()> {
-    let disk = shape.data_disk();
+pub fn finish(world: &World, data: Data, opened: Opened, wrap: Wrap<'_>) -> Result<()> {
+    let Data { disk, chunk, hotzone } = data;
     let course_shape = CourseShape {
         file: world.file(disk),
         name: "data".to_owned(),
@@ -66,9 +87,9 @@ pub fn finish(world: &World, shape: &Shape, opened: Opened, wrap: Wrap<'_>) -> R
         workers: 1,
         workers_max: 1,
         depth: 8,
-        chunk_bytes: shape.chunk,
+        chunk_bytes: chunk,
         memory: 1 << 20,
-        hotzone_bytes: Some(shape.hotzone),
+        hotzone_bytes: Some(hotzone),
     };
     let course = course::lay(&opened, &course_shape, None)?;
     let mut carrier = Inline::new(world, &course.transfer, course.news.clone(), course.buffers)?;
@@ -93,7 +114,7 @@ pub fn finish(world: &World, shape: &Shape, opened: Opened, wrap: Wrap<'_>) -> R
 /// As the production code has them.
 pub fn resume(world: &World, volume: &Volume) -> Result<()> {
     match open(world, volume, &volume.shape.passphrases())? {
-        Some(opened) => finish(world, &volume.shape, opened, &as_it_is),
+        Some(opened) => finish(world, (&volume.shape).into(), opened, &as_it_is),
         None => Ok(()),
     }
 }

@@ -3,7 +3,6 @@
 //! It is compared as ciphertext: what each segment of the header says of a place (its cipher, its key by its digest, its counter)
 //! is what must lie there. That is the plaintext, for ciphertext and plaintext determine each other, and saves decrypting.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use engine::backend::blocking::Blocking;
@@ -30,7 +29,7 @@ pub enum Standing {
 }
 
 /// New keys of which the ciphertext is kept.
-const KNOWN_MAX: usize = 8;
+const KNOWN_MAX: usize = 64;
 
 /// A key and what the whole data is under it.
 struct Side {
@@ -42,10 +41,9 @@ struct Side {
 /// Compares what is found with what must be there.
 pub struct Judge<'a> {
     volume: &'a Volume,
-    old: Side,
+    old: Option<Side>,
     /// By the salt of their digests, as they become known.
-    new: Mutex<HashMap<Vec<u8>, Arc<NewSide>>>,
-    suggested: Mutex<Option<Secret>>,
+    known: Mutex<Vec<(Vec<u8>, Arc<NewSide>)>>,
 }
 
 /// What the data is under a new key.
@@ -63,10 +61,13 @@ impl<'a> Judge<'a> {
     /// Of this volume.
     #[must_use]
     pub fn new(volume: &'a Volume) -> Self {
-        let key = Secret::copy_of(volume.key.as_bytes()).expect("memory for a secret");
         let unit = volume.shape.units[0];
-        let bytes = encrypted(&key, unit, &volume.plain);
-        Self { volume, old: Side { key, unit, bytes }, new: Mutex::default(), suggested: Mutex::default() }
+        let old = volume.old.as_ref().map(|(key, _)| {
+            let key = Secret::copy_of(key.as_bytes()).expect("memory for a secret");
+            let bytes = encrypted(&key, unit, &volume.plain);
+            Side { key, unit, bytes }
+        });
+        Self { volume, old, known: Mutex::default() }
     }
 
     /// The header on a disk.
@@ -92,32 +93,36 @@ impl<'a> Judge<'a> {
         self.volume.is_old(digest)
     }
 
-    /// This may be the key of a new digest.
-    pub fn suggest(&self, key: &Secret) {
+    /// The key of a header's new digest has become known.
+    ///
+    /// # Errors
+    /// It is not the key of this digest.
+    pub fn learn(&self, metadata: &Metadata, key: &Secret) -> Result<(), String> {
+        let digest = self.new_digest(metadata).ok_or("there is no new digest")?;
+        let mut known = self.known.lock().expect("nobody panics here");
+        if known.iter().any(|(salt, _)| *salt == digest.salt) {
+            return Ok(());
+        }
+        if !is_met(digest, key) {
+            return Err("a key that is not its digest's".to_owned());
+        }
         let key = Secret::copy_of(key.as_bytes()).expect("memory for a secret");
-        *self.suggested.lock().expect("nobody panics here") = Some(key);
+        let unit = self.volume.shape.units[1];
+        let bytes = encrypted(&key, unit, &self.volume.plain);
+        if known.len() > KNOWN_MAX {
+            // The first is that of all endings; others are of what was begun anew from one of them.
+            known.remove(1);
+        }
+        known.push((digest.salt.clone(), Arc::new(NewSide(Side { key, unit, bytes }))));
+        Ok(())
     }
 
     /// What is known of the new key of this header.
     #[must_use]
     pub fn known(&self, metadata: &Metadata) -> Option<Arc<NewSide>> {
         let digest = self.new_digest(metadata)?;
-        let mut known = self.new.lock().expect("nobody panics here");
-        if let Some(side) = known.get(&digest.salt) {
-            return Some(Arc::clone(side));
-        }
-        let suggested = self.suggested.lock().expect("nobody panics here");
-        let key = suggested.as_ref().filter(|key| is_met(digest, key))?;
-        let key = Secret::copy_of(key.as_bytes()).expect("memory for a secret");
-        let unit = self.volume.shape.units[1];
-        let bytes = encrypted(&key, unit, &self.volume.plain);
-        let side = Arc::new(NewSide(Side { key, unit, bytes }));
-        if known.len() >= KNOWN_MAX {
-            // Every run has a key of its own; those of runs long over are of no use.
-            known.clear();
-        }
-        known.insert(digest.salt.clone(), Arc::clone(&side));
-        Some(side)
+        let known = self.known.lock().expect("nobody panics here");
+        known.iter().find(|(salt, _)| *salt == digest.salt).map(|(_, side)| Arc::clone(side))
     }
 
     /// Where the volume stands, all of its data compared. Nothing may be half done.
@@ -126,18 +131,28 @@ impl<'a> Judge<'a> {
     /// What is lost, in words.
     pub fn look(&self, world: &World) -> Result<Standing, String> {
         let mut header = world.blocking(HEADER, "header").map_err(|error| error.chain())?;
-        let loaded = Self::load(&mut header)?;
+        let loaded = Self::load(&mut header);
         drop(header);
-        let metadata = &loaded.header.metadata;
-        let standing = self.standing(metadata)?;
-        let mut found =
-            vec![0; self.volume.plain.len() + usize::try_from(self.volume.data_offset).expect("small")];
-        let file = world.file(self.volume.shape.data_disk());
-        let count = rustix::io::pread(&*file, &mut found, 0).map_err(|errno| errno.to_string())?;
+        let disk = self.volume.shape.data_disk();
+        let mut found = vec![0; usize::try_from(self.volume.data_bytes()).expect("small")];
+        let count =
+            rustix::io::pread(&*world.file(disk), &mut found, 0).map_err(|errno| errno.to_string())?;
         if count < found.len() {
             return Err(format!("the data disk ends at {count}"));
         }
-        self.compare(metadata, &found)?;
+        let loaded = match loaded {
+            // Plain data has no header before.
+            Err(_) if self.old.is_none() => {
+                let plain = &self.volume.plain;
+                let first = found.iter().zip(plain).position(|(one, other)| one != other);
+                return first.map_or(Ok(Standing::Before), |at| {
+                    Err(format!("plaintext byte {at} of {} is lost, and there is no header", plain.len()))
+                });
+            }
+            loaded => loaded?,
+        };
+        let standing = self.standing(&loaded.header.metadata)?;
+        self.compare(&loaded.header.metadata, &found)?;
         Ok(standing)
     }
 
@@ -148,6 +163,9 @@ impl<'a> Judge<'a> {
             Some((_, State::Finished)) => Ok(Standing::UnderWay(self.volume.plain.len() as u64)),
             Some((_, State::Crash { start, end })) => Err(format!("bytes {start}..{end} are half done")),
             None => {
+                if metadata.data_segments().all(|(_, segment)| matches!(segment.kind, SegmentKind::Linear)) {
+                    return Ok(Standing::Over);
+                }
                 let mut digests = metadata.digests.values().filter(|digest| !digest.segments.is_empty());
                 match (digests.next(), digests.next()) {
                     (Some(one), None) if self.is_old(one) => Ok(Standing::Before),
@@ -163,28 +181,37 @@ impl<'a> Judge<'a> {
         let known = self.known(metadata);
         let mut at = 0;
         for (id, segment) in metadata.data_segments() {
-            let SegmentKind::Crypt { encryption, sector_size, iv_tweak, .. } = &segment.kind else {
-                return Err(format!("segment {id} is not encrypted"));
-            };
             let size = match segment.size {
                 Some(size) => usize::try_from(size).expect("small"),
                 None => total.checked_sub(at).ok_or("the segments are longer than the data")?,
             };
-            let (_, digest) = metadata.digest_of_segment(id).ok_or(format!("no digest of segment {id}"))?;
-            let side = if self.is_old(digest) {
-                &self.old
-            } else {
-                &known.as_ref().ok_or("the new key is not known")?.0
+            let side = match &segment.kind {
+                SegmentKind::Linear => None,
+                SegmentKind::Crypt { encryption, sector_size, iv_tweak, .. } => {
+                    let (_, digest) =
+                        metadata.digest_of_segment(id).ok_or(format!("no digest of segment {id}"))?;
+                    let side = if self.is_old(digest) {
+                        self.old.as_ref().expect("it has a digest")
+                    } else {
+                        &known.as_ref().ok_or("the new key is not known")?.0
+                    };
+                    let right = encryption == "aes-xts-plain64"
+                        && *sector_size == side.unit
+                        && *iv_tweak == at as u64 / 512;
+                    if !right {
+                        return Err(format!(
+                            "segment {id} has another cipher or counter than its data: {segment:?}"
+                        ));
+                    }
+                    Some(side)
+                }
+                SegmentKind::Unknown(kind) => return Err(format!("segment {id} is of the kind {kind}")),
             };
-            let right =
-                encryption == "aes-xts-plain64" && *sector_size == side.unit && *iv_tweak == at as u64 / 512;
-            if !right {
-                return Err(format!("segment {id} has another cipher or counter than its data: {segment:?}"));
-            }
+            let bytes = side.map_or(&self.volume.plain, |side| &side.bytes);
             let offset = usize::try_from(segment.offset).expect("small");
             let there =
                 found.get(offset..offset + size).ok_or(format!("segment {id} ends beyond the disk"))?;
-            let wanted = side.bytes.get(at..at + size).ok_or(format!("segment {id} ends beyond the data"))?;
+            let wanted = bytes.get(at..at + size).ok_or(format!("segment {id} ends beyond the data"))?;
             if there != wanted {
                 let first =
                     there.iter().zip(wanted).position(|(one, other)| one != other).expect("they differ");
@@ -213,6 +240,6 @@ impl Volume {
     /// Is this the digest of the old key? Its salt says so, as it was made with the volume.
     #[must_use]
     pub fn is_old(&self, digest: &Digest) -> bool {
-        digest.salt == self.salt
+        self.old.as_ref().is_some_and(|(_, salt)| *salt == digest.salt)
     }
 }

@@ -7,17 +7,20 @@
 //! | `course` | the production code, from the beginning or from what was found to the end |
 //! | `judge` | what a disk holds, compared with the plaintext byte by byte |
 //! | `proof` | every cut of a whole re-encryption, of its recovery, and of that one's recovery |
+//! | `raw` | the same of volumes without a header |
 //! | `wrong` | orders that lose data, to see that they are found |
 
 pub mod course;
 pub mod judge;
 pub mod proof;
+pub mod raw;
 pub mod wrong;
 
 use engine::backend::sim::image::Image;
 use engine::backend::sim::{DiskOptions, World};
 use engine::crypto::spec::CipherSpec;
 use engine::crypto::{Kernel, Secret, SectorCipher};
+use engine::format::luks2::reencrypt::Mode;
 use engine::units::DataUnit;
 use engine::volume::Header;
 use engine::volume::create::{self, NewHeader, Place};
@@ -38,11 +41,15 @@ pub const BOB: &str = "bob's passphrase";
 const METADATA: u64 = 2 * 16_384;
 /// Bytes of a keyslot's material: a key of 32 bytes, split into 4000.
 const KEYSLOT: u64 = 128 << 10;
+/// Bytes of the header that plain data makes room for; as many more are free.
+const SHIFT: u64 = 256 << 10;
 
 /// A volume and what is to become of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// How steps are protected.
+    /// What becomes of it.
+    pub mode: Mode,
+    /// How steps are protected; where plain data makes room for a header, it is the shift.
     pub resilience: Resilience,
     /// Data unit of before and after, bytes.
     pub units: [u32; 2],
@@ -70,12 +77,8 @@ pub struct Volume {
     pub disks: Vec<(Image, DiskOptions)>,
     /// What its data is.
     pub plain: Vec<u8>,
-    /// Where it begins on its disk.
-    pub data_offset: u64,
-    /// The key, as it is before.
-    pub key: Secret,
-    /// The salt of its digest.
-    pub salt: Vec<u8>,
+    /// The key, as it is before, and the salt of its digest; none of plain data.
+    pub old: Option<(Secret, Vec<u8>)>,
 }
 
 /// These bytes as a secret.
@@ -129,16 +132,33 @@ impl Shape {
         [ALICE, BOB][..self.keyslots].iter().map(|text| secret(text)).collect()
     }
 
-    /// The volume, before anything becomes of it.
+    /// Does plain data move to make room for a header?
+    #[must_use]
+    pub fn moves(&self) -> bool {
+        self.mode == Mode::Encrypt && !self.detached
+    }
+
+    /// Before anything becomes of it.
     ///
     /// # Panics
     /// If the production code does not make it.
     #[must_use]
     pub fn volume(self) -> Volume {
-        let header_bytes = METADATA + self.keyslots_bytes();
-        let made = self.header(header_bytes);
         let plain = noise(self.data, 0x9A1A);
         let options = DiskOptions { sector_bytes: self.sector, alignment: 512, ..DiskOptions::default() };
+        if self.mode == Mode::Encrypt {
+            let mut data = Image::of(&plain);
+            if self.moves() {
+                data.set_size(plain.len() as u64 + 2 * SHIFT);
+            }
+            let mut disks = vec![(data, options)];
+            if self.detached {
+                disks.insert(HEADER, (Image::zeros(0), options));
+            }
+            return Volume { shape: self, disks, plain, old: None };
+        }
+        let header_bytes = METADATA + self.keyslots_bytes();
+        let made = self.header(header_bytes);
         let world = World::new(1);
         let size = if self.detached { header_bytes } else { header_bytes + self.data as u64 };
         world.add(Image::zeros(size), options).expect("a disk");
@@ -152,18 +172,17 @@ impl Shape {
         drop(device);
         let mut image = world.visible(HEADER).expect("an image");
         let data = encrypted(&made.key, self.units[0], &plain);
-        let data_offset = if self.detached { 0 } else { header_bytes };
         let disks = if self.detached {
             vec![(image, options), (Image::of(&data), options)]
         } else {
-            image.write(data_offset, &data);
+            image.write(header_bytes, &data);
             vec![(image, options)]
         };
         let salt = match &made.header {
             Header::Luks2(loaded) => loaded.header.metadata.digests[&0].salt.clone(),
             Header::Luks1(_) => panic!("LUKS1"),
         };
-        Volume { shape: self, disks, plain, data_offset, key: made.key, salt }
+        Volume { shape: self, disks, plain, old: Some((made.key, salt)) }
     }
 
     fn header(&self, header_bytes: u64) -> NewHeader {
@@ -191,10 +210,14 @@ impl Shape {
     /// What is asked of the production code.
     #[must_use]
     pub fn wish(&self) -> proto::reencrypt::Luks {
+        let elsewhere = proto::luks::File { fd: 0, name: "header".to_owned() };
         proto::reencrypt::Luks {
+            header: self.detached.then_some(elsewhere),
             data_unit: Some(self.units[1]),
+            key_bytes: Some(32),
             force_data_unit: true,
             kdf: Some(cheap()),
+            reduce_bytes: self.moves().then_some(2 * SHIFT),
             ..proto::reencrypt::Luks::default()
         }
     }
@@ -217,6 +240,6 @@ impl Volume {
     /// Bytes of the data disk.
     #[must_use]
     pub fn data_bytes(&self) -> u64 {
-        self.data_offset + self.plain.len() as u64
+        self.disks[self.shape.data_disk()].0.size()
     }
 }

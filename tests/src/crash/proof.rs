@@ -17,7 +17,7 @@ use engine::format::luks2::reencrypt::{Side, State, read};
 use engine::volume::AreaCipher;
 use engine::volume::reencrypt::ledger::Ledger;
 use engine::volume::reencrypt::recover::{self, Proven};
-use engine::volume::reencrypt::{self, Opened, luks};
+use engine::volume::reencrypt::{self, Opened, luks, shift};
 
 use super::course::{self, Wrap};
 use super::judge::{Judge, Standing};
@@ -161,9 +161,17 @@ impl<'a> Proof<'a> {
     /// From the beginning to the end.
     fn whole(&self, world: &World) -> Result<()> {
         let opened = course::begin(world, self.volume)?;
-        self.judge.suggest(new_key(&opened));
+        self.learn(world, &opened).map_err(|why| Error::new(ErrorKind::Internal, why))?;
         let wrap: Wrap<'_> = &|ledger| (self.wrap)(world, ledger);
-        course::finish(world, &self.volume.shape, opened, wrap)
+        course::finish(world, (&self.volume.shape).into(), opened, wrap)
+    }
+
+    /// The new key, if there is one.
+    fn learn(&self, world: &World, opened: &Opened) -> Result<(), String> {
+        let Some((_, key)) = &opened.new.cipher else { return Ok(()) };
+        let mut header = world.blocking(HEADER, "header").map_err(|error| error.chain())?;
+        let loaded = Judge::load(&mut header)?;
+        self.judge.learn(&loaded.header.metadata, key)
     }
 
     /// The disks as they are found: nothing is lost, whatever is done next.
@@ -193,7 +201,11 @@ impl<'a> Proof<'a> {
     /// Was a step interrupted?
     fn is_interrupted(&self, found: &World) -> Result<bool, String> {
         let mut header = found.blocking(HEADER, "header").map_err(|error| error.chain())?;
-        let loaded = Judge::load(&mut header)?;
+        let loaded = match Judge::load(&mut header) {
+            // Plain data, or on its way there.
+            Err(_) if self.volume.old.is_none() => return Ok(false),
+            loaded => loaded?,
+        };
         let state = read::read(&loaded.header.metadata).map_err(|error| error.chain())?;
         Ok(matches!(state, Some((_, State::Crash { .. }))))
     }
@@ -202,29 +214,48 @@ impl<'a> Proof<'a> {
     fn open(&self, found: &World) -> Result<(), String> {
         Totals::count(&self.totals.opened, 1);
         let opened = course::open(found, self.volume, &self.volume.shape.passphrases());
+        if opened.is_err() && self.is_plain(found)? {
+            return Ok(());
+        }
         let opened = opened.map_err(|error| format!("cannot be opened: {}", error.chain()))?;
         if let Some(opened) = opened {
             Totals::count(&self.totals.recovered, u64::from(opened.recovered_bytes > 0));
-            self.judge.suggest(new_key(&opened));
+            self.learn(found, &opened)?;
         }
         Ok(())
+    }
+
+    /// Is there no header, and is that as it may be?
+    fn is_plain(&self, found: &World) -> Result<bool, String> {
+        let mut header = found.blocking(HEADER, "header").map_err(|error| error.chain())?;
+        Ok(self.volume.old.is_none() && Judge::load(&mut header).is_err())
     }
 
     /// The same with keys that are known, without the derivations that would take most of the time.
     fn recover(&self, found: &World) -> Result<(), String> {
         let failed = |error: engine::error::Error| format!("cannot be recovered: {}", error.chain());
+        if self.volume.shape.moves() {
+            let mut data = found.blocking(self.volume.shape.data_disk(), "data").map_err(failed)?;
+            shift::put_back(&mut data).map_err(failed)?;
+        }
+        if self.is_plain(found)? {
+            return Ok(());
+        }
         let mut header = found.blocking(HEADER, "header").map_err(failed)?;
         let mut loaded: Loaded = Judge::load(&mut header)?;
         let metadata = &loaded.header.metadata;
         let Some((process, state)) = read::read(metadata).map_err(failed)? else {
             return luks::sweep(&mut header, &mut loaded).map(drop).map_err(failed);
         };
-        let Some(new) = self.judge.known(metadata) else {
+        let known = self.judge.known(metadata);
+        if known.is_none() && process.new.digest.is_some() {
             drop(header);
             return self.open(found);
-        };
-        let side = |side: &Side, key: &Secret| {
-            let cipher = side.cipher.as_ref().expect("both sides are encrypted");
+        }
+        let side = |side: &Side, key: Option<&Secret>| {
+            let Some((cipher, key)) = side.cipher.as_ref().zip(key) else {
+                return Ok(reencrypt::Side { offset: side.offset, cipher: None });
+            };
             let area = AreaCipher {
                 spec: CipherSpec::parse(&cipher.encryption)?,
                 unit_bytes: cipher.sector_size,
@@ -236,8 +267,8 @@ impl<'a> Proof<'a> {
                 cipher: Some((area, Secret::copy_of(key.as_bytes())?)),
             })
         };
-        let old = side(&process.old, &self.volume.key).map_err(failed)?;
-        let new = side(&process.new, new.key()).map_err(failed)?;
+        let old = side(&process.old, self.volume.old.as_ref().map(|(key, _)| key)).map_err(failed)?;
+        let new = side(&process.new, known.as_ref().map(|known| known.key())).map_err(failed)?;
         let total = self.volume.plain.len() as u64;
         let proven = Proven { process: &process, old: &old, new: &new, total };
         let mut data = found.blocking(self.volume.shape.data_disk(), "data").map_err(failed)?;
@@ -299,11 +330,6 @@ impl<'a> Proof<'a> {
         }
         Ok(())
     }
-}
-
-fn new_key(opened: &Opened) -> &Secret {
-    let (_, key) = opened.new.cipher.as_ref().expect("there is a new key");
-    key
 }
 
 /// All that distinguishes an ending.
