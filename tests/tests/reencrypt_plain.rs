@@ -84,7 +84,7 @@ impl Data {
     }
 
     fn begin(&self, luks: &Luks, mode: Mode, resilience: Option<Resilience>) -> Result<Opened, Error> {
-        let wish = Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096 };
+        let wish = Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096, atomic_bytes: 4096 };
         let (keys, new): (Vec<Secret>, _) = match mode {
             Mode::Encrypt => (Vec::new(), Some(secret(PASS))),
             _ => (vec![secret(PASS)], None),
@@ -434,6 +434,7 @@ fn what_cannot_be_is_refused_and_nothing_is_written() {
         resilience: None,
         data_bytes: DATA + REDUCE,
         block_bytes: 512,
+        atomic_bytes: 512,
     };
     let refused = begin::begin(device(&data.path), &mut device(&data.path), &wish, &[], None, &never);
     assert_eq!(refused.err().expect("no passphrase").kind(), ErrorKind::Invalid);

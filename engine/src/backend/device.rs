@@ -253,6 +253,12 @@ impl Device {
         }
     }
 
+    /// Physical block of the device, or of that under the file, bytes; `None` where nobody says (network, several devices).
+    #[must_use]
+    pub fn physical_block_bytes(&self) -> Option<u32> {
+        self.queue_attribute("physical_block_size").and_then(|bytes| u32::try_from(bytes).ok())
+    }
+
     /// A number from the block queue under this file or device; partitions share their disk's.
     fn queue_attribute(&self, attribute: &str) -> Option<u64> {
         let dev = match self.identity {

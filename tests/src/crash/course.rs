@@ -36,6 +36,7 @@ pub fn begin(world: &World, volume: &Volume) -> Result<Opened> {
         resilience: (!shape.moves()).then_some(shape.resilience),
         data_bytes: volume.data_bytes(),
         block_bytes: shape.sector,
+        atomic_bytes: shape.sector,
     };
     let header = world.blocking(HEADER, "header")?;
     let mut data = world.blocking(shape.data_disk(), "data")?;

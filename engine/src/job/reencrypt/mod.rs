@@ -228,6 +228,7 @@ impl<'a> Desk<'a> {
             resilience: prepared.resilience,
             data_bytes: prepared.data_bytes(),
             block_bytes: prepared.block_bytes(),
+            atomic_bytes: prepared.atomic_bytes(),
         }
     }
 

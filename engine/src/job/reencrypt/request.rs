@@ -80,6 +80,12 @@ impl Prepared {
         self.data.direct_alignment().unwrap_or(512).max(512)
     }
 
+    /// What a power cut leaves whole on the data device, or on that under a file, as far as it says so; else its logical block.
+    #[must_use]
+    pub fn atomic_bytes(&self) -> u32 {
+        self.data.physical_block_bytes().unwrap_or(0).max(self.block_bytes())
+    }
+
     /// As the format has it.
     #[must_use]
     pub fn mode(&self) -> format::Mode {

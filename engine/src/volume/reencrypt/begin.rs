@@ -42,8 +42,10 @@ pub struct Wish<'a> {
     pub resilience: Option<proto::reencrypt::Resilience>,
     /// Bytes of the data device.
     pub data_bytes: u64,
-    /// Its logical block, bytes: what it writes whole or not at all.
+    /// Its logical block, bytes: the least it writes.
     pub block_bytes: u32,
+    /// Its physical block, bytes: what a power cut leaves written whole or not at all, as far as the device says so.
+    pub atomic_bytes: u32,
 }
 
 /// What would be done: everything that can be known without writing. For a dry run, and the first step of [`begin`].
@@ -103,8 +105,25 @@ pub fn begin(
 }
 
 /// How steps are protected where data stays in its place. `unit`: the larger data unit.
-fn in_place(wish: &Wish<'_>, unit: u32, total: u64) -> Result<Resilience> {
-    Ok(match wish.resilience.unwrap_or(proto::reencrypt::Resilience::Checksum) {
+///
+/// Checksums tell old blocks from new ones, and nothing from blocks that are half of each. cryptsetup hashes blocks no smaller than a data
+/// unit, so on a device that may tear one, a journal is what loses nothing.
+fn in_place(wish: &Wish<'_>, unit: u32, total: u64, notes: &mut Vec<String>) -> Result<Resilience> {
+    let tears = wish.atomic_bytes < unit;
+    let best = if tears {
+        proto::reencrypt::Resilience::Journal
+    } else {
+        proto::reencrypt::Resilience::Checksum
+    };
+    let chosen = wish.resilience.unwrap_or(best);
+    if tears && chosen == proto::reencrypt::Resilience::Checksum {
+        notes.push(format!(
+            "the device promises to write {} bytes whole, and data units have {unit}: a power cut may tear one so that its checksum \
+             tells nothing; a journal protects against that",
+            wish.atomic_bytes
+        ));
+    }
+    Ok(match chosen {
         proto::reencrypt::Resilience::Checksum => {
             // What cryptsetup makes it: it would change another one when it goes on. Smaller where the data is no whole
             // number of such blocks.

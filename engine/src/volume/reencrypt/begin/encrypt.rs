@@ -184,13 +184,16 @@ impl Prepared {
             return Err(Error::new(ErrorKind::NoSpace, what));
         }
         create::plan(&new, &place)?;
-        let plan = Plan::new(&new, &place)?;
+        let mut plan = Plan::new(&new, &place)?;
         if !total.is_multiple_of(unit) {
             let what = format!("the {total} bytes of data are no whole number of data units of {unit} bytes");
             return Err(Error::new(ErrorKind::Invalid, what).hint("--sector-size 512 fits every device"));
         }
         let (resilience, moved) = match (header_bytes, wish.resilience) {
-            (None, _) => (in_place(wish, new.data_unit.unwrap_or(UNIT_BYTES), total)?, None),
+            (None, _) => {
+                let unit = new.data_unit.unwrap_or(UNIT_BYTES);
+                (in_place(wish, unit, total, &mut plan.warnings)?, None)
+            }
             (Some(shift), None | Some(Wanted::Datashift)) => {
                 let moved = Moved { bytes: shift.min(total), offset: wish.data_bytes - shift };
                 (Resilience::Datashift { shift }, Some(moved))

@@ -188,7 +188,7 @@ impl Prepared {
         };
         let unit = unit.max(cipher.unit_bytes);
         let total = data_bytes(wish, old.offset, unit).map_err(|error| error.at(&name))?;
-        let resilience = in_place(wish, unit, total)?;
+        let resilience = in_place(wish, unit, total, &mut notes)?;
         let Found { key, covered, uncovered } = slots::find(device, &loaded, digest, keys, give_up)?;
         let (carried, dropped) = match wish.mode {
             Mode::Decrypt => (Vec::new(), check.keyslots.clone()),
