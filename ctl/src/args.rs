@@ -288,6 +288,42 @@ pub struct SinkArgs {
     /// Leave DST.partial behind when the job fails or is cancelled
     #[arg(long)]
     pub keep_partial: bool,
+    /// Keep how far the copy has come, for --resume to go on after a crash
+    ///
+    /// In DST.partial.checkpoint, every few seconds. With it a copy that fails or is cancelled leaves DST.partial behind
+    /// to be gone on with; one that is done removes both names. The checkpoint of a new LUKS volume holds its header, so who
+    /// can read it can try passphrases: it is for its owner. Not for pipes, which cannot be read or written again.
+    #[arg(long)]
+    pub resumable: bool,
+    /// Keep it in this file: for a block device, which has no place beside it
+    #[arg(long, value_name = "FILE")]
+    pub checkpoint: Option<PathBuf>,
+    /// Go on with a copy that was interrupted, from its last checkpoint
+    ///
+    /// The rest of the command must be as it was. A changed source or sink, another key or other parameters are found
+    /// out before anything is written: a source file by its size and times, a device by its size and by samples, what was
+    /// written by samples and by its last 4 MiB.
+    #[arg(long)]
+    pub resume: bool,
+    /// Seconds between checkpoints, such as 0.5 [default: 3]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_millis)]
+    pub checkpoint_every: Option<u32>,
+}
+
+/// Seconds as typed, in milliseconds.
+fn parse_millis(text: &str) -> Result<u32, String> {
+    let millis = std::time::Duration::try_from_secs_f64(text.parse().unwrap_or(f64::NAN))
+        .ok()
+        .and_then(|time| u32::try_from(time.as_millis()).ok());
+    let bounded = millis.filter(|millis| (1..=3_600_000).contains(millis));
+    bounded.ok_or_else(|| "not a number of seconds between 0.001 and 3600".to_owned())
+}
+
+impl SinkArgs {
+    /// The copy keeps a checkpoint.
+    pub fn is_resumable(&self) -> bool {
+        self.resumable || self.resume || self.checkpoint.is_some() || self.checkpoint_every.is_some()
+    }
 }
 
 #[derive(Debug, Args)]
@@ -350,9 +386,9 @@ pub enum Job {
     Watch(JobRef),
     /// Stop a job until it is resumed
     Pause(JobRef),
-    /// Go on with a paused job
+    /// Go on with a paused job (a copy that was interrupted: encrypt --resume)
     Resume(JobRef),
-    /// End a job and undo its unfinished sink; a re-encryption stops where it can be gone on with
+    /// End a job and undo its unfinished sink, unless it is resumable; a re-encryption stops where it can be gone on with
     Cancel(JobRef),
     /// Limit a job's rate
     Throttle {

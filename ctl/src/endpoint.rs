@@ -215,6 +215,14 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
     }
 }
 
+/// What is there already of a sink is to be gone on with. `force`: what it replaces may go whatever it holds.
+pub fn again(sink: Sink, force: bool) -> Result<Sink> {
+    match sink {
+        Sink::New(place) => place.again(force).map(Sink::New),
+        open @ Sink::Open(_) => Ok(open),
+    }
+}
+
 /// Refuse a header that would be written where the data is.
 pub fn refuse_same_sinks(one: &Sink, other: &Sink) -> Result<()> {
     let (same, name) = match (one, other) {

@@ -15,7 +15,8 @@ ENDS
   SRC and DST are files, block devices, named pipes or `-` (standard input or
   output). A new or replaced file is written as DST.partial beside its final
   place and takes its name only when it is whole and durable. A job that
-  fails or is cancelled removes it. An existing file that is not empty is
+  fails or is cancelled removes it, unless it is resumable: then it leaves
+  DST.partial.checkpoint beside it. An existing file that is not empty is
   refused without --force, and so is a block device that holds a filesystem,
   a LUKS volume or a partition table. Block devices are opened exclusively:
   one that is mounted is always refused.
@@ -69,7 +70,11 @@ The plaintext must be a whole number of data units (--sector-size), or be filled
 are read as zeros without touching the disk, and encrypted: the sink has no holes. Runs in the foreground with \
 progress on standard error; Ctrl-C cancels and undoes.
 
-What stands in a device beyond the end of the plaintext is left as it is.";
+What stands in a device beyond the end of the plaintext is left as it is.
+
+With --resumable a copy that was interrupted, by Ctrl-C, a full disk, a killed daemon or a power cut, goes on where it was: \
+the same command with --resume. A daemon that has gone does not know its jobs any more, and one that is there has given \
+back what it was handed, so a copy is resumed by its command and not by `job resume`.";
 
 /// The end of `encrypt --help`.
 pub const ENCRYPT_AFTER: &str = "\
@@ -96,6 +101,14 @@ EXAMPLES
     cryptctl encrypt disk.img disk.enc --format raw --key file:raw.key \\
       --sector-size 4096 --iv-large-sectors
 
+  A copy of hours that a power cut does not send back to its beginning:
+    cryptctl encrypt disk.img vol.luks --key file:vol.key --resumable
+    cryptctl encrypt disk.img vol.luks --key file:vol.key --resume
+
+  The same to a device, which needs a place for the checkpoint:
+    cryptctl encrypt disk.img /dev/vdb --key file:vol.key \\
+      --checkpoint vdb.checkpoint
+
   With a key that never touches the disk, at no more than 200 MiB/s:
     fetch-key | cryptctl encrypt disk.img vol.luks --key fd:0 --throttle 200M
 
@@ -112,7 +125,9 @@ raw volume has none: --format raw, and the parameters it was encrypted with.
 Zero plaintext becomes holes where the sink can have them (see --no-sparse). A hole in the encrypted file is \
 ciphertext like any other zeros and decrypts to noise, unless --keep-holes promises that it was never written. \
 The raw format carries no check of the key: a wrong key gives noise, so verify what you have decrypted. \
-A new DST file is readable by you alone.";
+A new DST file is readable by you alone.
+
+With --resumable a copy that was interrupted goes on where it was: the same command with --resume.";
 
 /// The end of `decrypt --help`.
 pub const DECRYPT_AFTER: &str = "\
@@ -159,6 +174,9 @@ pub const JOB: &str = "\
 Lists, watches and steers jobs.
 
 You see your own jobs, root sees all. A job started with --detach outlives the command that started it.
+
+`resume` goes on with a job that was paused. A copy that failed, was cancelled, or whose daemon was killed is no job any \
+more: what it read and wrote was handed back. If it was begun with --resumable, its own command with --resume goes on.
 
 A re-encryption is paused and cancelled between two steps, where it is durable; a cancelled one is not undone, and \
 `cryptctl reencrypt --resume-only` goes on with it.";

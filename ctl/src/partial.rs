@@ -4,6 +4,8 @@
 //! daemon when durable, and removed on failure by the daemon or, if that has gone, by us. We remove nothing but the file
 //! we created: the name must still mean the same inode. The lock belongs to the open file description, which the
 //! daemon shares once it has the descriptor, so a detached job keeps it.
+//!
+//! A checkpoint is made, locked and found again in the same way, under the name it keeps.
 
 use std::fs::Metadata;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,12 +22,19 @@ use rustix::io::Errno;
 use crate::endpoint::split;
 use crate::report::{Error, Result};
 
+/// A checkpoint may hold a header with a wrapped volume key.
+const CHECKPOINT_MODE: u32 = 0o600;
+
 /// Where a file will be, with what it replaces. Nothing exists of it yet.
 pub struct Place {
     path: PathBuf,
     typed: String,
     dir_fd: OwnedFd,
     name: String,
+    /// Its name until it is whole; of a checkpoint, the same.
+    partial: String,
+    /// It is there, and to be gone on with.
+    again: bool,
     /// Mode and owner of the file it replaces.
     old: Option<(u32, u32, u32)>,
     force: bool,
@@ -44,6 +53,8 @@ pub struct Partial {
     pub name: String,
     /// An existing `name` may go whatever it holds. Otherwise only if it is still empty when we are done.
     pub replace: bool,
+    /// We made it, so we may remove it.
+    is_ours: bool,
     shown: PathBuf,
 }
 
@@ -56,7 +67,50 @@ impl Place {
         let dir_fd = rustix::fs::open(&directory, flags, Mode::empty())
             .map_err(|errno| Error::io("cannot open the directory", directory.display(), errno))?;
         let old = old.map(|metadata| (metadata.mode() & 0o777, metadata.uid(), metadata.gid()));
-        Ok(Self { path: path.to_owned(), typed: typed.to_owned(), dir_fd, name, old, force, mode })
+        let partial = format!("{name}.partial");
+        let (path, typed) = (path.to_owned(), typed.to_owned());
+        Ok(Self { path, typed, dir_fd, name, partial, again: false, old, force, mode })
+    }
+
+    /// A checkpoint at `path`.
+    pub fn checkpoint(path: &Path, force: bool) -> Result<Self> {
+        let place = Self::new(path, &path.display().to_string(), None, force, CHECKPOINT_MODE)?;
+        Ok(Self { partial: place.name.clone(), ..place })
+    }
+
+    /// Where the checkpoint of the file that grows here is, unless told otherwise.
+    pub fn checkpoint_path(&self) -> PathBuf {
+        self.path.with_file_name(checkpoint_of(&self.partial))
+    }
+
+    /// The file that is there already is to be gone on with. `force`: what it replaces may go whatever it holds.
+    pub fn again(self, force: bool) -> Result<Self> {
+        match statat(&self.dir_fd, &*self.partial, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(Self { again: true, force, ..self }),
+            Err(Errno::NOENT) => {
+                let shown = self.shown();
+                let error = Error::new(
+                    ErrorKind::NotFound,
+                    format!("nothing to resume: there is no {}", shown.display()),
+                );
+                let is_whole = self.partial != self.name
+                    && statat(&self.dir_fd, &*self.name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+                Err(if is_whole {
+                    error.hint(format!("{} is in its place: the copy may have ended", self.typed))
+                } else {
+                    error.hint("begin it without --resume")
+                })
+            }
+            Err(errno) => Err(Error::io("cannot open", self.shown().display(), errno)),
+        }
+    }
+
+    fn shown(&self) -> PathBuf {
+        self.path.with_file_name(&self.partial)
+    }
+
+    fn is_checkpoint(&self) -> bool {
+        self.partial == self.name
     }
 
     /// Do both mean the same directory entry?
@@ -70,10 +124,16 @@ impl Place {
         &self.typed
     }
 
-    /// Create and lock the `.partial`.
+    /// Create and lock the `.partial`, or lock the one that is to be gone on with.
     pub fn create(self) -> Result<Partial> {
-        let partial = format!("{}.partial", self.name);
-        let shown = self.path.with_file_name(&partial);
+        let (partial, shown) = (self.partial.clone(), self.shown());
+        if self.again {
+            let fd = self.open_leftover(&partial, &shown)?;
+            let fd = fd.ok_or_else(|| Error::io("cannot open", shown.display(), Errno::NOENT))?;
+            lock(&fd, &shown)?;
+            let Self { dir_fd, name, force: replace, .. } = self;
+            return Ok(Partial { fd, dir_fd, partial, name, replace, is_ours: false, shown });
+        }
         let failed = |errno: Errno| Error::io("cannot create", shown.display(), errno);
         // Somebody else may take the name between two of our steps; each round starts again from what is there now.
         for _ in 0..8 {
@@ -88,7 +148,7 @@ impl Place {
                     self.inherit(&fd).map_err(failed)?;
                     created.keep();
                     let Self { dir_fd, name, force: replace, .. } = self;
-                    return Ok(Partial { fd, dir_fd, partial, name, replace, shown });
+                    return Ok(Partial { fd, dir_fd, partial, name, replace, is_ours: true, shown });
                 }
                 Err(Errno::EXIST) => self.clear_leftover(&partial, &shown)?,
                 Err(errno) => return Err(failed(errno)),
@@ -97,25 +157,45 @@ impl Place {
         Err(Error::new(ErrorKind::Conflict, format!("{}: somebody keeps creating it", shown.display())))
     }
 
-    /// Remove what an interrupted job left behind, if told to and nobody writes it.
-    fn clear_leftover(&self, partial: &str, shown: &Path) -> Result<()> {
+    /// The regular file of this name, if there is one.
+    fn open_leftover(&self, name: &str, shown: &Path) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let fd = match openat(&self.dir_fd, partial, flags, Mode::empty()) {
+        let fd = match openat(&self.dir_fd, name, flags, Mode::empty()) {
             Ok(fd) => fd,
-            Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(Error::io("cannot open", shown.display(), errno)),
         };
         let kind = fstat(&fd).map_err(|errno| Error::io("cannot open", shown.display(), errno))?;
         if FileType::from_raw_mode(kind.st_mode) != FileType::RegularFile {
             return Err(Error::new(ErrorKind::Conflict, format!("{} is in the way", shown.display())));
         }
+        Ok(Some(fd))
+    }
+
+    /// Remove what an interrupted job left behind, if told to and nobody writes it.
+    fn clear_leftover(&self, partial: &str, shown: &Path) -> Result<()> {
+        let Some(fd) = self.open_leftover(partial, shown)? else { return Ok(()) };
         lock(&fd, shown)?;
+        // Its name is the user's: it may be anything.
+        if self.is_checkpoint() && !holds_checkpoint(&fd) {
+            let what = format!("{} is there, and is no checkpoint", shown.display());
+            return Err(Error::new(ErrorKind::Conflict, what).hint("name another file"));
+        }
         if !self.force {
-            return Err(Error::new(
+            let resumable = self.is_checkpoint()
+                || statat(&self.dir_fd, checkpoint_of(partial), AtFlags::SYMLINK_NOFOLLOW).is_ok();
+            let error = Error::new(
                 ErrorKind::Conflict,
                 format!("{} was left behind by an interrupted job", shown.display()),
-            )
-            .hint("remove it, or use --force"));
+            );
+            return Err(if resumable {
+                error.hint("--resume goes on with it, --force begins anew")
+            } else {
+                error.hint("remove it, or use --force")
+            });
+        }
+        if !self.is_checkpoint() {
+            self.clear_checkpoint(&checkpoint_of(partial));
         }
         // Unlinked and created anew rather than truncated: it may have other names, and another owner.
         match names(&self.dir_fd, partial, &fd) {
@@ -123,6 +203,17 @@ impl Place {
                 .map_err(|errno| Error::io("cannot remove", shown.display(), errno)),
             Ok(false) => Ok(()),
             Err(errno) => Err(Error::io("cannot open", shown.display(), errno)),
+        }
+    }
+
+    /// A checkpoint of what goes is of nothing any more. One that is used, or none at all, is left alone.
+    fn clear_checkpoint(&self, name: &str) {
+        let shown = self.path.with_file_name(name);
+        if let Ok(Some(fd)) = self.open_leftover(name, &shown)
+            && lock(&fd, &shown).is_ok()
+            && holds_checkpoint(&fd)
+        {
+            remove(&self.dir_fd, name, &fd);
         }
     }
 
@@ -160,7 +251,7 @@ impl Drop for Created<'_> {
 impl Partial {
     /// A file that was just created under its own name, and is locked.
     pub fn in_place(fd: OwnedFd, dir_fd: OwnedFd, name: String, shown: PathBuf) -> Self {
-        Self { fd, dir_fd, partial: name.clone(), name, replace: false, shown }
+        Self { fd, dir_fd, partial: name.clone(), name, replace: false, shown, is_ours: true }
     }
 
     /// Did the file take its final name?
@@ -168,9 +259,14 @@ impl Partial {
         names(&self.dir_fd, &self.name, &self.fd).unwrap_or(false)
     }
 
-    /// Remove the file if it is still there and still ours. Says whether it was.
+    /// Is the file still there under its partial name?
+    pub fn is_there(&self) -> bool {
+        names(&self.dir_fd, &self.partial, &self.fd).unwrap_or(false)
+    }
+
+    /// Remove the file if it is still there and we made it. Says whether it was.
     pub fn remove(&self) -> bool {
-        remove(&self.dir_fd, &self.partial, &self.fd)
+        self.is_ours && remove(&self.dir_fd, &self.partial, &self.fd)
     }
 
     /// Was nothing written to it yet?
@@ -182,6 +278,23 @@ impl Partial {
     pub fn shown(&self) -> &Path {
         &self.shown
     }
+}
+
+/// The name of the checkpoint of a partial file.
+fn checkpoint_of(partial: &str) -> String {
+    format!("{partial}.checkpoint")
+}
+
+/// Is this a checkpoint, or one that was about to be written?
+fn holds_checkpoint(fd: &OwnedFd) -> bool {
+    let begins = |offset| {
+        let mut first = [0; proto::CHECKPOINT_MAGIC.len()];
+        match rustix::io::pread(fd, &mut first, offset) {
+            Ok(count) => count < first.len() || first == proto::CHECKPOINT_MAGIC || first == [0; 8],
+            Err(_) => false,
+        }
+    };
+    begins(0) && begins(4096)
 }
 
 fn lock(fd: &OwnedFd, shown: &Path) -> Result<()> {

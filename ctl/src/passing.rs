@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use proto::Commit;
 
 use crate::endpoint::{End, Sink};
-use crate::partial::Partial;
+use crate::partial::{Partial, Place};
 use crate::report::{Error, Result};
 use crate::secret::Secret;
 
@@ -14,6 +14,8 @@ use crate::secret::Secret;
 pub struct Passing {
     descriptors: Vec<OwnedFd>,
     partials: Vec<PartialFile>,
+    /// There is a checkpoint: what was done stays, to be gone on with.
+    is_resumable: bool,
 }
 
 /// A sink's place in a request.
@@ -41,6 +43,8 @@ enum Fate {
     Removed,
     /// It stays.
     Kept,
+    /// It stays, and the same command goes on by it.
+    Checkpoint,
     /// It goes if nothing was ever written to it, however the job ends: a journal.
     RemovedIfEmpty,
 }
@@ -71,16 +75,10 @@ impl Passing {
             Sink::New(place) => place,
         };
         let name = place.typed().to_owned();
-        let fate = if keep { Fate::Kept } else { Fate::Removed };
+        let fate = if keep || self.is_resumable { Fate::Kept } else { Fate::Removed };
         let created = PartialFile { file: place.create()?, fate };
         let file = &created.file;
-        let share = |fd: BorrowedFd<'_>| {
-            fd.try_clone_to_owned().map_err(|error| {
-                file.remove();
-                Error::io("cannot pass the descriptor", file.shown().display(), error)
-            })
-        };
-        let (fd, dir_fd) = (share(file.fd.as_fd())?, share(file.dir_fd.as_fd())?);
+        let (fd, dir_fd) = share(file)?;
         let fd = self.fd(fd);
         let commit = Commit {
             dir_fd: self.fd(dir_fd),
@@ -101,6 +99,17 @@ impl Passing {
         Ok(self.fd(copy))
     }
 
+    /// A checkpoint, made now or found again. Before the files it is of, which are kept for its sake.
+    pub fn checkpoint(&mut self, place: Place) -> Result<proto::Checkpoint> {
+        let name = place.typed().to_owned();
+        let file = place.create()?;
+        let (fd, dir_fd) = share(&file)?;
+        let entry = proto::Entry { dir_fd: self.fd(dir_fd), name: file.name.clone() };
+        self.is_resumable = true;
+        self.partials.push(PartialFile { file, fate: Fate::Checkpoint });
+        Ok(proto::Checkpoint { fd: self.fd(fd), name, entry: Some(entry), resume: false, interval_ms: None })
+    }
+
     /// A new header or backup.
     pub fn new_file(&mut self, sink: Sink, keep: bool) -> Result<proto::luks::NewFile> {
         let Passed { fd, name, commit, .. } = self.sink(sink, keep)?;
@@ -111,6 +120,17 @@ impl Passing {
     pub fn finish(mut self) -> (Vec<OwnedFd>, Vec<PartialFile>) {
         (std::mem::take(&mut self.descriptors), std::mem::take(&mut self.partials))
     }
+}
+
+/// Descriptors of a file and its directory to be sent.
+fn share(file: &Partial) -> Result<(OwnedFd, OwnedFd)> {
+    let share = |fd: BorrowedFd<'_>| {
+        fd.try_clone_to_owned().map_err(|error| {
+            file.remove();
+            Error::io("cannot pass the descriptor", file.shown().display(), error)
+        })
+    };
+    Ok((share(file.fd.as_fd())?, share(file.dir_fd.as_fd())?))
 }
 
 impl Drop for Passing {
@@ -146,13 +166,15 @@ impl PartialFile {
         if self.fate == Fate::RemovedIfEmpty {
             // Who knows whether it is being written this very moment.
             None
+        } else if self.fate == Fate::Checkpoint {
+            self.file.is_there().then(|| "the same command with --resume goes on".to_owned())
         } else if self.file.is_in_place() {
             Some(format!(
                 "{} was whole and in place already, but that may not outlast a power cut",
                 self.file.name
             ))
         } else if self.fate == Fate::Kept {
-            Some(format!("{} was kept", self.file.shown().display()))
+            self.file.is_there().then(|| format!("{} was kept", self.file.shown().display()))
         } else {
             self.file.remove().then(|| format!("{} was removed", self.file.shown().display()))
         }
@@ -162,7 +184,6 @@ impl PartialFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::partial::Place;
 
     #[test]
     fn what_was_created_for_a_request_that_is_never_sent_is_removed() {

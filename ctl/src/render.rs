@@ -227,8 +227,13 @@ pub fn summary(job: &JobInfo) -> String {
     if let Some(report) = report.filter(|report| reencrypt::is_rehearsal(report)) {
         return reencrypt::rehearsed(report);
     }
-    let bytes = job.progress.done_bytes;
+    let verb = report.map_or(verb, |report| reencrypt::verb(report));
+    let resumed = job.progress.resumed_bytes;
+    let bytes = job.progress.done_bytes.saturating_sub(resumed);
     let mut text = format!("{verb} {}", amount::bytes(bytes));
+    if resumed > 0 {
+        text.push_str(&format!(" after {} that were done before,", amount::bytes(resumed)));
+    }
     if let Some(outcome) = &job.outcome {
         text.push_str(&format!(" in {}", amount::seconds(outcome.seconds)));
         let unlock = job.progress.unlock_seconds;

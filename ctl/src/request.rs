@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use proto::{Action, Format, Submit, Tuning, Volume};
 
-use crate::args::{Bench, Decrypt, Encrypt, Ends, Moving, Verify};
+use crate::args::{Bench, Decrypt, Encrypt, Ends, Moving, SinkArgs, Verify};
 use crate::endpoint::{self, Access, End, Sink};
+use crate::partial::Place;
 use crate::passing::{PartialFile, Passed, Passing};
 use crate::report::{Error, Result};
 use crate::volume::{self, Keys, Wanted};
@@ -22,6 +23,8 @@ pub struct Opened {
     /// A detached header: an existing one is [`Sink::Open`].
     header: Option<Sink>,
     keys: Option<Keys>,
+    /// Where the copy keeps how far it has come.
+    checkpoint: Option<Checkpoint>,
     keep_partial: bool,
     /// Standard output carries a volume, so nothing else may go there.
     pub stdout_is_data: bool,
@@ -29,6 +32,13 @@ pub struct Opened {
     pub warnings: Vec<String>,
     /// What may explain a wrong key.
     pub doubt: Option<String>,
+}
+
+/// A checkpoint to be made, or gone on from.
+struct Checkpoint {
+    place: Place,
+    resume: bool,
+    interval_ms: Option<u32>,
 }
 
 /// A job ready to be sent.
@@ -51,7 +61,7 @@ pub fn encrypt(args: &Encrypt) -> Result<Opened> {
     let wanted = volume::to_make(&args.volume)?;
     let tuning = Tuning { pad: args.pad.pad, ..tuning(&args.moving) };
     let submit = submit(Action::Encrypt, &args.moving, tuning);
-    write_volume(submit, &args.ends, wanted, (args.sink.force, args.sink.keep_partial), CIPHERTEXT_MODE)
+    write_volume(submit, &args.ends, wanted, &args.sink, CIPHERTEXT_MODE)
 }
 
 /// `cryptctl decrypt`
@@ -63,7 +73,7 @@ pub fn decrypt(args: &Decrypt) -> Result<Opened> {
         ..tuning(&args.moving)
     };
     let submit = submit(Action::Decrypt, &args.moving, tuning);
-    write_volume(submit, &args.ends, wanted, (args.sink.force, args.sink.keep_partial), PLAINTEXT_MODE)
+    write_volume(submit, &args.ends, wanted, &args.sink, PLAINTEXT_MODE)
 }
 
 /// `cryptctl verify`
@@ -100,6 +110,7 @@ pub fn bench(args: &Bench) -> Submit {
         detach: false,
         bytes_per_second: None,
         tuning: Tuning::default(),
+        checkpoint: None,
     }
 }
 
@@ -107,27 +118,60 @@ fn write_volume(
     submit: Submit,
     ends: &Ends,
     mut wanted: Wanted,
-    (force, keep_partial): (bool, bool),
+    args: &SinkArgs,
     mode: u32,
 ) -> Result<Opened> {
     refuse_shared_stdin(&[&ends.source], &wanted)?;
     let making = submit.action == Action::Encrypt;
     let source = endpoint::open_readable(&ends.source, "SRC")?;
+    // What an interrupted copy left is to be written again; the daemon looks whether it is that.
+    let force = args.force || args.resume;
+    let again = |sink| if args.resume { endpoint::again(sink, args.force) } else { Ok(sink) };
     let sink = endpoint::inspect_sink(&ends.sink, &source, force, mode)?;
+    let checkpoint = if args.is_resumable() { Some(checkpoint(args, &source, &sink)?) } else { None };
+    let sink = again(sink)?;
+    let checkpoint = match checkpoint {
+        Some(place) if args.resume => Some(place.again(args.force)?),
+        other => other,
+    };
     let header = match &wanted.header {
         Some(path) if making => {
             let header = endpoint::inspect_header(path, "--header", &source, force)?;
             endpoint::refuse_same_sinks(&header, &sink)?;
-            Some(header)
+            Some(again(header)?)
         }
         _ => existing_header(&wanted)?,
     };
     let encrypted = if making { &ends.sink } else { &ends.source };
     let keys = wanted.fetch(&encrypted.display().to_string(), making)?;
     let mut opened = Opened::new(submit, (source, sink, header), (wanted.format, keys));
-    opened.keep_partial = keep_partial;
+    let interval_ms = args.checkpoint_every;
+    opened.checkpoint = checkpoint.map(|place| Checkpoint { place, resume: args.resume, interval_ms });
+    opened.keep_partial = args.keep_partial;
     opened.stdout_is_data = endpoint::is_dash(&ends.sink);
     Ok(opened)
+}
+
+/// Where the checkpoint of a copy is.
+fn checkpoint(args: &SinkArgs, source: &End, sink: &Sink) -> Result<Place> {
+    let stream = match sink {
+        _ if source.stream => Some(&source.name),
+        Sink::Open(end) if end.stream => Some(&end.name),
+        _ => None,
+    };
+    if let Some(name) = stream {
+        let what = format!("{name} is a stream: what has passed it is gone, so the copy cannot be resumed");
+        return Err(Error::usage(what).hint("name files or block devices, or leave --resumable away"));
+    }
+    let path = match (&args.checkpoint, sink) {
+        (Some(path), _) => path.clone(),
+        (None, Sink::New(place)) => place.checkpoint_path(),
+        (None, Sink::Open(end)) => {
+            let what = format!("{} is a device, and has no place for a checkpoint beside it", end.name);
+            return Err(Error::usage(what).hint("name a file for it: --checkpoint FILE"));
+        }
+    };
+    Place::checkpoint(&path, args.force)
 }
 
 fn existing_header(wanted: &Wanted) -> Result<Option<Sink>> {
@@ -147,6 +191,7 @@ pub fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
         detach: moving.detach,
         bytes_per_second: moving.throttle,
         tuning,
+        checkpoint: None,
     }
 }
 
@@ -186,6 +231,7 @@ impl Opened {
             header,
             doubt: keys.key.doubt.take(),
             keys: Some(keys),
+            checkpoint: None,
             keep_partial: false,
             stdout_is_data: false,
             warnings,
@@ -194,8 +240,12 @@ impl Opened {
 
     /// Create what must exist before the daemon can begin.
     pub fn create(self) -> Result<Prepared> {
-        let Self { mut submit, source, sink, header, keys, keep_partial, .. } = self;
+        let Self { mut submit, source, sink, header, keys, checkpoint, keep_partial, .. } = self;
         let mut passing = Passing::default();
+        if let Some(Checkpoint { place, resume, interval_ms }) = checkpoint {
+            let wish = passing.checkpoint(place)?;
+            submit.checkpoint = Some(Box::new(proto::Checkpoint { resume, interval_ms, ..wish }));
+        }
         if let (Some(keys), Some(volume)) = (keys, submit.volume.as_mut()) {
             volume.key_fd = passing.secret(keys.key)?;
             let volume_key = keys.volume_key.map(|key| passing.secret(key)).transpose()?;
@@ -289,6 +339,51 @@ mod tests {
         assert!(dir.path().join("out.partial").exists());
         partials[0].refused();
         assert!(!dir.path().join("out.partial").exists());
+    }
+
+    #[test]
+    fn a_checkpoint_is_made_beside_the_partial_and_found_again() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("dir");
+        let words = "decrypt @/in @/out --format raw --key file:@/key";
+        let (partial, mark) = (dir.path().join("out.partial"), dir.path().join("out.partial.checkpoint"));
+        let error = typed(dir.path(), &format!("{words} --resume")).err().expect("nothing there");
+        assert!(error.to_string().contains("nothing to resume"), "{error}");
+        let (submit, count, partials) =
+            sent(dir.path(), &format!("{words} --resumable --checkpoint-every 0.5"));
+        let wish = submit.checkpoint.expect("a checkpoint");
+        let entry = wish.entry.expect("removable");
+        assert_eq!(
+            (entry.name.as_str(), wish.resume, wish.interval_ms),
+            ("out.partial.checkpoint", false, Some(500))
+        );
+        assert!(wish.fd != entry.dir_fd && count == 6);
+        let mode = std::fs::metadata(&mark).expect("made").mode();
+        assert_eq!(mode & 0o077, 0, "{mode:o}: it may hold a header");
+        // A daemon that goes away leaves both; the locks go with the descriptors.
+        let said: Vec<String> = partials.iter().filter_map(PartialFile::abandon).collect();
+        assert!(said.iter().any(|text| text.contains("--resume goes on")), "{said:?}");
+        drop(partials);
+        assert!(partial.exists() && mark.exists());
+        let (submit, _, partials) = sent(dir.path(), &format!("{words} --resume"));
+        assert!(submit.checkpoint.is_some_and(|wish| wish.resume));
+        // What was found is not ours to remove.
+        partials.iter().for_each(PartialFile::refused);
+        assert!(partial.exists() && mark.exists());
+    }
+
+    #[test]
+    fn what_has_passed_a_pipe_cannot_be_resumed() {
+        let dir = tempfile::tempdir().expect("dir");
+        for option in ["--resumable", "--checkpoint @/mark", "--checkpoint-every 1"] {
+            let fifo = dir.path().join("fifo");
+            let _ = rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600));
+            // Open for both, or opening it would wait for the other end.
+            let _held = std::fs::File::options().read(true).write(true).open(&fifo).expect("opens");
+            let error =
+                refused(dir.path(), &format!("encrypt @/fifo @/out --format raw --key file:@/key {option}"));
+            assert!(error.to_string().contains("is a stream"), "{error}");
+        }
     }
 
     #[test]

@@ -29,9 +29,9 @@ pub fn reencrypt_job(client: Client, opened: reencrypt::request::Opened, global:
     opened.warnings.iter().for_each(|warning| note(&format!("warning: {warning}")));
     let locks = opened.lock(Path::new(lock::DIRECTORY), &mut note)?;
     let doubt = opened.doubt.clone();
-    let prepared = opened.create(&locks)?;
-    let detach = prepared.submit.detach;
-    let result = carry_out(run, prepared, Output::new(false), doubt, global);
+    let detach = opened.is_detached();
+    let result =
+        opened.create(&locks).and_then(|ready| carry_out(run, ready, Output::new(false), doubt, global));
     // Only when the daemon is done with the volume: it shares the locks, and to let go of ours would be to let go of its.
     let over = match &result {
         Ok(_) => !detach,

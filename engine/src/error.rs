@@ -52,6 +52,12 @@ impl Error {
         self
     }
 
+    /// The same, unless there is a hint already.
+    #[must_use]
+    pub fn or_hint(self, hint: &str) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
+    }
+
     /// The cause.
     #[must_use]
     pub fn because(mut self, source: impl StdError + Send + Sync + 'static) -> Self {

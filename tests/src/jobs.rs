@@ -114,6 +114,7 @@ impl Request {
                 detach: true,
                 bytes_per_second: None,
                 tuning: Tuning::default(),
+                checkpoint: None,
             },
             descriptors: vec![key_fd(&key_bytes())],
         }
@@ -176,6 +177,15 @@ impl Request {
     pub fn streaming_to(mut self, fd: impl Into<OwnedFd>) -> Self {
         let fd = self.send(fd);
         self.submit.sink = Some(Sink { fd, name: "-".into(), stream: true, commit: None });
+        self
+    }
+
+    /// With a checkpoint in this open file.
+    pub fn keeping(mut self, checkpoint: impl Into<OwnedFd>, resume: bool) -> Self {
+        let fd = self.send(checkpoint);
+        let name = "checkpoint".to_owned();
+        let wish = proto::Checkpoint { fd, name, entry: None, resume, interval_ms: Some(1) };
+        self.submit.checkpoint = Some(Box::new(wish));
         self
     }
 

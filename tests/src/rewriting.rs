@@ -204,6 +204,7 @@ impl Rewrite {
             sink: None,
             volume: None,
             bench: None,
+            checkpoint: None,
             reencrypt: Some(Box::new(self.request)),
             detach: true,
             bytes_per_second: self.rate,

@@ -159,7 +159,7 @@ fn descriptors_spread_over_a_line_are_counted_together() {
     let mut client = daemon.client();
     let (_read, write) = rustix::pipe::pipe().expect("pipe");
     for part in ["{\"v\":1,", "\"id\":1,", "\"call\":{\"list\":{}}}\n"] {
-        client.send_with(part.as_bytes(), &[write.as_fd(); 4]);
+        client.send_with(part.as_bytes(), &[write.as_fd(); proto::MAX_DESCRIPTORS / 2]);
     }
     assert_eq!(client.refusal().1, ErrorKind::Limit);
 }

@@ -148,6 +148,9 @@ fn a_dry_run_says_what_it_would_do_and_writes_nothing() {
         assert!(report.estimate_seconds.is_some_and(|seconds| seconds > 0.0), "{report:?}");
         assert!(!report.old_key_gone);
         let _ = place.run("reencrypt @/v --key file:@/two --dry-run").exit(4, &["wrong key"]);
+        // Reading is enough.
+        std::fs::set_permissions(place.path("v"), PermissionsExt::from_mode(0o400)).expect("mode");
+        let _ = place.run("reencrypt @/v --key file:@/one --dry-run").done();
         assert!(place.read("v") == before);
         assert_eq!(place.names(), names);
     });
@@ -267,6 +270,7 @@ fn a_device_in_use_and_the_file_under_a_loop_device_are_refused() {
     let _ = place
         .run(&format!("reencrypt {path} --key file:@/one"))
         .exit(1, &["is in use", "unmount it and close its mapping"]);
+    let _ = place.run(&format!("reencrypt {path} --key file:@/one --dry-run")).done();
     drop(held);
     let _ = place
         .run(&format!("reencrypt {} --key file:@/one", device.backing().display()))

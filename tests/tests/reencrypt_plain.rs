@@ -244,10 +244,10 @@ fn a_header_that_was_cut_off_is_taken_back() {
     for keep in [0..0, 32768..half, 16384..16384 + 512, 16384 + 512..half, 16384..16384 + 4096] {
         std::fs::write(&data.path, all_but_copies(keep.clone())).expect("written");
         assert!(shift::is_marked(&mut device(&data.path)).expect("read"));
-        let error = Header::load(&mut device(&data.path)).err().expect("no header yet");
+        let error = Header::load(&mut device(&data.path)).expect_err("no header yet");
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{keep:?}");
         assert!(data.open().expect("put back").is_none());
-        assert!(std::fs::read(&data.path).expect("read")[..DATA as usize] == data.plain, "{keep:?}");
+        assert!(std::fs::read(&data.path).expect("read").starts_with(&data.plain), "{keep:?}");
         // And it can begin again at once.
         std::fs::write(&data.path, all_but_copies(keep.clone())).expect("written");
         let opened = data.encrypt(None, 512);
@@ -364,15 +364,12 @@ fn we_finish_what_cryptsetup_began_to_encrypt() {
         if data.header.as_ref().is_some_and(|header| !header.exists()) {
             continue;
         }
-        match data.open() {
-            Ok(Some(opened)) => {
-                found[usize::from(opened.recovered_bytes > 0)] += 1;
-                assert!(plaintext(&opened, &data.path) == data.plain, "seed {seed}: round {round}");
-                assert!(go_on(opened, &data.path, REDUCE, Until::Done));
-                data.is_encrypted(&format!("seed {seed}: round {round}"));
-            }
-            // Not begun (cryptsetup writes its header twice before it says so), or over.
-            Ok(None) | Err(_) => {}
+        // Otherwise not begun (cryptsetup writes its header twice before it says so), or over.
+        if let Ok(Some(opened)) = data.open() {
+            found[usize::from(opened.recovered_bytes > 0)] += 1;
+            assert!(plaintext(&opened, &data.path) == data.plain, "seed {seed}: round {round}");
+            assert!(go_on(opened, &data.path, REDUCE, Until::Done));
+            data.is_encrypted(&format!("seed {seed}: round {round}"));
         }
     }
     eprintln!("at rest: {}, within a step: {}", found[0], found[1]);

@@ -89,7 +89,7 @@ pub enum Call {
         /// The job to resume.
         job: JobId,
     },
-    /// End the job and undo its unfinished sink. Idempotent; a finished job is [`ErrorKind::Conflict`].
+    /// End the job and undo its unfinished sink, unless it has a checkpoint. Idempotent; a finished job is [`ErrorKind::Conflict`].
     Cancel {
         /// The job to cancel.
         job: JobId,
@@ -147,6 +147,43 @@ pub struct Submit {
     /// How to move the data; every field has a default chosen from the devices.
     #[serde(default)]
     pub tuning: Tuning,
+    /// `encrypt`, `decrypt` between files or devices: where to keep how far the copy has come, so that it can be gone on with
+    /// after a crash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Box<Checkpoint>>,
+}
+
+/// Where a copy keeps how far it has come. With one, a copy that fails or is cancelled leaves its sink and the checkpoint for the
+/// same request with `resume`, instead of undoing the sink; one that is done removes the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Descriptor index of a regular file opened for reading and writing: empty, or with `resume` the one to go on with.
+    pub fd: u32,
+    /// The name the user knows it by; for messages only, never opened.
+    pub name: String,
+    /// Where it is to be removed from when the copy is done. Absent: it is made empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<Entry>,
+    /// Go on with the copy it tells of. Source, sink and everything that shapes the bytes must be as they were.
+    #[serde(default)]
+    pub resume: bool,
+    /// Milliseconds between checkpoints; default 3000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u32>,
+}
+
+/// What the file of a checkpoint begins with, or 4096 bytes further on, once it has been written.
+pub const CHECKPOINT_MAGIC: [u8; 8] = *b"CRYPTDCP";
+
+/// A file by its place in a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Descriptor index of the directory, opened `O_RDONLY|O_DIRECTORY`.
+    pub dir_fd: u32,
+    /// File name (no slash). Verified by device and inode.
+    pub name: String,
 }
 
 /// What a job does.
@@ -395,9 +432,9 @@ pub enum JobState {
     Flushing,
     /// Complete and durable.
     Done,
-    /// Ended by an error; its sink is undone.
+    /// Ended by an error; its sink is undone, unless it has a checkpoint.
     Failed,
-    /// Ended by request; its sink is undone.
+    /// Ended by request; its sink is undone, unless it has a checkpoint.
     Cancelled,
 }
 
@@ -440,6 +477,9 @@ pub struct JobInfo {
 pub struct Progress {
     /// Bytes processed to the end (written, or compared).
     pub done_bytes: u64,
+    /// Of these, done before this job began (`resume`).
+    #[serde(default)]
+    pub resumed_bytes: u64,
     /// Bytes in all, if known (a pipe's are not).
     pub total_bytes: Option<u64>,
     /// Bytes of source that were holes and cost no read.

@@ -10,7 +10,7 @@ use crate::{Commit, Raw};
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// The volume's data (and header, unless `header` is given), opened for reading and writing; a block device
-    /// exclusively.
+    /// exclusively. For a dry run reading is enough.
     pub volume: File,
     /// Which way.
     pub mode: Mode,

@@ -34,6 +34,8 @@ pub struct Reencrypt {
     #[arg(long)]
     pub resume_only: bool,
     /// Say what would be done, and how long it would take by a measured sample; write nothing
+    ///
+    /// Only reads, so the volume may be in use.
     #[arg(long, conflicts_with = "detach")]
     pub dry_run: bool,
     /// Do not ask before it begins

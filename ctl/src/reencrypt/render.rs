@@ -42,7 +42,7 @@ pub fn rows(report: &Report) -> Vec<(&'static str, String)> {
         rows.push(("would take", format!("about {}, by a measured sample", amount::seconds(seconds))));
     }
     rows.extend(digests(report));
-    if report.old_key_gone {
+    if report.old_key_gone && report.old_cipher.is_some() {
         rows.push(("old volume key", "opens nothing any more".to_owned()));
     }
     rows.extend(report.notes.iter().map(|note| ("note", printable(note))));
@@ -87,6 +87,15 @@ fn digests(report: &Report) -> Vec<(&'static str, String)> {
         rows.push(("verified", verdict.to_owned()));
     }
     rows
+}
+
+/// What it made of the data, in one word.
+pub fn verb(report: &Report) -> &'static str {
+    match (&report.old_cipher, &report.new_cipher) {
+        (None, Some(_)) => "encrypted",
+        (Some(_), None) => "decrypted",
+        _ => "re-encrypted",
+    }
 }
 
 /// One line for a dry run that is done.
@@ -190,9 +199,13 @@ note              make a new header backup
     }
 
     #[test]
-    fn a_plain_side_is_called_that() {
+    fn a_plain_side_is_called_that_and_has_no_key() {
+        let encrypted = Report { old_cipher: None, ..report() };
+        assert!(!rows(&encrypted).iter().any(|(name, _)| *name == "old volume key"));
+        assert!(render::summary(&job(JobState::Done, Some(encrypted))).starts_with("encrypted 2.00 GiB in "));
         let decrypted = Report { new_cipher: None, ..report() };
         assert!(rows(&decrypted).contains(&("after", "plain".into())));
+        assert!(render::summary(&job(JobState::Done, Some(decrypted))).starts_with("decrypted "));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use proto::{Action, ErrorKind, Submit};
 
 use crate::args::FoundFormat;
 use crate::endpoint::{self, Access, End, Sink};
+use crate::luks::args::parse_uuid;
 use crate::luks::lock::{self, Lock, Of};
 use crate::passing::Passing;
 use crate::prompt;
@@ -49,8 +50,9 @@ pub struct Opened {
 pub fn open(args: &Reencrypt) -> Result<Opened> {
     wish::refuse_contradictions(args)?;
     let refs = Refs::parse(args)?;
-    let format = wish::format(args)?;
-    let volume = exclusively(&args.volume, "VOLUME")?;
+    let mut format = wish::format(args)?;
+    let access = if args.dry_run { Access::Read } else { Access::Replace };
+    let volume = open_end(&args.volume, "VOLUME", access)?;
     let mode = match (args.becoming.encrypt, args.becoming.decrypt) {
         (true, _) => Mode::Encrypt,
         (_, true) => Mode::Decrypt,
@@ -63,7 +65,8 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
         journal = Some(found);
         warnings.extend(warning);
     }
-    let header = args.volume_args.header.as_deref().map(|path| header(path, &volume, mode)).transpose()?;
+    let header =
+        args.volume_args.header.as_deref().map(|path| header(path, &volume, mode, access)).transpose()?;
     let uuid = match (&format, &header) {
         (Format::Raw(_), _) | (_, Some(Sink::New(_))) => None,
         (_, Some(Sink::Open(end))) => uuid_of(end)?,
@@ -79,6 +82,10 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
                  when that much is free at the end",
             ));
         }
+    }
+    if let (Format::Luks(luks), Mode::Encrypt, false) = (&mut format, mode, resume_only) {
+        // Chosen here, so that it can be locked before anybody else sees it.
+        luks.uuid = luks.uuid.take().or_else(random_uuid);
     }
     if !args.yes && !args.dry_run && std::io::stdin().is_terminal() {
         confirm(&volume.name, mode, uuid.as_deref(), resume_only)?;
@@ -109,9 +116,9 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
     Ok(opened)
 }
 
-/// The volume or its header: nobody else may have it, since all of it is rewritten.
-fn exclusively(path: &Path, role: &str) -> Result<End> {
-    let end = endpoint::open_volume(path, role, Access::Replace).map_err(|error| {
+/// The volume or its header: nobody else may have it, since all of it is rewritten. A dry run only looks, at what is in use too.
+fn open_end(path: &Path, role: &str, access: Access) -> Result<End> {
+    let end = endpoint::open_volume(path, role, access).map_err(|error| {
         let name = path.display();
         if error.failure.kind == ErrorKind::Conflict {
             error.hint(format!(
@@ -122,12 +129,14 @@ fn exclusively(path: &Path, role: &str) -> Result<End> {
             error
         }
     })?;
-    endpoint::refuse_attached(&end)?;
+    if access == Access::Replace {
+        endpoint::refuse_attached(&end)?;
+    }
     Ok(end)
 }
 
 /// A detached header. With `encrypt` one that is not there, or empty, is to be made.
-fn header(path: &Path, volume: &End, mode: Mode) -> Result<Sink> {
+fn header(path: &Path, volume: &End, mode: Mode, access: Access) -> Result<Sink> {
     if std::fs::metadata(path).is_ok_and(|found| volume.is(&found)) {
         return Err(Error::usage(format!("--header: {} is VOLUME itself", path.display()))
             .hint("leave --header out when the header is in front of the data"));
@@ -139,7 +148,7 @@ fn header(path: &Path, volume: &End, mode: Mode) -> Result<Sink> {
             return endpoint::inspect_header(path, "--header", volume, false);
         }
     }
-    let end = exclusively(path, "--header")?;
+    let end = open_end(path, "--header", access)?;
     endpoint::refuse_same_ends(volume, &end)?;
     if mode == Mode::Encrypt && uuid_of(&end)?.is_none() && !is_blank(&end)? {
         return Err(Error::new(
@@ -177,6 +186,12 @@ fn uuid_of(end: &End) -> Result<Option<String>> {
     let Some(field) = bytes.get(UUID).filter(|_| bytes.starts_with(MAGIC)) else { return Ok(None) };
     let text = field.split(|byte| *byte == 0).next().unwrap_or_default();
     Ok(Some(String::from_utf8_lossy(text).into_owned()))
+}
+
+/// A random one, as the kernel makes them; without /proc the daemon chooses.
+fn random_uuid() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid").ok()?;
+    Some(text.trim().to_owned()).filter(|uuid| parse_uuid(uuid).is_ok())
 }
 
 fn is_blank(end: &End) -> Result<bool> {
@@ -293,17 +308,32 @@ impl Opened {
     /// cryptsetup's locks of this volume, as far as there are any for it and we may have them. `waiting` is told what to tell.
     pub fn lock(&self, directory: &Path, waiting: &mut dyn FnMut(&str)) -> Result<Vec<Lock>> {
         let mut locks = Vec::new();
-        let holder = match &self.header {
-            Some(Sink::Open(end)) => end,
-            Some(Sink::New(_)) => return Ok(locks),
-            None => &self.volume,
+        match self.lock_into(&mut locks, directory, waiting) {
+            Ok(()) => Ok(locks),
+            Err(error) => {
+                locks.into_iter().for_each(Lock::release);
+                Err(error)
+            }
+        }
+    }
+
+    fn lock_into(
+        &self,
+        locks: &mut Vec<Lock>,
+        directory: &Path,
+        waiting: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        let Format::Luks(luks) = &self.request.format else { return Ok(()) };
+        let (name, rdev) = match &self.header {
+            Some(Sink::Open(end)) => (end.name.as_str(), end.device()),
+            Some(Sink::New(place)) => (place.typed(), None),
+            None => (self.volume.name.as_str(), self.volume.device()),
         };
-        let name = holder.name.as_str();
         let mut take = |of: Of<'_>, patience| -> Result<()> {
             match lock::take(directory, of, patience, waiting)? {
                 lock::Outcome::Held(lock) => locks.push(lock),
                 // Who may not have this lock cannot re-encrypt a file with cryptsetup either; the daemon locks it against others of us.
-                lock::Outcome::NotPermitted(_) if holder.device().is_none() => {}
+                lock::Outcome::NotPermitted(_) if rdev.is_none() => {}
                 lock::Outcome::NotPermitted(why) => {
                     waiting(&format!(
                         "warning: cryptsetup is not kept from changing {name} meanwhile: {why}"
@@ -312,20 +342,23 @@ impl Opened {
             }
             Ok(())
         };
-        let uuid = self.uuid.as_deref().or(match &self.request.format {
-            Format::Luks(luks) => luks.uuid.as_deref(),
-            Format::Raw(_) => None,
-        });
-        if let Some(uuid) = uuid.filter(|uuid| lock::is_lockable(uuid)) {
+        let uuid = self.uuid.as_deref().or(luks.uuid.as_deref());
+        // A dry run is in nobody's way.
+        if let Some(uuid) = uuid.filter(|uuid| lock::is_lockable(uuid) && !self.request.dry_run) {
             // cryptsetup does not wait for it either: it takes hours.
             take(Of::Reencryption { uuid, name }, std::time::Duration::ZERO)?;
         }
-        if let (Some(rdev), Format::Luks(_)) = (holder.device(), &self.request.format) {
+        if let Some(rdev) = rdev {
             // Shared, although we write: with it nobody else writes, and who only looks is not kept waiting for hours. A header seen
             // half written fails its checksum, and the other copy is whole.
             take(Of::Header { rdev, name, write: false }, lock::PATIENCE)?;
         }
-        Ok(locks)
+        Ok(())
+    }
+
+    /// Does the job outlive this command?
+    pub fn is_detached(&self) -> bool {
+        self.submit.detach
     }
 
     /// Create what must exist before the daemon can begin.

@@ -58,6 +58,13 @@ impl Blocking {
     /// As [`Blocking::open`].
     pub fn open_on(queue: QueueChoice, file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Self> {
         let mut arena = Arena::new(1, BUFFER_BYTES)?;
+        // Whole jobs on simulated disks: what they read and write by way of this passes through their world too.
+        #[cfg(feature = "sim")]
+        if let Some(world) = crate::backend::sim::World::holding(&file)? {
+            let queue = world.queue(&arena, 1);
+            let buf = arena.take_all().pop().expect("an arena of one buffer");
+            return Self::over(queue, buf, file, name, align);
+        }
         let queue = open_queue(queue, &arena, 1)?;
         let buf = arena.take_all().pop().expect("an arena of one buffer");
         Self::over(queue, buf, file, name, align)

@@ -27,6 +27,13 @@ impl Device {
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
+    /// Bytes of blocks that a file has already.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        let blocks = fstat(self.file()).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
+        blocks.saturating_mul(512)
+    }
+
     /// Bytes its filesystem has free for this user. `None`: it does not say; one without a limit (tmpfs with `size=0`) counts
     /// no blocks at all.
     #[must_use]
@@ -50,13 +57,19 @@ impl Device {
     /// # Errors
     /// `Conflict`: somebody else holds it.
     pub fn lock(&self) -> Result<()> {
+        self.lock_as("another job is writing to the sink")
+    }
+
+    /// [`Device::lock`], in words for what is locked.
+    ///
+    /// # Errors
+    /// `Conflict`, in these words.
+    pub fn lock_as(&self, held: &str) -> Result<()> {
         match flock(self.file(), FlockOperation::NonBlockingLockExclusive) {
             // Filesystems without locks keep nobody out, and did not before.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => Ok(()),
-            Err(Errno::WOULDBLOCK) => {
-                Err(Error::new(ErrorKind::Conflict, "another job is writing to the sink").at(self.name()))
-            }
-            Err(errno) => Err(Error::io("cannot lock the sink", errno).at(self.name())),
+            Err(Errno::WOULDBLOCK) => Err(Error::new(ErrorKind::Conflict, held).at(self.name())),
+            Err(errno) => Err(Error::io("cannot lock", errno).at(self.name())),
         }
     }
 

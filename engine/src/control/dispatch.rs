@@ -294,7 +294,8 @@ fn check_names(submit: &Submit) -> Result<()> {
         Some(proto::reencrypt::Format::Raw(pair)) => Some(("journal", &pair.journal.name)),
         None => None,
     };
-    [source, sink, header, rewritten, beside].into_iter().flatten().try_for_each(check_name)
+    let checkpoint = submit.checkpoint.as_ref().map(|checkpoint| ("checkpoint", &checkpoint.name));
+    [source, sink, header, checkpoint, rewritten, beside].into_iter().flatten().try_for_each(check_name)
 }
 
 /// The same for a header operation.
@@ -380,6 +381,7 @@ mod tests {
             submitted_ms: wide,
             progress: proto::Progress {
                 done_bytes: wide,
+                resumed_bytes: wide,
                 total_bytes: Some(wide),
                 hole_bytes: wide,
                 sparse_bytes: wide,

@@ -37,6 +37,7 @@ pub mod hash;
 #[cfg(target_arch = "x86_64")]
 mod isa;
 pub mod kdf;
+pub mod keyed;
 pub mod limit;
 pub mod measure;
 mod portable;

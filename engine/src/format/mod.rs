@@ -7,8 +7,10 @@
 //! | `luks2` | LUKS2 On-Disk Format Specification 1.1.4 |
 //! | `sidecar` | the journal beside a volume without a header that is being re-encrypted |
 //! | `af` | the anti-forensic splitter of both |
+//! | `checkpoint` | how far a copy has come, and what it is a copy of |
 
 pub mod af;
+pub mod checkpoint;
 pub mod luks1;
 pub mod luks2;
 pub mod raw;

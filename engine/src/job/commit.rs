@@ -72,6 +72,34 @@ impl Names {
         })
     }
 
+    /// One name that is there, only to [`Self::undo`] or to [`Self::sync`].
+    ///
+    /// # Errors
+    /// `Invalid` for a bad name.
+    pub fn of_one(directory: OwnedFd, name: &str, owner: &Owner) -> Result<Self> {
+        check_name(name)?;
+        Ok(Self {
+            directory,
+            partial: name.to_owned(),
+            name: name.to_owned(),
+            replace: false,
+            keep_partial: false,
+            owner: owner.clone(),
+        })
+    }
+
+    /// Make the directory's names durable.
+    ///
+    /// # Errors
+    /// The flush failed.
+    pub fn sync(&self) -> Result<()> {
+        self.with_rights("cannot make the sink's name durable", || match fsync(&self.directory) {
+            // Some filesystems have no directories to flush.
+            Err(Errno::INVAL | Errno::ROFS) => Ok(()),
+            other => Ok(other?),
+        })
+    }
+
     fn with_rights<T: Send>(&self, what: &str, act: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
         as_user(self.owner.uid, self.owner.gid, &self.owner.groups, act)?
             .map_err(|cause| Error::io(what, cause).at(&self.name))
@@ -152,11 +180,7 @@ impl Names {
             self.check_free()?;
             self.with_rights("cannot give the sink its name", || Ok(rename(RenameFlags::empty())?))?;
         }
-        self.with_rights("cannot make the sink's name durable", || match fsync(&self.directory) {
-            // Some filesystems have no directories to flush.
-            Err(Errno::INVAL | Errno::ROFS) => Ok(()),
-            other => Ok(other?),
-        })
+        self.sync()
     }
 
     /// Remove the partial file, unless it was to be kept. Returns what is left behind, if anything.

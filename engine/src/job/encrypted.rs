@@ -16,6 +16,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature};
 use crate::crypto::{Kernel, Secret};
 use crate::error::{Error, ErrorKind, Result};
+use crate::job::checkpoint::Checkpoint;
 use crate::job::commit::Names;
 use crate::job::geometry::Geometry;
 use crate::job::state::Job;
@@ -23,7 +24,7 @@ use crate::pipeline::segment::{Segment, Segments};
 use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, Transfer, UNIT_BYTES_MAX};
 use crate::volume::create::{self, NewHeader, Place};
-use crate::volume::{Header, capture, store, unlock};
+use crate::volume::{Header, capture, keep, store, unlock};
 
 /// What must still happen before the workers can begin, and after they have ended.
 pub enum Encrypted {
@@ -120,11 +121,36 @@ impl Encrypted {
         transfer: &Transfer,
         kernel: Kernel,
         ends: [&Device; 2],
+        checkpoint: Option<&mut Checkpoint>,
     ) -> Result<()> {
+        let side = encrypted_of(transfer, ends);
         match self {
             Self::Raw => Ok(()),
-            Self::Open(open) => open.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
-            Self::New(new) => new.begin(job, transfer, kernel, encrypted_of(transfer, ends)),
+            Self::Open(open) => open.begin(job, transfer, kernel, side, checkpoint),
+            Self::New(new) => new.begin(job, transfer, kernel, side, checkpoint),
+        }
+    }
+
+    /// Where a new detached header goes.
+    #[must_use]
+    pub fn new_header(&self) -> Option<&Device> {
+        match self {
+            Self::New(new) => new.detached.as_ref().map(|(device, _)| &**device),
+            Self::Raw | Self::Open(_) => None,
+        }
+    }
+
+    /// Make the partial name of a new detached header durable.
+    ///
+    /// # Errors
+    /// The flush failed.
+    pub fn sync_name(&self) -> Result<()> {
+        match self {
+            Self::New(new) => match &new.detached {
+                Some((_, Some(names))) => names.sync(),
+                _ => Ok(()),
+            },
+            Self::Raw | Self::Open(_) => Ok(()),
         }
     }
 
@@ -184,7 +210,14 @@ fn encrypted_of<T>(transfer: &Transfer, [source, sink]: [T; 2]) -> T {
 }
 
 impl Open {
-    fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
+    fn begin(
+        &mut self,
+        job: &Job,
+        transfer: &Transfer,
+        kernel: Kernel,
+        side: &Device,
+        checkpoint: Option<&mut Checkpoint>,
+    ) -> Result<()> {
         let give_up = || job.is_cancelled();
         let mut take = |into: &mut [u8]| side.read_in_order(into, &give_up);
         let (mut device, header, taken) = if let (None, true) = (&self.detached, side.is_stream()) {
@@ -218,6 +251,9 @@ impl Open {
         }?;
         if let Some(keyslot) = unlocked.keyslot {
             tracing::info!("job {} opened keyslot {keyslot}", job.id);
+        }
+        if let Some(checkpoint) = checkpoint {
+            checkpoint.know_key(&unlocked.key)?;
         }
         if transfer.is_verify()
             && let Some(has) = self.fixed_bytes
@@ -260,13 +296,37 @@ impl Open {
 }
 
 impl New {
-    fn begin(&mut self, job: &Job, transfer: &Transfer, kernel: Kernel, side: &Device) -> Result<()> {
+    fn begin(
+        &mut self,
+        job: &Job,
+        transfer: &Transfer,
+        kernel: Kernel,
+        side: &Device,
+        mut checkpoint: Option<&mut Checkpoint>,
+    ) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
         wait_while_paused(job, transfer)?;
         let give_up = || job.is_cancelled();
-        let key = self.volume_key.take();
-        let header = create::make_unless(&self.wish, &self.place, &passphrase, key, &give_up)?;
-        drop(passphrase);
+        let mut key = self.volume_key.take();
+        let resumed = checkpoint.as_deref().filter(|checkpoint| checkpoint.is_resumed());
+        let is_resumed = resumed.is_some();
+        let header = match resumed {
+            None => create::make_unless(&self.wish, &self.place, &passphrase, key.take(), &give_up)?,
+            Some(checkpoint) => {
+                let (kept, name) = (checkpoint.header(), checkpoint.name());
+                keep::open(kept, name, &passphrase, key.as_ref(), &give_up)?
+            }
+        };
+        drop((passphrase, key));
+        if let Some(checkpoint) = &mut checkpoint {
+            checkpoint.know_key(&header.key)?;
+            if !is_resumed {
+                checkpoint.keep_header(keep::to_bytes(&header)?);
+            } else if header.data != create::plan(&self.wish, &self.place)?.data {
+                let what = "the kept header is of another volume";
+                return Err(Error::new(ErrorKind::Damaged, what).at(checkpoint.name()));
+            }
+        }
         wait_while_paused(job, transfer)?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
@@ -278,6 +338,11 @@ impl New {
         }
         if side.is_stream() {
             fill(geometry.offset(), &mut put)?;
+        }
+        if is_resumed {
+            // What follows was done, durably, before there was a checkpoint.
+            self.made = Some(header);
+            return Ok(());
         }
         // Before any data is overwritten, see `NewHeader::clear`. A file of ours is empty.
         let on_device = detached.map_or(side.nature(), |device| device.nature()) == Nature::Block;

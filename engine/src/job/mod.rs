@@ -10,11 +10,13 @@
 //! | `geometry` | where a volume's data lies, and what follows for sizes |
 //! | `reencrypt` | re-encryption in place |
 //! | `commit` | how a new file becomes visible, or vanishes |
+//! | `checkpoint` | a copy that can be gone on with after a crash |
 //! | `bench` | measuring instead of moving |
 //! | `rehearse` | the pipeline beside its limit, for `bench` |
 //! | `clock` | running time, rate |
 
 pub mod bench;
+pub mod checkpoint;
 pub mod clock;
 pub mod commit;
 pub mod encrypted;

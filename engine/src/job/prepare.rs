@@ -14,6 +14,7 @@ use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::raw;
 use crate::job::Owner;
+use crate::job::checkpoint::{Checkpoint, Facts};
 use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
@@ -57,6 +58,8 @@ pub struct Prepared {
     pub sink: Arc<Device>,
     /// How a new file becomes visible.
     pub names: Option<Names>,
+    /// Where it keeps how far it has come.
+    pub checkpoint: Option<Checkpoint>,
     /// What is left to do for the key and the header.
     pub encrypted: Encrypted,
     /// The kernel of its ciphers.
@@ -86,7 +89,7 @@ fn required<T>(value: Option<T>, what: &str) -> Result<T> {
 /// # Errors
 /// Whatever is wrong with it; nothing was changed.
 pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
-    let Submit { action, source, sink, volume, tuning, bytes_per_second, .. } = submit;
+    let Submit { action, source, sink, volume, tuning, bytes_per_second, checkpoint, .. } = submit;
     if bytes_per_second == Some(0) {
         return Err(Error::new(
             ErrorKind::Invalid,
@@ -99,7 +102,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let volume = required(volume, "volume")?;
 
     let source = open_source(&source_wanted, &mut descriptors)?;
-    let sink = open_sink(&sink_wanted, action, &mut descriptors)?;
+    let sink = open_sink(&sink_wanted, action, checkpoint.is_some(), &mut descriptors)?;
     let names = match &sink_wanted.commit {
         Some(_) if action == Action::Verify => {
             return Err(Error::new(ErrorKind::Invalid, "verify writes nothing, so it has nothing to commit"));
@@ -110,6 +113,11 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
         None => None,
     };
+    let mut checkpoint = match checkpoint {
+        Some(wish) => Some(Checkpoint::open(&wish, action, [&source, &sink], &mut descriptors, owner)?),
+        None => None,
+    };
+    let is_resumed = checkpoint.as_ref().is_some_and(Checkpoint::is_resumed);
     let key = descriptors.secret(volume.key_fd, "key")?;
     let work = match action {
         Action::Encrypt => Work::Encrypt,
@@ -120,7 +128,8 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
     };
     let side = if work == Work::Decrypt { &source } else { &sink };
-    let opened = open_volume(&volume.format, work, side, key, owner, &mut descriptors, means)?;
+    let opened =
+        open_volume(&volume.format, work, (side, key, owner), &mut descriptors, means, checkpoint.as_mut())?;
     descriptors.finish()?;
     refuse_same(&source, &sink, &opened.encrypted)?;
     let geometry = opened.geometry.as_ref();
@@ -130,7 +139,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let sizes = check_sizes(work, &source, &sink, geometry, &tuning)
         .map_err(|error| if is_luks && work == Work::Decrypt { error.as_damage() } else { error })?;
     let new_file = action != Action::Verify && is_file(&sink);
-    if new_file && sink.size() != Some(0) {
+    if new_file && !is_resumed && sink.size() != Some(0) {
         // A replacement is written beside the old file, see `Names`; nothing is ever written over.
         return Err(Error::new(ErrorKind::Conflict, "the sink file is not empty").at(sink.name()));
     }
@@ -142,6 +151,24 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
 
     let sparse = action == Action::Decrypt && tuning.sparse.unwrap_or(true);
+    if let Some(checkpoint) = &mut checkpoint {
+        let header = opened.encrypted.new_header();
+        if header.is_some_and(|header| checkpoint.is_same_as(header)) {
+            return Err(Error::new(ErrorKind::Invalid, "the checkpoint is the header").at(checkpoint.name()));
+        }
+        checkpoint.describe(&Facts {
+            work,
+            total: sizes.total.expect("files and devices have a size"),
+            format: &volume.format,
+            geometry: geometry.expect("files and devices have their header in place"),
+            pad: tuning.pad && action != Action::Decrypt,
+            sparse: new_file && sparse,
+            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            source: &source,
+            sink: &sink,
+            header,
+        })?;
+    }
     let transfer = Transfer::new(
         TransferSpec {
             work,
@@ -177,6 +204,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         source,
         sink,
         names,
+        checkpoint,
         encrypted: opened.encrypted,
         kernel: means.kernel,
         total_bytes: sizes.total,
@@ -199,15 +227,17 @@ struct Opened {
 fn open_volume(
     format: &Format,
     work: Work,
-    side: &Arc<Device>,
-    key: Secret,
-    owner: &Owner,
+    (side, key, owner): (&Arc<Device>, Secret, &Owner),
     descriptors: &mut Descriptors,
     means: Means,
+    checkpoint: Option<&mut Checkpoint>,
 ) -> Result<Opened> {
     match format {
         Format::Raw(raw) => {
             let layout = raw::layout(raw)?;
+            if let Some(checkpoint) = checkpoint {
+                checkpoint.know_key(&key)?;
+            }
             let cipher = build_cipher(means.kernel, key, raw.key_bytes, layout)?;
             let area = AreaCipher {
                 spec: CipherSpec::AesXts(layout.kind),
@@ -267,7 +297,8 @@ fn open_volume(
             Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))
         }
         Format::NewLuks(new) => {
-            let new = new_luks(new, side, key, owner, descriptors)?;
+            let is_resumed = checkpoint.is_some_and(|checkpoint| checkpoint.is_resumed());
+            let new = new_luks(new, (side, key, owner), descriptors, is_resumed)?;
             let planned = create::plan(&new.wish, &new.place)?;
             Ok(Opened {
                 encrypted: Encrypted::New(Box::new(new)),
@@ -282,10 +313,9 @@ fn open_volume(
 /// A LUKS volume to be made on `side`.
 fn new_luks(
     wish: &proto::luks::New,
-    side: &Device,
-    passphrase: Secret,
-    owner: &Owner,
+    (side, passphrase, owner): (&Device, Secret, &Owner),
     descriptors: &mut Descriptors,
+    is_resumed: bool,
 ) -> Result<encrypted::New> {
     let detached = match &wish.header {
         None => None,
@@ -294,7 +324,8 @@ fn new_luks(
             let fd = descriptors.take(header.fd, "header")?;
             let device = Device::from_fd(fd, header.name.clone(), purpose)?;
             if is_file(&device) {
-                if device.size() != Some(0) {
+                // One that is gone on with may have been written when its job was all but done.
+                if !is_resumed && device.size() != Some(0) {
                     return Err(
                         Error::new(ErrorKind::Conflict, "the header file is not empty").at(device.name())
                     );
@@ -361,10 +392,16 @@ fn open_source(source: &Source, descriptors: &mut Descriptors) -> Result<Arc<Dev
     Ok(Arc::new(Device::from_fd(fd, source.name.clone(), purpose)?))
 }
 
-fn open_sink(sink: &Sink, action: Action, descriptors: &mut Descriptors) -> Result<Arc<Device>> {
+/// `is_checked`: what is in it may be looked at before it is written.
+fn open_sink(
+    sink: &Sink,
+    action: Action,
+    is_checked: bool,
+    descriptors: &mut Descriptors,
+) -> Result<Arc<Device>> {
     let fd = descriptors.take(sink.fd, "sink")?;
-    let read = action == Action::Verify;
-    let purpose = Purpose { read, write: !read, stream: sink.stream };
+    let verify = action == Action::Verify;
+    let purpose = Purpose { read: verify || is_checked && !sink.stream, write: !verify, stream: sink.stream };
     Ok(Arc::new(Device::from_fd(fd, sink.name.clone(), purpose)?))
 }
 
@@ -444,7 +481,8 @@ fn check_sizes(
             let dense = work == Work::Encrypt || tuning.sparse == Some(false);
             if let Some(free) = sink.free_bytes()
                 && dense
-                && free < needed
+                // What a copy that is gone on with has written takes no room any more.
+                && free.saturating_add(sink.held_bytes()) < needed
             {
                 let what = format!(
                     "the filesystem of the sink is too small: {needed} bytes are needed, {free} are free"

@@ -7,6 +7,8 @@ use proto::{Action, JobState, Stage};
 
 use crate::backend::device::{Device, Nature};
 use crate::error::{Error, ErrorKind, Result};
+use crate::job::checkpoint::{Checkpoint, Keeper};
+use crate::job::commit::Names;
 use crate::job::encrypted::Encrypted;
 use crate::job::prepare::Prepared;
 use crate::job::state::Job;
@@ -37,26 +39,60 @@ pub struct Ending {
 pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
     // Before anything may be undone: what another job has begun to write is not ours to remove.
     check_empty(job, prepared)?;
-    let outcome = carry(job, pipeline, prepared);
-    if outcome.is_err() {
-        undo(job, prepared);
+    let mut checkpoint = prepared.checkpoint.take();
+    let outcome = carry(job, pipeline, prepared, checkpoint.as_mut());
+    prepared.checkpoint = checkpoint;
+    match &mut prepared.checkpoint {
+        Some(checkpoint) if outcome.is_ok() => checkpoint.remove(),
+        Some(checkpoint) if checkpoint.is_kept() => {
+            return outcome.map_err(|error| match error.kind() {
+                ErrorKind::WrongKey => error,
+                _ => error.or_hint(GO_ON),
+            });
+        }
+        _ if outcome.is_err() => undo(job, prepared),
+        _ => {}
     }
     outcome
 }
 
-fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
+/// What a user does about a copy that ended before its time and has a checkpoint.
+const GO_ON: &str = "what was done is kept: the same command with --resume goes on";
+
+fn carry(
+    job: &Job,
+    pipeline: &Pipeline,
+    prepared: &mut Prepared,
+    mut checkpoint: Option<&mut Checkpoint>,
+) -> Result<Ending> {
     let transfer = &prepared.transfer.clone();
     // First of all, or a wrong passphrase would cost a full disk of room.
     if !matches!(prepared.encrypted, Encrypted::Raw) {
         job.unlocking();
-        prepared.encrypted.begin(job, transfer, prepared.kernel, [&prepared.source, &prepared.sink])?;
+        let ends: [&Device; 2] = [&prepared.source, &prepared.sink];
+        prepared.encrypted.begin(job, transfer, prepared.kernel, ends, checkpoint.as_deref_mut())?;
         job.unlocked();
     }
+    let mut keeper = match checkpoint {
+        None => None,
+        Some(checkpoint) => {
+            let keeper = Keeper::start(checkpoint, transfer, &prepared.source, &prepared.sink)?;
+            prepared.names.iter().try_for_each(Names::sync)?;
+            prepared.encrypted.sync_name()?;
+            Some(keeper)
+        }
+    };
     make_room(job, prepared)?;
     pipeline.run(transfer, prepared.workers_max);
-    let mut behind = 0;
-    while let Err(RecvTimeoutError::Timeout) = transfer.ended.recv_timeout(TICK) {
+    let mut behind = transfer.began_at();
+    let tick = keeper.as_ref().map_or(TICK, |keeper| keeper.interval().min(TICK));
+    while let Err(RecvTimeoutError::Timeout) = transfer.ended.recv_timeout(tick) {
         job.tick(Instant::now());
+        if let Some(keeper) = &mut keeper
+            && let Err(error) = keeper.tick(transfer, Instant::now())
+        {
+            transfer.fail(error);
+        }
         if transfer.gate.is_stopped() {
             // A worker with nothing in flight has no other way to learn of another's failure.
             pipeline.wake();
@@ -65,6 +101,12 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
     }
     job.keep_record(transfer.final_record());
     if let Some(failure) = transfer.take_failure() {
+        // After any other failure what the sink holds is not to be relied on; the last checkpoint is.
+        if failure.kind() == ErrorKind::Cancelled
+            && let Some(keeper) = &mut keeper
+        {
+            keeper.last(transfer)?;
+        }
         return Err(failure);
     }
     job.check_cancelled()?;
@@ -72,14 +114,16 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
     if job.action == Action::Verify {
         return verdict(job, prepared);
     }
-    make_durable(job, pipeline, prepared)?;
+    make_durable(job, pipeline, prepared, keeper.as_mut())?;
     Ok(Ending { padded_bytes: transfer.padded_bytes() })
 }
 
 /// A sink file is empty when its job begins, or zeros left out would show what was there before.
 fn check_empty(job: &Job, prepared: &Prepared) -> Result<()> {
     let sink = &prepared.sink;
-    if job.action != Action::Verify && prepared.is_file_sink() && sink.current_len()? != 0 {
+    let is_resumed = prepared.checkpoint.as_ref().is_some_and(Checkpoint::is_resumed);
+    let is_new = job.action != Action::Verify && prepared.is_file_sink() && !is_resumed;
+    if is_new && sink.current_len()? != 0 {
         let what = "the sink is not empty any more: something else writes to it";
         return Err(Error::new(ErrorKind::Conflict, what).at(sink.name()));
     }
@@ -134,7 +178,7 @@ fn sink_end(transfer: &Transfer, bytes: u64) -> u64 {
 /// Buffered ends: start writing what is complete and drop what has passed, so that a volume does not push everybody else's
 /// pages out, and the final flush has little left to do. Returns how far it got.
 fn tidy_cache(prepared: &Prepared, behind: u64) -> u64 {
-    let done = prepared.transfer.totals().done_bytes;
+    let done = prepared.transfer.began_at() + prepared.transfer.totals().done_bytes;
     // Chunks complete out of order: stay a buffer pool behind, so that what is dropped is really over.
     let passed = done.saturating_sub(DROP_DISTANCE);
     drop_between(prepared, behind, passed);
@@ -175,8 +219,15 @@ fn buffered(prepared: &Prepared) -> impl Iterator<Item = (&Device, Side)> {
 /// 3. the header of a new volume, durable by its own order: one that is there has its data behind it;
 /// 4. the last look for a cancellation: what has a name, or is whole on a device, is not taken back;
 /// 5. the sink's name; 6. the name of a detached header. A crash between the two leaves whole data, and its whole header
-///    under its partial name; the other way round it could leave a replaced header without its data.
-fn make_durable(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<()> {
+///    under its partial name; the other way round it could leave a replaced header without its data;
+/// 7. a checkpoint goes last ([`run`]): a crash before it leaves one too many, never one too few. Between 2 and 3 it is told
+///    that all data is durable.
+fn make_durable(
+    job: &Job,
+    pipeline: &Pipeline,
+    prepared: &mut Prepared,
+    keeper: Option<&mut Keeper<'_>>,
+) -> Result<()> {
     job.set_state(JobState::Flushing);
     let sink = &prepared.sink;
     let transfer = &prepared.transfer;
@@ -189,6 +240,9 @@ fn make_durable(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Resu
     } else {
         // Through a queue, where a simulated disk sees it. A file's length is of what its data needs to be found by.
         pipeline.blocking(sink.file().clone(), sink.name(), 1)?.flush()?;
+    }
+    if let Some(keeper) = keeper {
+        keeper.last(transfer)?;
     }
     job.check_cancelled()?;
     prepared.encrypted.finish(transfer)?;
@@ -221,6 +275,11 @@ fn undo(job: &Job, prepared: &Prepared) {
 
 /// Remove the partial file of a job that did not even begin.
 pub fn discard(prepared: &Prepared) {
+    match &prepared.checkpoint {
+        Some(checkpoint) if checkpoint.is_kept() => return,
+        Some(checkpoint) => checkpoint.remove(),
+        None => {}
+    }
     prepared.encrypted.discard();
     if let Some(names) = &prepared.names
         && let Some(left) = names.undo(&**prepared.sink.file())

@@ -48,6 +48,8 @@ struct Inner {
     totals: Totals,
     /// Of a re-encryption.
     rewriting: Rewriting,
+    /// Where it began.
+    began_at: u64,
     /// Of workers that have left, and of stages that no worker carries. Some 150 KiB: made when there is something in it,
     /// and forgotten long before the job is.
     record: Option<Box<StageRecord>>,
@@ -124,6 +126,7 @@ impl Job {
                 transfer,
                 totals: Totals::default(),
                 rewriting: Rewriting::default(),
+                began_at: 0,
                 record: None,
                 syscalls: 0,
                 outcome: None,
@@ -359,7 +362,7 @@ impl Job {
         let state = {
             let mut inner = self.inner();
             if let Some(transfer) = inner.transfer.take() {
-                inner.totals = transfer.totals();
+                (inner.totals, inner.began_at) = (transfer.totals(), transfer.began_at());
             }
             let (user, system) = cpu_seconds();
             let (state, failure, padded_bytes) = match ended {
@@ -467,7 +470,8 @@ impl Inner {
         let now = Instant::now();
         let totals = self.current();
         let total_bytes = self.total_bytes;
-        let done_bytes = self.rewriting.done_before + totals.done_bytes;
+        let began_at = self.transfer.as_ref().map_or(self.began_at, |transfer| transfer.began_at());
+        let done_bytes = began_at + self.rewriting.done_before + totals.done_bytes;
         let elapsed = self.clock.elapsed(now).as_secs_f64();
         let rate = if self.state.is_final() {
             per_second(totals.done_bytes, elapsed)
@@ -477,6 +481,7 @@ impl Inner {
         let left = total_bytes.map(|total| total.saturating_sub(done_bytes));
         Progress {
             done_bytes,
+            resumed_bytes: began_at,
             total_bytes,
             hole_bytes: totals.hole_bytes,
             sparse_bytes: totals.sparse_bytes,

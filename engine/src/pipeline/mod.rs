@@ -11,6 +11,7 @@
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |
 //! | `hashing` | the hashes of `crypto` as a rewrite asks for them |
 //! | `carrier` | driving a transfer step by step |
+//! | `marks` | how far a transfer has come without a gap |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
 //! Default layout *sharded*: every worker carries every transfer, and they claim chunks of its plan by one atomic. A
@@ -21,6 +22,7 @@ pub mod carrier;
 pub mod crypt;
 pub mod hashing;
 pub mod holes;
+pub mod marks;
 pub mod plan;
 pub mod rewrite;
 pub mod segment;

@@ -141,6 +141,12 @@ impl Plan {
         self.chunk_bytes
     }
 
+    /// Where the next chunk would begin: everything before was claimed.
+    #[must_use]
+    pub fn next(&self) -> u64 {
+        self.next.load(Ordering::Acquire)
+    }
+
     /// Claim the next chunk.
     pub fn claim(&self) -> Claim {
         // A compare-and-swap and not an add, so that a refused claim leaves no gap behind a barrier or an end.

@@ -13,6 +13,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::backend::device::Device;
 use crate::error::Error;
+use crate::pipeline::marks::Marks;
 use crate::pipeline::plan::{Gate, Plan};
 use crate::pipeline::rewrite::Rewrite;
 use crate::pipeline::segment::Segments;
@@ -99,6 +100,9 @@ pub struct Transfer {
     pub counters: Box<[Counters]>,
     segments: OnceLock<Segments>,
     rewrite: OnceLock<Rewrite>,
+    marks: OnceLock<Marks>,
+    /// Where it began: what lies before was done by an earlier transfer.
+    began_at: AtomicU64,
     report: Mutex<Report>,
     difference: AtomicU64,
     latch: Arc<Latch>,
@@ -153,6 +157,8 @@ impl Transfer {
             counters: (0..workers).map(|_| Counters::default()).collect(),
             segments: OnceLock::new(),
             rewrite: OnceLock::new(),
+            marks: OnceLock::new(),
+            began_at: AtomicU64::new(0),
             report: Mutex::default(),
             difference: AtomicU64::new(u64::MAX),
             latch: Arc::new(Latch { parts: AtomicU32::new(0), finished }),
@@ -205,6 +211,29 @@ impl Transfer {
     #[must_use]
     pub fn rewrite(&self) -> &Rewrite {
         self.rewrite.get().expect("a rewrite is set before workers begin")
+    }
+
+    /// Keep account of how far it has come without a gap. To be said before workers begin, if anybody asks.
+    pub fn keep_marks(&self) {
+        let _ = self.marks.set(Marks::new(self.counters.len()));
+    }
+
+    /// The account, if it is kept.
+    #[must_use]
+    pub fn marks(&self) -> Option<&Marks> {
+        self.marks.get()
+    }
+
+    /// Begin at this byte of plaintext: what lies before is in the sink. Before workers begin.
+    pub fn start_at(&self, offset: u64) {
+        self.plan.start_at(offset);
+        self.began_at.store(offset, Ordering::Release);
+    }
+
+    /// Where it began.
+    #[must_use]
+    pub fn began_at(&self) -> u64 {
+        self.began_at.load(Ordering::Acquire)
     }
 
     /// Where plaintext byte `at` lies on one side.

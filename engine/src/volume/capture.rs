@@ -24,7 +24,7 @@ pub struct Captured {
 }
 
 /// Two copies and a keyslots area of the largest sizes LUKS2 has; LUKS1 stays below.
-const HEADER_BYTES_MAX: u64 = 2 * *luks2::COPY_BYTES.end() + (128 << 20);
+pub(super) const HEADER_BYTES_MAX: u64 = 2 * *luks2::COPY_BYTES.end() + (128 << 20);
 
 /// Bytes read at a time, and first.
 const PIECE: usize = 64 << 10;

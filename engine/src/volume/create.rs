@@ -286,6 +286,33 @@ enum Content<'a> {
 }
 
 impl NewHeader {
+    /// One that was made before, and kept ([`crate::volume::keep`]).
+    #[must_use]
+    pub(super) fn again(
+        header: Header,
+        data: DataArea,
+        (keyslot, key): (u32, Secret),
+        header_bytes: u64,
+        material: (u64, Vec<u8>),
+    ) -> Self {
+        Self {
+            header,
+            data,
+            key,
+            keyslot,
+            header_bytes,
+            warnings: Vec::new(),
+            material,
+            stream_bytes: header_bytes,
+        }
+    }
+
+    /// First byte of the keyslot's material, and the material.
+    #[must_use]
+    pub(super) fn material(&self) -> (u64, &[u8]) {
+        (self.material.0, &self.material.1)
+    }
+
     /// Make whatever header was on the device unusable, durably: before its data is overwritten, so that a job that dies leaves
     /// no old header in front of new data. Second copies of LUKS2 headers are looked for where the new data will be, too.
     ///

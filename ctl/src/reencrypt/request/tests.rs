@@ -318,6 +318,22 @@ fn the_locks_are_cryptsetups_and_travel_with_the_request() {
 }
 
 #[test]
+fn a_new_volume_is_locked_by_the_uuid_it_will_have() {
+    let dir = place();
+    let locks = dir.path().join("locks");
+    let words = "@/plain --encrypt --header @/head --new-key K1";
+    let opened = typed(dir.path(), words).unwrap_or_else(|error| panic!("{error}"));
+    let held = opened.lock(&locks, &mut |_| ()).unwrap_or_else(|error| panic!("{error}"));
+    let prepared = opened.create(&held).unwrap_or_else(|error| panic!("{error}"));
+    let request = prepared.submit.reencrypt.as_ref().expect("a re-encryption");
+    let uuid = luks_of(request).uuid.as_ref().expect("chosen");
+    assert!(locks.join(format!("LN_LUKS2-reencryption-{uuid}")).exists());
+    let other = typed(dir.path(), "@/plain --encrypt --new-key K1 --reduce-device-size 32M --dry-run");
+    let other = other.unwrap_or_else(|error| panic!("{error}"));
+    assert!(other.lock(&locks, &mut |_| ()).is_ok_and(|locks| locks.is_empty()), "a dry run locks nothing");
+}
+
+#[test]
 fn a_newline_that_may_be_the_reason_is_told_of_when_the_key_does_not_fit() {
     let dir = place();
     std::fs::write(dir.path().join("line"), "secret\n").expect("write");

@@ -209,6 +209,20 @@ impl Disk {
         self.cache.retain(|pending| pending.order >= before || dice.chance(500));
     }
 
+    /// The power comes back: the medium holds `image`, and everybody sees that.
+    pub(super) fn become_again(&mut self, image: &Image) -> Result<()> {
+        if Image::of_file(&self.file)? != *image {
+            let failed = |errno| Error::io("cannot write a simulated disk", errno);
+            let mut bytes = vec![0; usize::try_from(image.size()).expect("a test's disk fits memory")];
+            image.read(0, &mut bytes);
+            rustix::fs::ftruncate(&self.file, 0).map_err(failed)?;
+            rustix::fs::ftruncate(&self.file, image.size()).map_err(failed)?;
+            put(&self.file, 0, &bytes).map_err(failed)?;
+        }
+        self.interrupted.clear();
+        self.settle()
+    }
+
     /// The whole sectors that an extent touches, as they are once `bytes` are in place.
     fn sectors(&self, order: u64, offset: u64, bytes: &[u8]) -> Result<Pending, Errno> {
         let sector = u64::from(self.options.sector_bytes);

@@ -284,6 +284,39 @@ impl World {
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no simulated world {number}")))
     }
 
+    /// The world one of whose disks this file is, of those a pipeline was told to work on.
+    ///
+    /// # Errors
+    /// The file cannot be examined.
+    pub(super) fn holding(file: &OwnedFd) -> Result<Option<Self>> {
+        let worlds: Vec<Self> = {
+            let numbered = NUMBERED.lock().unwrap_or_else(PoisonError::into_inner);
+            numbered.iter().filter_map(Weak::upgrade).map(Self).collect()
+        };
+        for world in worlds {
+            if world.find(file)?.is_some() {
+                return Ok(Some(world));
+            }
+        }
+        Ok(None)
+    }
+
+    /// As [`World::restart`], but the disks stay the same files: for what knows them by their inodes. What was not written
+    /// keeps its times. Queues of before must be gone.
+    ///
+    /// # Errors
+    /// No memory, or a disk that cannot be written.
+    pub fn restart_in_place(&self, tear: u64) -> Result<()> {
+        let survivors = self.remains().survivors(tear);
+        let mut inner = self.lock();
+        for (disk, (image, _)) in inner.disks.iter_mut().zip(survivors) {
+            disk.become_again(&image)?;
+        }
+        (inner.cut, inner.is_cut) = (None, false);
+        inner.faults.clear();
+        Ok(())
+    }
+
     /// One operation at a time on a disk, at its alignment.
     ///
     /// # Errors

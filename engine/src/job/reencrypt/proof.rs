@@ -119,13 +119,14 @@ fn hex(bytes: &[u8]) -> String {
 /// # Errors
 /// The header cannot be read.
 pub fn old_key_gone(header: &mut Blocking, opened: &Opened) -> Result<bool> {
-    let Some((_, old)) = &opened.old.cipher else { return Ok(true) };
     let Header::Luks2(loaded) = Header::load(header)? else { return Ok(false) };
     let metadata = &loaded.header.metadata;
     // A re-encryption under way would still need it.
     if !metadata.unmet_requirements().is_empty() {
         return Ok(false);
     }
+    // It was plain, or the old keyslots were destroyed before this job began.
+    let Some((_, old)) = &opened.old.cipher else { return Ok(true) };
     // Each digest is asked, not only that of the data: a keyslot may hold a key that is bound to nothing.
     for digest in metadata.digests.values() {
         if unlock::meets(digest, old)? {

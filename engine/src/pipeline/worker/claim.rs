@@ -75,7 +75,7 @@ impl Worker {
             Admission::NotBefore(when) => return Attempt::Later(when),
             Admission::Paused | Admission::Stopped => return Attempt::Idle,
         }
-        let extent = match transfer.plan.claim() {
+        let extent = match active.claim_chunk(self.index) {
             Claim::Extent(extent) => extent,
             Claim::Blocked => return Attempt::Idle,
             Claim::Exhausted => {
@@ -93,6 +93,7 @@ impl Worker {
             // Zero plaintext that a hole holds already (or that is compared with one): nothing moves.
             counters.add_sparse(if verify { 0 } else { extent.len() });
             counters.add_done(extent.len());
+            active.mark_finished(self.index, extent.start());
             return Attempt::Started;
         }
         active.slots += 1;

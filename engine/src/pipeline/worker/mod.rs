@@ -20,6 +20,8 @@ use slab::Slab;
 use crate::backend::{Done, Port, Queue};
 use crate::error::Error;
 use crate::pipeline::holes::HoleCache;
+use crate::pipeline::marks::Unfinished;
+use crate::pipeline::plan::Claim;
 use crate::pipeline::slot::{Slot, State};
 use crate::pipeline::transfer::{Transfer, Work};
 use crate::sys::buffer::Buf;
@@ -75,6 +77,8 @@ struct Active {
     sink: Port,
     record: StageRecord,
     holes: HoleCache,
+    /// For the transfer's marks, if it keeps them.
+    unfinished: Unfinished,
     slots: u32,
     syscalls_before: u64,
     /// The plan has nothing more.
@@ -89,6 +93,24 @@ struct Active {
     sink_turn: u64,
     /// What a transfer that rewrites a device has of its own.
     own: Option<Box<Own>>,
+}
+
+impl Active {
+    /// Claim a chunk, and keep account of it if anybody asks for that.
+    fn claim_chunk(&mut self, worker: usize) -> Claim {
+        let Some(marks) = self.transfer.marks() else { return self.transfer.plan.claim() };
+        self.unfinished.before_claim(marks, worker, &self.transfer.plan);
+        let claim = self.transfer.plan.claim();
+        let start = if let Claim::Extent(extent) = &claim { Some(extent.start()) } else { None };
+        self.unfinished.claimed(marks, worker, start);
+        claim
+    }
+
+    fn mark_finished(&mut self, worker: usize, start: u64) {
+        if let Some(marks) = self.transfer.marks() {
+            self.unfinished.finished(marks, worker, start);
+        }
+    }
 }
 
 /// What one attempt to claim came to.
@@ -201,6 +223,7 @@ impl Worker {
             sink,
             record: StageRecord::default(),
             holes: HoleCache::default(),
+            unfinished: Unfinished::with_capacity(self.buffers),
             slots: 0,
             syscalls_before: self.queue.syscalls(),
             exhausted: false,

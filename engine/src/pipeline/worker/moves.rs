@@ -217,6 +217,7 @@ impl Worker {
         let active = self.active[at].as_mut().expect("a slot's transfer is active");
         active.transfer.counters[self.index].add_done(slot.source_len.into());
         active.sink_turn = slot.extent.end();
+        active.mark_finished(self.index, slot.extent.start());
         let ordered = active.transfer.sink.stream;
         if active.own.is_some() {
             self.written(key);

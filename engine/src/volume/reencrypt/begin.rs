@@ -6,14 +6,17 @@
 //! | `rotate` | from one volume key to another; from a volume to plain data |
 //! | `slots` | which passphrase opens which keyslot, and the new ones |
 //! | `encrypt` | from plain data to a volume |
+//! | `luks1` | first of all a LUKS2 header, where there is an older one |
 //!
 //! # Write order
-//! 1. Material of the new keyslots into free places of the keyslots area, 2. flush, 3. one header write: new keyslots, their digest, the
-//! re-encryption's keyslot, its protection digest and the requirement, all at once. A power cut before 3 leaves noise in free
-//! places; behind it a re-encryption of which nothing is done. So there is never a keyslot whose key is nobody's, as cryptsetup leaves
-//! them when it is cut off between its several header writes; ones it left are named when they are in the way.
+//! First: material of the new keyslots into free places of the keyslots area. Second: flush. Third: one header write with the new
+//! keyslots, their digest, the re-encryption's keyslot, its protection digest and the requirement, all at once. A power cut before the third
+//! leaves noise in free places; behind it a re-encryption of which nothing is done. So there is never a keyslot whose key is
+//! nobody's, as cryptsetup leaves them when it is cut off between its several header writes; ones it left are named when they are
+//! in the way.
 
 mod encrypt;
+pub mod luks1;
 mod rotate;
 mod slots;
 

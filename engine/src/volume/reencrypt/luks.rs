@@ -234,7 +234,10 @@ pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, 
 
 /// Add the note; its number. Without room for it (32 tokens, a full header) it is done without: a crash in the next moments would then
 /// leave wrapped copies of the old key, which opens nothing, where no header points.
-fn note(next: &mut Loaded, areas: &[Area]) -> Option<u32> {
+pub(super) fn note(next: &mut Loaded, areas: &[Area]) -> Option<u32> {
+    if areas.is_empty() {
+        return None;
+    }
     let id = next.header.metadata.free_token().ok()?;
     let areas = areas.iter().map(|area| Value::from(vec![area.offset.to_string(), area.size.to_string()]));
     let extra = Map::from_iter([(NOTE_AREAS.to_owned(), areas.collect())]);

@@ -123,7 +123,7 @@ pub(super) fn total(process: &Process, state: State, data_bytes: u64, name: &str
             process.old.offset
         ));
     };
-    let ends = |offset: u64, bytes: u64| offset.checked_add(bytes).unwrap_or(u64::MAX);
+    let ends = |offset: u64, bytes: u64| offset.saturating_add(bytes);
     let needed = match process.moved {
         Some(moved) if state != State::Finished => ends(moved.offset, moved.bytes),
         _ => 0,

@@ -36,7 +36,8 @@ use crate::volume::Header;
 use crate::volume::create::NewHeader;
 
 const MAGIC: [u8; 16] = *b"cryptctl-moved\0\0";
-const SECTOR: usize = 512;
+/// Bytes that are written whole or not at all.
+pub(super) const SECTOR: usize = 512;
 const HASH_BYTES: usize = 32;
 /// Bytes of the fields that the marker's own hash covers.
 const FIELDS_BYTES: usize = 64;

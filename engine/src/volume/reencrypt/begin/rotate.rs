@@ -1,5 +1,6 @@
 //! From one volume key to another, and from a volume with a detached header to plain data.
 
+use super::luks1;
 use super::slots::{self, Covered, Found, New, Placed};
 use super::{Planned, Wish, cipher_words, in_place, iterations, no_room, nominal_digest};
 use crate::backend::blocking::Blocking;
@@ -45,8 +46,16 @@ pub fn plan(
     new_key: Option<&Secret>,
     give_up: GiveUp<'_>,
 ) -> Result<Planned> {
-    let loaded = look(header)?;
-    let prepared = Prepared::new(header, loaded, wish, keys, new_key, give_up)?;
+    let (loaded, converted) = match look(header)? {
+        Header::Luks2(loaded) => (*loaded, None),
+        // As it would be, but with the material where it is now.
+        Header::Luks1(older) => (luks1::converted(&older, false)?, Some(luks1::converted(&older, true)?)),
+    };
+    let mut prepared = Prepared::new(header, loaded, wish, keys, new_key, give_up)?;
+    if let Some(converted) = converted {
+        prepared.loaded = converted;
+        prepared.notes.push("the LUKS1 header becomes a LUKS2 one, which stays".to_owned());
+    }
     let (_, process) = prepared.nominal(wish, keys, new_key)?;
     Ok(prepared.planned(&process))
 }
@@ -59,7 +68,14 @@ pub fn begin(
     new_key: Option<&Secret>,
     give_up: GiveUp<'_>,
 ) -> Result<Opened> {
-    let mut loaded = look(&mut header)?;
+    let mut loaded = match look(&mut header)? {
+        Header::Luks2(loaded) => *loaded,
+        Header::Luks1(older) => {
+            // Whatever would be refused then is refused now, with the header as it is.
+            plan(&mut header, wish, keys, new_key, give_up)?;
+            luks1::convert(&mut header, &older)?
+        }
+    };
     luks::sweep(&mut header, &mut loaded)?;
     let prepared = Prepared::new(&mut header, loaded, wish, keys, new_key, give_up)?;
     // Before the seconds of the key derivations: what has no room has none.
@@ -125,19 +141,9 @@ pub fn begin(
 }
 
 /// The header, if a re-encryption may begin.
-fn look(device: &mut Blocking) -> Result<Loaded> {
-    let held = store::lock_device(device, false)?;
-    let header = keyslots::load_to_change(device)?;
-    drop(held);
-    match header {
-        Header::Luks2(loaded) => Ok(*loaded),
-        Header::Luks1(_) => Err(Error::new(
-            ErrorKind::Unsupported,
-            "a LUKS1 header has no place for the progress of a re-encryption",
-        )
-        .at(device.name())
-        .hint("convert it first: cryptsetup convert --type luks2")),
-    }
+fn look(device: &mut Blocking) -> Result<Header> {
+    let _held = store::lock_device(device, false)?;
+    keyslots::load_to_change(device)
 }
 
 fn new_volume_key(bytes: u32) -> Result<Secret> {

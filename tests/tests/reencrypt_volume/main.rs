@@ -1,186 +1,24 @@
 //! Re-encryption as the headers have it, on real files: begun by us and finished by cryptsetup, begun by cryptsetup and finished by us,
 //! at rest and interrupted within a step, in every mode of protection and between data units. What counts is all of the plaintext.
 
+mod luks1;
+mod volume;
+
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use engine::crypto::Secret;
-use engine::error::{Error, ErrorKind};
+use engine::error::ErrorKind;
 use engine::format::luks2::metadata::{Keyslot, Token};
-use engine::format::luks2::reencrypt::Mode;
-use engine::volume::Header;
-use engine::volume::reencrypt::begin::{self, Planned, Wish};
-use engine::volume::reencrypt::{Opened, luks, open};
-use engine::volume::unlock;
-use proto::luks::{KdfKind, KdfWish};
+use engine::format::luks2::reencrypt::{Mode, read, write};
+use engine::volume::reencrypt::{begin, luks};
+use engine::volume::{Header, unlock};
 use proto::reencrypt::{Luks, Resilience};
-use tests::luks2::{QUICK, cryptsetup, cryptsetup_does, has_cryptsetup};
-use tests::rewrite::{Until, bytes_of, device, go_on, plaintext, read_by_cryptsetup, secret};
-use tests::{Random, Scratch, seed, skip};
+use tests::luks2::{QUICK, has_cryptsetup};
+use tests::rewrite::{Until, bytes_of, device, go_on, plaintext, secret};
+use tests::{Random, seed, skip};
 
-/// Bytes of data: some steps of [`STEP`] and an odd rest.
-const DATA: u64 = (5 << 20) + 3 * 4096;
-const STEP: u64 = 1 << 20;
-/// Where the data of [`Volume::new`] begins.
-const OFFSET: u64 = 4 << 20;
-const PASS: &str = "correct horse";
-
-fn never() -> bool {
-    false
-}
-
-/// A LUKS2 volume made by cryptsetup, its data noise.
-struct Volume {
-    scratch: Scratch,
-    path: PathBuf,
-    header: Option<PathBuf>,
-    unit: u32,
-}
-
-impl Volume {
-    fn new(unit: u32) -> Self {
-        Self::with(unit, DATA, "", false)
-    }
-
-    fn with(unit: u32, data: u64, options: &str, detached: bool) -> Self {
-        let scratch = Scratch::new();
-        let offset = if detached { 0 } else { OFFSET };
-        let mut noise = vec![0; usize::try_from(offset + data).expect("small")];
-        Random::new(u64::from(unit) + data).fill(&mut noise);
-        let path = scratch.file("volume", &noise);
-        scratch.file("pass", PASS.as_bytes());
-        let header = detached.then(|| scratch.file("header", &vec![0; 4 << 20]));
-        let format = format!(
-            "luksFormat -q --type luks2 --sector-size {unit} --key-file {} --luks2-keyslots-size 3M {options} {}",
-            scratch.join("pass").display(),
-            match &header {
-                Some(header) => format!("--header {}", header.display()),
-                None => format!("--offset {}", OFFSET / 512),
-            }
-        );
-        cryptsetup_does(&[&format, &QUICK.join(" ")], &[&path]);
-        Self { scratch, path, header, unit }
-    }
-
-    fn header(&self) -> &Path {
-        self.header.as_deref().unwrap_or(&self.path)
-    }
-
-    fn pass_file(&self) -> PathBuf {
-        self.scratch.join("pass")
-    }
-
-    fn add_key(&self, text: &str) {
-        let file = self.scratch.file("added", text.as_bytes());
-        let add = format!("luksAddKey -q --key-file {}", self.pass_file().display());
-        cryptsetup_does(&[&add, &QUICK.join(" ")], &[self.header(), &file]);
-    }
-
-    fn header_now(&self) -> Header {
-        Header::load(&mut device(self.header())).expect("a header")
-    }
-
-    fn metadata(&self) -> engine::format::luks2::metadata::Metadata {
-        match self.header_now() {
-            Header::Luks2(loaded) => loaded.header.metadata,
-            Header::Luks1(_) => panic!("LUKS1"),
-        }
-    }
-
-    /// The plaintext of a volume at rest by its header, read by ourselves.
-    fn plain(&self, passphrase: &str) -> Vec<u8> {
-        let header = self.header_now();
-        let [area] = header.data_areas().expect("areas")[..] else { panic!("one area") };
-        let total = bytes_of(&self.path) - area.offset;
-        let mut bytes = vec![0; usize::try_from(total).expect("small")];
-        device(&self.path).read(area.offset, &mut bytes).expect("read");
-        let Some(cipher) = area.cipher else { return bytes };
-        let key =
-            unlock::with_passphrase(&mut device(self.header()), &header, &secret(passphrase), None, &never);
-        let kernel = engine::crypto::Kernel::best().expect("a kernel");
-        let cipher =
-            cipher.spec.build(kernel, &key.expect("opens").key, cipher.unit_bytes, cipher.offset_sectors);
-        cipher.expect("a cipher").decrypt(engine::units::DataUnit(0), &mut bytes);
-        bytes
-    }
-
-    fn plain_by_cryptsetup(&self) -> Vec<u8> {
-        read_by_cryptsetup(&self.path, self.header.as_deref(), &self.pass_file(), self.scratch.path(), DATA)
-    }
-
-    fn wish<'a>(&self, luks: &'a Luks, mode: Mode, resilience: Option<Resilience>) -> Wish<'a> {
-        Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096 }
-    }
-
-    fn begin_with(
-        &self,
-        luks: &Luks,
-        resilience: Option<Resilience>,
-        keys: &[&str],
-        new: Option<&str>,
-    ) -> Result<Opened, Error> {
-        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
-        let wish = self.wish(luks, Mode::Reencrypt, resilience);
-        let new = new.map(secret);
-        begin::begin(device(self.header()), &mut device(&self.path), &wish, &keys, new.as_ref(), &never)
-    }
-
-    fn plan(&self, luks: &Luks, keys: &[&str]) -> Result<Planned, Error> {
-        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
-        let wish = self.wish(luks, Mode::Reencrypt, None);
-        begin::plan(&mut device(self.header()), &wish, &keys, None, &never)
-    }
-
-    fn begin(&self, resilience: Resilience, unit: u32) -> Opened {
-        let luks = Luks { data_unit: Some(unit), force_data_unit: true, ..quick() };
-        self.begin_with(&luks, Some(resilience), &[PASS], None).expect("begun")
-    }
-
-    fn open(&self) -> Result<Option<Opened>, Error> {
-        self.open_with(&[PASS])
-    }
-
-    fn open_with(&self, keys: &[&str]) -> Result<Option<Opened>, Error> {
-        let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
-        let data = bytes_of(&self.path);
-        open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)
-    }
-
-    /// Let cryptsetup finish it; of an interrupted step it asks for a repair first.
-    fn cryptsetup_resumes(&self) {
-        let key = format!("--key-file {}", self.pass_file().display());
-        let header =
-            self.header.as_ref().map_or(String::new(), |path| format!("--header {}", path.display()));
-        let resume = "reencrypt -q --resume-only --force-offline-reencrypt";
-        let output = cryptsetup(&[resume, &key, &header], &[&self.path]);
-        if !output.status.success() {
-            cryptsetup_does(&["repair -q", &key, &header], &[&self.path]);
-            // Behind the last step the repair is the end.
-            if !self.metadata().config.requirements.is_empty() {
-                cryptsetup_does(&[resume, &key, &header], &[&self.path]);
-            }
-        }
-    }
-
-    /// Nothing of a re-encryption is left.
-    fn is_over(&self) {
-        let metadata = self.metadata();
-        assert_eq!(metadata.config.requirements, Vec::<String>::new());
-        assert_eq!(metadata.segments.len(), 1);
-        assert_eq!(metadata.digests.len(), 1);
-        assert!(metadata.keyslots.values().all(|slot| matches!(slot, Keyslot::Luks2(_))));
-        assert!(!luks::is_unswept(&metadata));
-        assert!(self.open().expect("nothing is wrong").is_none());
-    }
-}
-
-/// New keyslots that cost nothing.
-fn quick() -> Luks {
-    let kdf = KdfWish { kind: Some(KdfKind::Pbkdf2), iterations: Some(1000), ..KdfWish::default() };
-    Luks { kdf: Some(kdf), ..Luks::default() }
-}
+use volume::{DATA, OFFSET, PASS, STEP, Volume, never, quick};
 
 const PROTECTED: [Resilience; 2] = [Resilience::Checksum, Resilience::Journal];
 const UNITS: [(u32, u32); 4] = [(512, 512), (512, 4096), (4096, 4096), (4096, 512)];
@@ -659,4 +497,44 @@ fn what_a_power_cut_behind_the_end_left_is_overwritten_without_any_key() {
     assert!(piece.iter().filter(|byte| **byte == 0xA5).count() < 100);
     assert!(!luks::is_unswept(&volume.metadata()));
     assert!(volume.plain(PASS).len() as u64 == DATA);
+}
+
+/// cryptsetup writes a last state at rest, in which all data is new, before it ends; a kill in between leaves that, with old keyslots or
+/// without. To begin anew over new data would destroy it.
+#[test]
+fn all_data_new_and_the_end_not_written_is_an_end() {
+    if !has_cryptsetup() {
+        return skip("no cryptsetup");
+    }
+    for old_keyslots_gone in [false, true] {
+        let volume = Volume::new(512);
+        let before = volume.plain(PASS);
+        assert!(!go_on(volume.begin(Resilience::Checksum, 4096), &volume.path, STEP, Until::Within(5, 1000)));
+        let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+        let metadata = &mut loaded.header.metadata;
+        let (process, _) = read::read(metadata).expect("valid").expect("under way");
+        write::clean(metadata, &process, DATA, DATA).expect("the end");
+        if old_keyslots_gone {
+            metadata.remove_keyslot(0).expect("the old one");
+        }
+        engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("written");
+        let bytes = std::fs::read(&volume.path).expect("read");
+        let refused = volume.open_with(&["nobody's"]).err().expect("a key is needed");
+        assert_eq!(refused.kind(), ErrorKind::WrongKey);
+        assert!(std::fs::read(&volume.path).expect("read") == bytes, "nothing was written");
+        let opened = volume.open().expect("opens").expect("under way");
+        assert_eq!((opened.boundary, opened.recovered_bytes), (DATA, 0));
+        drop(opened);
+        volume.is_over();
+        assert!(volume.plain(PASS) == before);
+    }
+    // While data under it is left, the old key must be there.
+    let volume = Volume::new(512);
+    assert!(!go_on(volume.begin(Resilience::Checksum, 512), &volume.path, STEP, Until::Steps(1)));
+    let Header::Luks2(mut loaded) = volume.header_now() else { panic!("LUKS2") };
+    loaded.header.metadata.remove_keyslot(0).expect("the old one");
+    engine::volume::store::write_luks2(&mut device(&volume.path), &mut loaded).expect("written");
+    let refused = volume.open().err().expect("the old key is gone");
+    assert_eq!(refused.kind(), ErrorKind::Damaged);
+    assert!(refused.chain().contains("old volume key"), "{}", refused.chain());
 }
