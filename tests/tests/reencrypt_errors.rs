@@ -71,7 +71,7 @@ const FORGERIES: [Forgery; 9] = [
         let digests = json["digests"].as_object_mut().expect("digests");
         digests.retain(|_, digest| digest["segments"].as_array().is_some_and(|list| !list.is_empty()));
     }),
-    ("the requirement is the old one", "2.4.3", |json| {
+    ("the requirement is the old one", "cve-2021-4122", |json| {
         json["config"]["requirements"]["mandatory"] = json!(["online-reencrypt"]);
     }),
     ("the old requirement, and no digest", "", |json| {
@@ -243,10 +243,11 @@ fn a_loop_device_that_shrank_is_refused_and_goes_on_when_it_is_back() {
     if !have(&["cryptsetup", "losetup"]) {
         return;
     }
-    let Some(bench) = Bench::on_loop_device(16 * MIB, "--sector-size 512") else { return };
+    let Some(bench) = Bench::on_loop_device(32 * MIB, "--sector-size 512") else { return };
     let running = bench.start(Party::Ours, "--hotzone-size 1M --throttle 16M");
+    let _ = bench.place.moving();
     eventually("more than half of it is done", || {
-        bench.place.jobs().iter().any(|job| job.progress.done_bytes > 12 << 20)
+        bench.place.jobs().last().is_some_and(|job| job.progress.done_bytes > 20 << 20)
     });
     running.signal(Signal::INT);
     let _ = running.wait().exit(1, &["safe point"]);
@@ -258,7 +259,7 @@ fn a_loop_device_that_shrank_is_refused_and_goes_on_when_it_is_back() {
         let set = Command::new("losetup").arg("--set-capacity").arg(&bench.volume).status();
         assert!(set.is_ok_and(|status| status.success()), "losetup --set-capacity");
     };
-    resize(whole.len() - 8 * MIB);
+    resize(whole.len() - 24 * MIB);
     let short = bench.bytes();
     let _ = bench.place.run(&bench.ours("--resume-only")).exit(1, &["hint:", "size"]);
     assert!(bench.bytes() == short, "something was written");
