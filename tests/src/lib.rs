@@ -4,6 +4,7 @@
 //! Nothing here knows what is right: the tests do.
 
 pub mod crash;
+pub mod guest;
 pub mod header;
 pub mod jobs;
 mod loop_device;

@@ -116,7 +116,13 @@ impl Bench {
         self.put(&self.base);
     }
 
-    /// All bytes of the volume.
+    /// The file under the loop device.
+    #[must_use]
+    pub fn backing(&self) -> Option<&Path> {
+        self.device.as_ref().map(LoopDevice::backing)
+    }
+
+    /// Put bytes into it, from its beginning.
     ///
     /// # Panics
     /// If it cannot be written.
@@ -139,7 +145,9 @@ impl Bench {
     /// The words that re-encrypt it, or go on with it.
     #[must_use]
     pub fn ours(&self, options: &str) -> String {
-        format!("reencrypt {} --yes {CHEAP_PBKDF2} --key file:@/pass {options}", self.name)
+        // What was begun goes on as it was begun, and says so to whoever wants it otherwise.
+        let begin = if options.contains("--resume-only") { "" } else { CHEAP_PBKDF2 };
+        format!("reencrypt {} --yes {begin} --key file:@/pass {options}", self.name)
     }
 
     /// Those for cryptsetup, for a shell. It must be told how a step is protected also when it goes on, or measures how costly

@@ -1,11 +1,12 @@
 //! The last word on a LUKS volume: dm-crypt of a real kernel, in a small virtual machine. It mounts what is in our volumes, and we read
 //! what it wrote. Where no such machine can be started the tests are skipped loudly.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
+use tests::guest::{disk, guest, run, says};
 use tests::luks::{SEGMENTS, Shape, cut_into_segments, empty, have, secret, volume_key};
-use tests::{Place, User, skip};
+use tests::{Place, User};
 
 const MIB: usize = 1 << 20;
 
@@ -22,20 +23,9 @@ const SHAPES: [Shape; 6] = [
 /// The volume that is made into several segments for the kernel to write.
 const SEGMENTED: Shape = Shape::luks2(512, 256, "argon2id");
 
-/// Runs a script with disks under a kernel that has dm-crypt, if this checkout has a neighbour that can.
-fn guest() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests lies in the workspace");
-    let named = std::env::var_os("GUEST_SH").map(PathBuf::from);
-    let beside = root.join("../shared/components/guest.sh");
-    named.or(Some(beside)).filter(|path| path.is_file())
-}
-
 /// A place with a passphrase and a plaintext: a filesystem with a file.
 fn prepared() -> Option<(PathBuf, Place)> {
-    let Some(guest) = guest() else {
-        skip("no guest.sh to run a kernel with dm-crypt (name it with GUEST_SH)");
-        return None;
-    };
+    let guest = guest()?;
     if !have(&["cryptsetup", "mke2fs"]) {
         return None;
     }
@@ -46,28 +36,6 @@ fn prepared() -> Option<(PathBuf, Place)> {
     empty(&place, "plain", 8 * MIB);
     let _ = place.shell("mke2fs -q -F -t ext4 -b 4096 -d @/tree @/plain").done();
     Some((guest, place))
-}
-
-/// The n-th disk's name in the guest.
-fn disk(n: usize) -> String {
-    format!("/dev/vd{}", char::from(b'a' + u8::try_from(n).expect("a few disks")))
-}
-
-/// Runs the script; what it printed, unless the guest did not start.
-fn run(place: &Place, mut command: Command, script: &str) -> Option<String> {
-    place.write("script", script.as_bytes());
-    command.arg("-f").arg(format!("{}:pass", place.path("pass").display()));
-    let output = command.arg(place.path("script")).output().expect("guest.sh runs");
-    if output.status.code() == Some(125) {
-        skip(&format!("the guest did not start: {}", String::from_utf8_lossy(&output.stderr)));
-        return None;
-    }
-    Some(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-/// A line has to be there.
-fn says(text: &str, line: &str, about: &str) {
-    assert!(text.lines().any(|said| said == line), "{about}: no {line:?} in:\n{text}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ const SHAPES: [(&str, Shape); 18] = [
 ];
 
 const DEPTH: Depth =
-    Depth { tears: 24, cuts_max: u64::MAX, open_every: 64, resume_every: 64, nest_every: 24, nest_tears: 8 };
+    Depth { tears: 20, cuts_max: u64::MAX, open_every: 64, resume_every: 64, nest_every: 32, nest_tears: 8 };
 
 /// How many power cuts.
 fn wanted() -> u64 {

@@ -499,14 +499,14 @@ fn what_a_power_cut_behind_the_end_left_is_overwritten_without_any_key() {
     assert!(volume.plain(PASS).len() as u64 == DATA);
 }
 
-/// cryptsetup writes a last state at rest, in which all data is new, before it ends; a kill in between leaves that, with old keyslots or
-/// without. To begin anew over new data would destroy it.
+/// cryptsetup writes a last state at rest, in which all data is new, before it ends; a kill in between leaves that, with old keyslots,
+/// with ones whose material has been overwritten, or without. To begin anew over new data would destroy it.
 #[test]
 fn all_data_new_and_the_end_not_written_is_an_end() {
     if !has_cryptsetup() {
         return skip("no cryptsetup");
     }
-    for old_keyslots_gone in [false, true] {
+    for (old_keyslots_gone, material_gone) in [(false, false), (false, true), (true, true)] {
         let volume = Volume::new(512);
         let before = volume.plain(PASS);
         assert!(!go_on(volume.begin(Resilience::Checksum, 4096), &volume.path, STEP, Until::Within(5, 1000)));
@@ -514,6 +514,11 @@ fn all_data_new_and_the_end_not_written_is_an_end() {
         let metadata = &mut loaded.header.metadata;
         let (process, _) = read::read(metadata).expect("valid").expect("under way");
         write::clean(metadata, &process, DATA, DATA).expect("the end");
+        if material_gone {
+            let area = metadata.keyslots[&0].area().expect("its place");
+            let noise = vec![0x5A; usize::try_from(area.size).expect("small")];
+            device(&volume.path).write(area.offset, &noise).expect("overwritten");
+        }
         if old_keyslots_gone {
             metadata.remove_keyslot(0).expect("the old one");
         }

@@ -169,14 +169,25 @@ impl Unlocked {
     ) -> Result<Self> {
         let metadata = &loaded.header.metadata;
         // cryptsetup destroys the old keyslots before the requirement goes.
-        let unknowable = process.old.digest.is_some_and(|id| candidates(metadata, id).is_empty());
+        let mut unknowable = process.old.digest.is_some_and(|id| candidates(metadata, id).is_empty());
         if unknowable && state != State::Finished {
             return Ok(Self { old: None, new: None, proof: Proof::Unknowable });
+        }
+        let mut found = Vec::new();
+        if let (State::Finished, false, Some(old)) = (state, unknowable, process.old.digest) {
+            // And their material before the header forgets them: one that nothing opens is such a one, or its passphrase is not
+            // given. Neither is needed any more.
+            match volume_keys(header, loaded, &[old], keys, give_up) {
+                Ok(key) => found = key,
+                Err(error) if error.kind() == ErrorKind::WrongKey => unknowable = true,
+                Err(error) => return Err(error),
+            }
         }
         let old_digest = process.old.digest.filter(|_| !unknowable);
         let mut wanted: Vec<u32> = old_digest.into_iter().chain(process.new.digest).collect();
         wanted.dedup();
-        let found = volume_keys(header, loaded, &wanted, keys, give_up)?;
+        wanted.retain(|id| !found.iter().any(|(known, _)| known == id));
+        found.extend(volume_keys(header, loaded, &wanted, keys, give_up)?);
         let key = |digest: Option<u32>| {
             let found = found.iter().find(|(id, _)| Some(*id) == digest);
             found.map(|(_, key)| Secret::copy_of(key.as_bytes())).transpose()
