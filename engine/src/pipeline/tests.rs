@@ -597,6 +597,19 @@ mod simulated {
             transfer.plan.write_until(setup.hot);
             let mut carrier = Inline::new(&world, &transfer, news, buffers(&setup)).expect("buffers");
             let mut heard = Heard::default();
+            if on == On::Read {
+                // A place that cannot be read is no reason to leave a step that is being written unfinished: who drives it stops it.
+                loop {
+                    match carrier.next(WAIT) {
+                        Turn::News(news) => heard.hear(news),
+                        Turn::Idle => break,
+                        Turn::Ended => panic!("the end of its own accord"),
+                    }
+                }
+                assert!(transfer.has_failed());
+                transfer.gate.stop();
+                carrier.wake();
+            }
             end(&mut carrier, &mut heard);
             let failure = transfer.take_failure().expect("a failure").chain();
             assert!(failure.contains(expected), "{failure}");
