@@ -9,6 +9,7 @@
 //! | `hotzone` | which chunks are here, and the next hotzone of them |
 //! | `memory` | what the buffers of all of them may take |
 //! | `steps` | the loop over hotzones: which barrier moves when |
+//! | `same` | whether what is asked for is what was begun |
 //! | `proof` | digests of the plaintext before and after |
 //! | `dry` | what it would do, and how long it would take |
 
@@ -19,6 +20,7 @@ pub mod hotzone;
 pub mod memory;
 pub mod proof;
 pub mod request;
+pub mod same;
 pub mod steps;
 
 use std::sync::Arc;
@@ -30,7 +32,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::reencrypt::{self as format, Direction, Resilience};
+use crate::format::luks2::reencrypt::{Direction, Mode as Becomes, Resilience};
 use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::proof::Proving;
@@ -54,28 +56,41 @@ const PAUSE_POLL: Duration = Duration::from_millis(100);
 /// # Errors
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
 pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
+    let ended = carry(job, pipeline, &mut prepared);
+    if ended.is_err() {
+        // Only a header that has no name yet still has two: no data was touched for it.
+        discard(&prepared);
+    }
+    ended
+}
+
+fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
     wait_while_paused(job)?;
-    let desk = Desk::new(pipeline, &prepared);
+    let desk = Desk::new(pipeline, prepared);
     if prepared.dry_run {
-        return dry::run(job, &desk, &prepared);
+        return dry::run(job, &desk, prepared);
     }
     job.unlocking();
-    let opened = desk.open(job, &mut prepared);
+    let opened = desk.open(job, prepared);
     job.unlocked();
     let mut opened = opened?;
-    let mut report = first_report(&opened, &prepared);
+    let mut report = first_report(&opened, prepared);
     job.report(report.clone());
     if done(&opened, opened.boundary) < opened.total {
         let proving = if prepared.verify { Some(Proving::new()?) } else { None };
-        let result = desk.rewrite(job, &prepared, &mut opened, &mut report, proving.as_ref());
+        let result = desk.rewrite(job, prepared, &mut opened, &mut report, proving.as_ref());
         job.detach();
         job.report(report.clone());
         result?;
     }
     if matches!(prepared.format, Format::Luks(_)) {
-        report.old_key_gone = proof::old_key_gone(&mut desk.blocking(prepared.header())?, &opened)?;
+        let mut header = desk.blocking(prepared.header())?;
+        proof::is_over(&mut header)?;
+        report.old_key_gone = proof::old_key_gone(&mut header, &opened)?;
     }
-    report.notes.push(last_words(&prepared).to_owned());
+    // What was said of the way there is not true of its end.
+    report.notes.retain(|note| !note.contains("journal is needed until all is done"));
+    report.notes.extend(last_words(prepared, &opened).map(str::to_owned));
     job.report(report);
     Ok(Ending::default())
 }
@@ -88,15 +103,17 @@ fn done(opened: &Opened, boundary: u64) -> u64 {
     }
 }
 
-fn last_words(prepared: &Prepared) -> &'static str {
-    match (prepared.mode, &prepared.format) {
-        (_, Format::Raw(_)) => {
-            "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more"
+fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
+    match (&prepared.format, opened.mode) {
+        (Format::Raw(_), _) => Some(
+            "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more",
+        ),
+        (_, Becomes::Decrypt) => Some("the data is plain now; its header opens nothing any more"),
+        (_, Becomes::Reencrypt) => {
+            Some("header backups made before do not open this volume: make a new one (cryptctl luks header-backup)")
         }
-        (Mode::Decrypt, _) => "the data is plain now; its header opens nothing any more",
-        _ => {
-            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)"
-        }
+        // There was no header before to make a backup of.
+        (_, Becomes::Encrypt) => Some("make a backup of the new header (cryptctl luks header-backup)"),
     }
 }
 
@@ -150,6 +167,7 @@ impl<'a> Desk<'a> {
             Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data),
         };
         if self.has_header(prepared)? {
+            same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
             let mut keys = Vec::new();
             for key in prepared.keys.iter().chain(&prepared.new_key) {
                 keys.push(Secret::copy_of(key.as_bytes())?);
@@ -157,7 +175,7 @@ impl<'a> Desk<'a> {
             let header = self.blocking(prepared.header())?;
             let opened = open::open(header, &mut data, prepared.data_bytes(), &keys, &give_up)?;
             if let Some(opened) = opened {
-                return same_mode(opened, prepared);
+                return Ok(opened);
             }
         }
         if prepared.resume_only {
@@ -205,6 +223,7 @@ impl<'a> Desk<'a> {
         };
         let data_bytes = prepared.data_bytes();
         if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            same::check_protection(opened.resilience, prepared)?;
             return Ok(opened);
         }
         if prepared.resume_only {
@@ -295,7 +314,7 @@ impl<'a> Desk<'a> {
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
-        verdict(job, prepared, opened, ended)?;
+        verdict(job, prepared, opened, ended, self.is_under_way(prepared))?;
         let Some(proving) = proving else { return Ok(()) };
         drop((course, memory));
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
@@ -317,7 +336,13 @@ fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
 }
 
 /// How it ended, for the user.
-fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Result<()> {
+fn verdict(
+    job: &Job,
+    prepared: &Prepared,
+    opened: &Opened,
+    ended: Ended,
+    under_way: Option<bool>,
+) -> Result<()> {
     let Ended { boundary, state, failure, .. } = ended;
     if state == State::Finished {
         if let Some(error) = failure {
@@ -327,6 +352,7 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
     }
     let done = done(opened, boundary);
     let stands = match state {
+        _ if under_way == Some(false) => "the header on disk has no re-encryption any more",
         State::Crash => "a step was interrupted and is recovered when it is resumed",
         _ => "it rests at a safe point",
     };
@@ -336,7 +362,14 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         Format::Luks(_) => hint,
         Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
     };
-    let hint = if state == State::Crash && matches!(opened.resilience, Resilience::None) {
+    let hint = if under_way == Some(false) {
+        // Whoever changed it: what it says now is not what this job left behind.
+        if done == opened.total || opened.ledger.hotzone_max().is_none() && state == State::Crash {
+            ENDED
+        } else {
+            TAKEN_OVER
+        }
+    } else if state == State::Crash && matches!(opened.resilience, Resilience::None) {
         "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
     } else {
         hint
@@ -348,22 +381,6 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         None => Error::new(ErrorKind::Cancelled, format!("cancelled: {what}")).at(prepared.data.name()),
     }
     .hint(hint))
-}
-
-/// A re-encryption of another kind is not gone on with by mistake.
-fn same_mode(opened: Opened, prepared: &Prepared) -> Result<Opened> {
-    if opened.mode == prepared.mode() {
-        return Ok(opened);
-    }
-    let (what, flag) = match opened.mode {
-        format::Mode::Reencrypt => ("re-encrypted", "neither --encrypt nor --decrypt"),
-        format::Mode::Encrypt => ("encrypted", "--encrypt"),
-        format::Mode::Decrypt => ("decrypted", "--decrypt"),
-    };
-    let what = format!("the volume is being {what}, which was begun and is not finished");
-    Err(Error::new(ErrorKind::Conflict, what)
-        .at(prepared.header().name())
-        .hint(format!("go on with {flag} and --resume-only")))
 }
 
 fn nothing_begun(prepared: &Prepared) -> Error {
