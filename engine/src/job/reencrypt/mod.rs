@@ -156,7 +156,7 @@ impl<'a> Desk<'a> {
             }
             let header = self.blocking(prepared.header())?;
             let opened = open::open(header, &mut data, prepared.data_bytes(), &keys, &give_up)?;
-            if let Some(opened) = opened {
+            if let Some(opened) = opened.under() {
                 return same_mode(opened, prepared);
             }
         }
