@@ -7,7 +7,8 @@ use engine::error::Error;
 use engine::format::luks2::metadata::Keyslot;
 use engine::format::luks2::reencrypt::Mode;
 use engine::volume::reencrypt::begin::{self, Planned, Wish};
-use engine::volume::reencrypt::{Opened, luks, open};
+use engine::volume::reencrypt::open::{self, Found};
+use engine::volume::reencrypt::{Opened, luks};
 use engine::volume::{Header, unlock};
 use proto::luks::{KdfKind, KdfWish};
 use proto::reencrypt::{Luks, Resilience};
@@ -106,7 +107,14 @@ impl Volume {
     }
 
     pub fn wish<'a>(&self, luks: &'a Luks, mode: Mode, resilience: Option<Resilience>) -> Wish<'a> {
-        Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096, atomic_bytes: 4096 }
+        Wish {
+            mode,
+            luks,
+            resilience,
+            data_bytes: bytes_of(&self.path),
+            block_bytes: 4096,
+            atomic_bytes: 4096,
+        }
     }
 
     pub fn begin_with(
@@ -138,6 +146,10 @@ impl Volume {
     }
 
     pub fn open_with(&self, keys: &[&str]) -> Result<Option<Opened>, Error> {
+        Ok(self.find(keys)?.under())
+    }
+
+    pub fn find(&self, keys: &[&str]) -> Result<Found, Error> {
         let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
         let data = bytes_of(&self.path);
         open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)

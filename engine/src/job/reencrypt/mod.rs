@@ -44,12 +44,17 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::slot::Side;
 use crate::units::Extent;
 use crate::volume::Header;
-use crate::volume::reencrypt::{self as volume, Opened, begin, open, sidecar};
+use crate::volume::reencrypt::decide::Requirement;
+use crate::volume::reencrypt::open::Found;
+use crate::volume::reencrypt::{self as volume, Opened, begin, luks as ledger, open, sidecar};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
 /// How often a paused job looks whether it may go on.
 const PAUSE_POLL: Duration = Duration::from_millis(100);
+
+/// All that a job found to do.
+const SWEPT: &str = "what was left of the last re-encryption was overwritten; nothing else to do";
 
 /// Carry a re-encryption to its end, or to where it is safe to stop.
 ///
@@ -73,7 +78,11 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
     job.unlocking();
     let opened = desk.open(job, prepared);
     job.unlocked();
-    let mut opened = opened?;
+    let Some(mut opened) = opened? else {
+        proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        job.report(Report { notes: vec![SWEPT.to_owned()], ..Report::default() });
+        return Ok(Ending::default());
+    };
     let mut report = first_report(&opened, prepared);
     job.report(report.clone());
     if done(&opened, opened.boundary) < opened.total {
@@ -158,13 +167,13 @@ impl<'a> Desk<'a> {
         self.pipeline.blocking(device.file().clone(), device.name(), align)
     }
 
-    /// Go on with what was begun, or begin.
-    fn open(&self, job: &Job, prepared: &mut Prepared) -> Result<Opened> {
+    /// Go on with what was begun, or begin. `None`: one was over but for what has been overwritten now.
+    fn open(&self, job: &Job, prepared: &mut Prepared) -> Result<Option<Opened>> {
         let give_up = || job.is_cancelled();
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data),
+            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data).map(Some),
         };
         if self.has_header(prepared)? {
             same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
@@ -174,8 +183,11 @@ impl<'a> Desk<'a> {
             }
             let header = self.blocking(prepared.header())?;
             let opened = open::open(header, &mut data, prepared.data_bytes(), &keys, &give_up)?;
-            if let Some(opened) = opened {
-                return Ok(opened);
+            match opened {
+                Found::Under(opened) => return Ok(Some(*opened)),
+                // The same command again, or one to go on: it has done what was left to do.
+                Found::Swept => return Ok(None),
+                Found::None => {}
             }
         }
         if prepared.resume_only {
@@ -190,9 +202,28 @@ impl<'a> Desk<'a> {
             (Some(names), Ok(opened)) => {
                 names.commit(&**prepared.header().file())?;
                 prepared.names = None;
-                Ok(opened)
+                Ok(Some(opened))
             }
-            (_, begun) => begun,
+            (_, begun) => begun.map(Some),
+        }
+    }
+
+    /// What the header says, read anew: others may have written it.
+    fn standing(&self, prepared: &Prepared) -> Standing {
+        let loaded = match (&prepared.format, self.blocking(prepared.header())) {
+            (Format::Luks(_), Ok(mut header)) => Header::load(&mut header),
+            _ => return Standing::UnderWay,
+        };
+        match loaded {
+            Ok(Header::Luks2(loaded)) => {
+                let metadata = &loaded.header.metadata;
+                match Requirement::of(metadata) {
+                    Requirement::None if ledger::is_unswept(metadata) => Standing::Unswept,
+                    Requirement::None => Standing::Gone,
+                    _ => Standing::UnderWay,
+                }
+            }
+            _ => Standing::UnderWay,
         }
     }
 
@@ -314,7 +345,7 @@ impl<'a> Desk<'a> {
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
-        verdict(job, prepared, opened, ended, self.is_under_way(prepared))?;
+        verdict(job, prepared, opened, ended, self.standing(prepared))?;
         let Some(proving) = proving else { return Ok(()) };
         drop((course, memory));
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
@@ -335,13 +366,24 @@ fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
     done.max(dropped)
 }
 
+/// What the header on disk says when the job has stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// The re-encryption is under way, or nothing is known.
+    UnderWay,
+    /// It is over, and old key material is left to be overwritten.
+    Unswept,
+    /// There is none.
+    Gone,
+}
+
 /// How it ended, for the user.
 fn verdict(
     job: &Job,
     prepared: &Prepared,
     opened: &Opened,
     ended: Ended,
-    under_way: Option<bool>,
+    standing: Standing,
 ) -> Result<()> {
     let Ended { boundary, state, failure, .. } = ended;
     if state == State::Finished {
@@ -352,7 +394,8 @@ fn verdict(
     }
     let done = done(opened, boundary);
     let stands = match state {
-        _ if under_way == Some(false) => "the header on disk has no re-encryption any more",
+        _ if standing == Standing::Unswept => "the header says that it is over",
+        _ if standing == Standing::Gone => "the header on disk has no re-encryption any more",
         State::Crash => "a step was interrupted and is recovered when it is resumed",
         _ => "it rests at a safe point",
     };
@@ -362,13 +405,10 @@ fn verdict(
         Format::Luks(_) => hint,
         Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
     };
-    let hint = if under_way == Some(false) {
-        // Whoever changed it: what it says now is not what this job left behind.
-        if done == opened.total || opened.ledger.hotzone_max().is_none() && state == State::Crash {
-            ENDED
-        } else {
-            TAKEN_OVER
-        }
+    let hint = if standing == Standing::Unswept {
+        "all data is new; the same command again overwrites what is left of the old key"
+    } else if standing == Standing::Gone {
+        "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
     } else if state == State::Crash && matches!(opened.resilience, Resilience::None) {
         "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
     } else {
