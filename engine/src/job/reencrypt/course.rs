@@ -9,10 +9,11 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, unbounded};
 
 use crate::crypto::proof::Proof;
-use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter, sha256};
+use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{Checksum, Direction};
 use crate::job::reencrypt::hotzone::Track;
+use crate::pipeline::hashing::Checksums;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::rewrite::{Checksummer, Journal, News, Prover, Rewrite};
 use crate::pipeline::segment::{Segment, Segments};
@@ -95,7 +96,10 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
 
     let (news, listener) = unbounded();
     let checksums = match &protection {
-        Protection::Checksums(checksum) => Some(Box::new(Blocks(*checksum)) as Box<dyn Checksummer>),
+        Protection::Checksums(checksum) => {
+            let Checksum { hash, block_bytes } = *checksum;
+            Some(Box::new(Checksums { hash, block_bytes }) as Box<dyn Checksummer>)
+        }
         _ => None,
     };
     let journal = match protection {
@@ -109,7 +113,7 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
         fused: if proof.is_none() && opened.moved.is_none() { fused(opened, shape.kernel)? } else { None },
         checksums,
         journal,
-        prover: proof.map(|proof| Box::new(Proving(proof)) as Box<dyn Prover>),
+        prover: proof.map(|proof| Box::new(proof) as Box<dyn Prover>),
         read_only: false,
         news,
     });
@@ -141,7 +145,7 @@ pub fn reread(opened: &Opened, shape: &Shape, proof: Arc<Proof>) -> Result<Cours
         fused: None,
         checksums: None,
         journal: None,
-        prover: Some(Box::new(Proving(proof))),
+        prover: Some(Box::new(proof)),
         read_only: true,
         news,
     });
@@ -245,27 +249,5 @@ fn fused(opened: &Opened, kernel: Kernel) -> Result<Option<Box<dyn Recrypter>>> 
     match (part(&opened.old)?, part(&opened.new)?) {
         (Some(old), Some(new)) => recrypter(kernel, (&old.0, old.1), (&new.0, new.1)).map(Some),
         _ => Ok(None),
-    }
-}
-
-/// Checksums of the blocks of a chunk.
-struct Blocks(Checksum);
-
-impl Checksummer for Blocks {
-    fn checksums(&self, bytes: &[u8]) -> Box<[u8]> {
-        let Self(Checksum { hash, block_bytes }) = *self;
-        let block = block_bytes as usize;
-        let mut out = vec![0; bytes.len() / block * hash.bytes()];
-        sha256::checksums(hash, block, bytes, &mut out);
-        out.into_boxed_slice()
-    }
-}
-
-/// The proof, for the workers.
-struct Proving(Arc<Proof>);
-
-impl Prover for Proving {
-    fn contribution(&self, offset: u64, plaintext: &[u8]) -> [u8; 32] {
-        self.0.contribution(offset, plaintext)
     }
 }

@@ -32,7 +32,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::reencrypt::{Direction, Mode as Becomes, Resilience};
+use crate::format::luks2::reencrypt::{self as format, Direction, Mode as Becomes, Resilience, read};
 use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::proof::Proving;
@@ -118,9 +118,9 @@ fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
             "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more",
         ),
         (_, Becomes::Decrypt) => Some("the data is plain now; its header opens nothing any more"),
-        (_, Becomes::Reencrypt) => {
-            Some("header backups made before do not open this volume: make a new one (cryptctl luks header-backup)")
-        }
+        (_, Becomes::Reencrypt) => Some(
+            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)",
+        ),
         // There was no header before to make a backup of.
         (_, Becomes::Encrypt) => Some("make a backup of the new header (cryptctl luks header-backup)"),
     }
@@ -220,7 +220,10 @@ impl<'a> Desk<'a> {
                 match Requirement::of(metadata) {
                     Requirement::None if ledger::is_unswept(metadata) => Standing::Unswept,
                     Requirement::None => Standing::Gone,
-                    _ => Standing::UnderWay,
+                    _ => match read::read(metadata) {
+                        Ok(Some((_, format::State::Clean { .. }))) => Standing::AtRest,
+                        _ => Standing::UnderWay,
+                    },
                 }
             }
             _ => Standing::UnderWay,
@@ -371,6 +374,8 @@ fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
 enum Standing {
     /// The re-encryption is under way, or nothing is known.
     UnderWay,
+    /// It is under way and between two steps, whatever the loop thought it had begun: a write that failed may never have reached the disk.
+    AtRest,
     /// It is over, and old key material is left to be overwritten.
     Unswept,
     /// There is none.
@@ -378,13 +383,7 @@ enum Standing {
 }
 
 /// How it ended, for the user.
-fn verdict(
-    job: &Job,
-    prepared: &Prepared,
-    opened: &Opened,
-    ended: Ended,
-    standing: Standing,
-) -> Result<()> {
+fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended, standing: Standing) -> Result<()> {
     let Ended { boundary, state, failure, .. } = ended;
     if state == State::Finished {
         if let Some(error) = failure {
@@ -392,6 +391,7 @@ fn verdict(
         }
         return Ok(());
     }
+    let state = if standing == Standing::AtRest { State::Clean } else { state };
     let done = done(opened, boundary);
     let stands = match state {
         _ if standing == Standing::Unswept => "the header says that it is over",
