@@ -13,6 +13,7 @@ use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{Checksum, Direction};
 use crate::job::reencrypt::hotzone::Track;
+use crate::limits;
 use crate::pipeline::hashing::Checksums;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::rewrite::{Checksummer, Journal, News, Prover, Rewrite};
@@ -73,11 +74,20 @@ pub fn is_aligned(opened: &Opened, align: u32) -> bool {
 /// Lay the course of what is left to do.
 ///
 /// # Errors
-/// `Unsupported`: steps so small that no chunk fits; no memory for keys.
+/// `Unsupported`: steps so small that no chunk fits; `Limit`: a step that cannot be cut and is too large; no memory for keys.
 pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<Course> {
     let protection = opened.ledger.protection();
     let most = opened.ledger.hotzone_max().unwrap_or(u64::MAX);
     let whole_bytes = opened.moved.map_or(0, |moved| moved.bytes);
+    if whole_bytes > limits::REWRITE_MEMORY {
+        let what = format!(
+            "the first {whole_bytes} bytes were moved and are re-encrypted in one step, and {} are the most that memory holds",
+            limits::REWRITE_MEMORY
+        );
+        return Err(Error::new(ErrorKind::Limit, what)
+            .at(&shape.name)
+            .hint("nothing was written; cryptsetup reencrypt --resume-only finishes it"));
+    }
     let (hotzone_bytes, chunk_bytes) =
         sizes(most, opened.ledger.step_bytes(), shape).ok_or_else(|| too_small(most, &shape.name))?;
     let track = Track::new(opened.direction, opened.total, whole_bytes);
@@ -150,7 +160,7 @@ pub fn reread(opened: &Opened, shape: &Shape, proof: Arc<Proof>) -> Result<Cours
         news,
     });
     let hotzone_bytes = u64::from(shape.chunk_bytes);
-    Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: 2 * shape.depth })
+    Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: reading_buffers(shape) })
 }
 
 /// Lay the course of reading this part of the device as it is, to see how fast that goes.
@@ -177,7 +187,7 @@ pub fn sample(shape: &Shape, start: u64, end: u64) -> Course {
         track: Track::new(Direction::Forward, end, 0),
         from: start,
         hotzone_bytes: u64::from(shape.chunk_bytes),
-        buffers: 2 * shape.depth,
+        buffers: reading_buffers(shape),
     }
 }
 
@@ -201,6 +211,13 @@ fn transfer(shape: &Shape, plan: Plan) -> Arc<Transfer> {
         plan,
     };
     Transfer::new(spec, shape.workers)
+}
+
+/// Buffers of each worker that only reads: two for each read in flight, as far as memory goes.
+fn reading_buffers(shape: &Shape) -> u32 {
+    let workers = u64::try_from(shape.workers_max.max(1)).unwrap_or(u64::MAX);
+    let most = shape.memory / u64::from(shape.chunk_bytes) / workers;
+    u32::try_from(most).unwrap_or(u32::MAX).min(shape.depth.saturating_mul(2)).max(2)
 }
 
 /// Bytes of a hotzone and of a chunk: the hotzone is whole chunks, and both are whole steps.

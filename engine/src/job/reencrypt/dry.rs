@@ -75,11 +75,14 @@ pub(super) fn run(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<End
             Some(_) => number(planned.total.div_ceil(hotzone_bytes.max(1))),
             None => 1.0,
         };
+        // A limit holds for what is re-encrypted, and for what is read once more.
+        let passes = if prepared.verify { 2.0 } else { 1.0 };
+        let limited = prepared.rate.map_or(0.0, |rate| passes * number(planned.total) / number(rate));
         let estimate = number(planned.total) * (ways * io).max(cpu) + steps * STEP_SECONDS + reread;
-        report.estimate_seconds = Some(estimate);
+        report.estimate_seconds = Some(estimate.max(limited));
         report.notes.push(format!(
             "the time is an estimate: {} MiB were read in {seconds:.2} s, and writes, of which a dry run makes none, are \
-             taken to cost what reads do",
+             taken to cost what reads do; the hashing of passphrases is left out",
             read >> 20
         ));
         job.report(report);

@@ -91,6 +91,8 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
         job.detach();
         job.report(report.clone());
         result?;
+    } else if prepared.verify {
+        report.notes.push("not verified: there was nothing left for this job to re-encrypt".to_owned());
     }
     if matches!(prepared.format, Format::Luks(_)) {
         let mut header = desk.blocking(prepared.header())?;
@@ -351,6 +353,12 @@ impl<'a> Desk<'a> {
         verdict(job, prepared, opened, ended, self.standing(prepared))?;
         let Some(proving) = proving else { return Ok(()) };
         drop((course, memory));
+        if align == 1 {
+            // What was just written comes from the device, and not from where it was written from: it is durable, so all of it goes.
+            if let Some(all) = Extent::new(0, prepared.data_bytes()) {
+                prepared.data.drop_cache(all);
+            }
+        }
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
     }
 }
