@@ -415,17 +415,85 @@ fn a_bad_place_stops_it_where_it_can_be_gone_on_from() {
 #[test]
 fn a_flush_that_fails_leaves_the_step_to_be_recovered() {
     let scene = Scene::new(4 * MIB, 4096);
+    let mut interrupted = 0;
     for nth in [3, 4, 5, 8, 9, 12] {
         let fault = Fault { disk: 0, on: On::Flush, when: When::Nth(nth), effect: Effect::Fail(5) };
         let (world, info) = on_a_bad_disk(&scene, Resilience::Checksum, fault);
-        if info.state == JobState::Done {
-            continue;
-        }
-        assert_eq!(failure(&info).0, ErrorKind::Io);
+        assert_eq!(failure(&info).0, ErrorKind::Io, "flush {nth} is one of this job's, and it fails");
+        interrupted += usize::from(failure(&info).1.contains("a step was interrupted"));
+        // The daemon goes on on the same machine: what the cache shows need not be on the disk.
         world.heal();
+        let again = registry(world.choice());
+        let file = world.descriptor(0).expect("a descriptor");
+        assert_done(&Rewrite::of_file(file.into(), "disk").run(&again));
+        drop(again);
+        // And then the power goes.
+        let world = world.restart(nth).expect("restarted");
         let found = world.visible(0).expect("image").bytes(0, scene.data_offset() + 4 * MIB);
         let mended = scene.scratch.file("mended", &found);
-        assert_done(&Rewrite::of(&mended).run(&scene.registry));
         assert!(scene.has_its_plaintext(&mended), "flush {nth}");
     }
+    assert!(interrupted > 0, "some of them in a step");
+}
+
+/// A re-encryption of this volume that was begun with these wishes and cancelled somewhere in between.
+fn begun(scene: &Scene, rewrite: Rewrite) {
+    let job = rewrite.start(&scene.registry).expect("accepted");
+    wait_for(&scene.registry, job, "some of it", |info| info.progress.done_bytes >= 3 << 20);
+    scene.registry.cancel(job).expect("cancelled");
+    let info = wait(&scene.registry, job);
+    assert_eq!(info.state, JobState::Cancelled, "{:?}", info.outcome);
+}
+
+#[test]
+fn what_was_begun_is_not_gone_on_with_as_something_else() {
+    let scene = Scene::new(16 * MIB, 512);
+    begun(&scene, scene.slowly(Resilience::Checksum));
+    let before = std::fs::read(&scene.path).expect("volume");
+    let again = || Rewrite::of(&scene.path);
+    let wishes: [(Rewrite, ErrorKind, &str); 7] = [
+        (again().by(Resilience::Journal), ErrorKind::Conflict, "resilience checksum, and journal"),
+        (
+            again().luks(|luks| luks.data_unit = Some(4096)),
+            ErrorKind::Conflict,
+            "data unit of bytes 512, and 4096",
+        ),
+        (again().luks(|luks| luks.key_bytes = Some(32)), ErrorKind::Conflict, "key of bits 512, and 256"),
+        (
+            again().luks(|luks| luks.cipher = Some("aes-xts-plain".to_owned())),
+            ErrorKind::Conflict,
+            "cipher aes-xts-plain64, and aes-xts-plain is",
+        ),
+        (again().with(|request| request.mode = Mode::Decrypt), ErrorKind::Conflict, "is being re-encrypted"),
+        (again().new_key(b"another"), ErrorKind::WrongKey, "opens no keyslot of its new volume key"),
+        (
+            again().new_key(b"another").with(|request| request.resume_only = true),
+            ErrorKind::WrongKey,
+            "opens no keyslot of its new volume key",
+        ),
+    ];
+    for (rewrite, kind, what) in wishes {
+        let info = rewrite.run(&scene.registry);
+        let found = failure(&info);
+        assert!(found.0 == kind && found.1.contains(what), "{what}: {found:?}");
+        assert!(std::fs::read(&scene.path).expect("volume") == before, "{what}: something was written");
+    }
+    // What it is already may be said, and the passphrase that is carried.
+    let same = again().by(Resilience::Checksum).new_key(PASS).luks(|luks| {
+        luks.data_unit = Some(512);
+        luks.key_bytes = Some(64);
+        luks.cipher = Some("aes-xts-plain64".to_owned());
+    });
+    assert_done(&same.run(&scene.registry));
+    assert!(scene.has_its_plaintext(&scene.path));
+}
+
+#[test]
+fn the_new_passphrase_of_one_that_was_begun_is_asked_for_again() {
+    let scene = Scene::new(16 * MIB, 4096);
+    begun(&scene, scene.slowly(Resilience::Checksum).new_key(b"another"));
+    let info = Rewrite::of(&scene.path).new_key(b"a third").run(&scene.registry);
+    assert_eq!(failure(&info).0, ErrorKind::WrongKey);
+    assert_done(&Rewrite::of(&scene.path).new_key(b"another").run(&scene.registry));
+    assert!(plaintext(&scene.registry, &scene.scratch, &scene.path, b"another") == scene.plain);
 }

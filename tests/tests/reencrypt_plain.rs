@@ -106,7 +106,8 @@ impl Data {
 
     fn open(&self) -> Result<Option<Opened>, Error> {
         let data = bytes_of(&self.path);
-        open::open(device(self.header()), &mut device(&self.path), data, &[secret(PASS)], &never)
+        let keys = [secret(PASS)];
+        Ok(open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)?.under())
     }
 
     fn cryptsetup_resumes(&self) {

@@ -54,7 +54,7 @@ pub fn begin(world: &World, volume: &Volume) -> Result<Opened> {
 pub fn open(world: &World, volume: &Volume, keys: &[Secret]) -> Result<Option<Opened>> {
     let header = world.blocking(HEADER, "header")?;
     let mut data = world.blocking(volume.shape.data_disk(), "data")?;
-    open::open(header, &mut data, volume.data_bytes(), keys, &stay)
+    Ok(open::open(header, &mut data, volume.data_bytes(), keys, &stay)?.under())
 }
 
 /// Where the data is, and in which pieces it goes.

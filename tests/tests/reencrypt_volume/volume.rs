@@ -7,7 +7,8 @@ use engine::error::Error;
 use engine::format::luks2::metadata::Keyslot;
 use engine::format::luks2::reencrypt::Mode;
 use engine::volume::reencrypt::begin::{self, Planned, Wish};
-use engine::volume::reencrypt::{Opened, luks, open};
+use engine::volume::reencrypt::open::{self, Found};
+use engine::volume::reencrypt::{Opened, luks};
 use engine::volume::{Header, unlock};
 use proto::luks::{KdfKind, KdfWish};
 use proto::reencrypt::{Luks, Resilience};
@@ -145,6 +146,10 @@ impl Volume {
     }
 
     pub fn open_with(&self, keys: &[&str]) -> Result<Option<Opened>, Error> {
+        Ok(self.find(keys)?.under())
+    }
+
+    pub fn find(&self, keys: &[&str]) -> Result<Found, Error> {
         let keys: Vec<Secret> = keys.iter().map(|key| secret(key)).collect();
         let data = bytes_of(&self.path);
         open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)

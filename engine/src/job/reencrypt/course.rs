@@ -9,10 +9,12 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, unbounded};
 
 use crate::crypto::proof::Proof;
-use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter, sha256};
+use crate::crypto::{Kernel, Layout, Recrypter, VolumeKey, recrypter};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{Checksum, Direction};
 use crate::job::reencrypt::hotzone::Track;
+use crate::limits;
+use crate::pipeline::hashing::Checksums;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::rewrite::{Checksummer, Journal, News, Prover, Rewrite};
 use crate::pipeline::segment::{Segment, Segments};
@@ -72,11 +74,20 @@ pub fn is_aligned(opened: &Opened, align: u32) -> bool {
 /// Lay the course of what is left to do.
 ///
 /// # Errors
-/// `Unsupported`: steps so small that no chunk fits; no memory for keys.
+/// `Unsupported`: steps so small that no chunk fits; `Limit`: a step that cannot be cut and is too large; no memory for keys.
 pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<Course> {
     let protection = opened.ledger.protection();
     let most = opened.ledger.hotzone_max().unwrap_or(u64::MAX);
     let whole_bytes = opened.moved.map_or(0, |moved| moved.bytes);
+    if whole_bytes > limits::REWRITE_MEMORY {
+        let what = format!(
+            "the first {whole_bytes} bytes were moved and are re-encrypted in one step, and {} are the most that memory holds",
+            limits::REWRITE_MEMORY
+        );
+        return Err(Error::new(ErrorKind::Limit, what)
+            .at(&shape.name)
+            .hint("nothing was written; cryptsetup reencrypt --resume-only finishes it"));
+    }
     let (hotzone_bytes, chunk_bytes) =
         sizes(most, opened.ledger.step_bytes(), shape).ok_or_else(|| too_small(most, &shape.name))?;
     let track = Track::new(opened.direction, opened.total, whole_bytes);
@@ -95,7 +106,10 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
 
     let (news, listener) = unbounded();
     let checksums = match &protection {
-        Protection::Checksums(checksum) => Some(Box::new(Blocks(*checksum)) as Box<dyn Checksummer>),
+        Protection::Checksums(checksum) => {
+            let Checksum { hash, block_bytes } = *checksum;
+            Some(Box::new(Checksums { hash, block_bytes }) as Box<dyn Checksummer>)
+        }
         _ => None,
     };
     let journal = match protection {
@@ -109,7 +123,7 @@ pub fn lay(opened: &Opened, shape: &Shape, proof: Option<Arc<Proof>>) -> Result<
         fused: if proof.is_none() && opened.moved.is_none() { fused(opened, shape.kernel)? } else { None },
         checksums,
         journal,
-        prover: proof.map(|proof| Box::new(Proving(proof)) as Box<dyn Prover>),
+        prover: proof.map(|proof| Box::new(proof) as Box<dyn Prover>),
         read_only: false,
         news,
     });
@@ -141,12 +155,12 @@ pub fn reread(opened: &Opened, shape: &Shape, proof: Arc<Proof>) -> Result<Cours
         fused: None,
         checksums: None,
         journal: None,
-        prover: Some(Box::new(Proving(proof))),
+        prover: Some(Box::new(proof)),
         read_only: true,
         news,
     });
     let hotzone_bytes = u64::from(shape.chunk_bytes);
-    Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: 2 * shape.depth })
+    Ok(Course { transfer, news: listener, track, from, hotzone_bytes, buffers: reading_buffers(shape) })
 }
 
 /// Lay the course of reading this part of the device as it is, to see how fast that goes.
@@ -173,7 +187,7 @@ pub fn sample(shape: &Shape, start: u64, end: u64) -> Course {
         track: Track::new(Direction::Forward, end, 0),
         from: start,
         hotzone_bytes: u64::from(shape.chunk_bytes),
-        buffers: 2 * shape.depth,
+        buffers: reading_buffers(shape),
     }
 }
 
@@ -197,6 +211,13 @@ fn transfer(shape: &Shape, plan: Plan) -> Arc<Transfer> {
         plan,
     };
     Transfer::new(spec, shape.workers)
+}
+
+/// Buffers of each worker that only reads: two for each read in flight, as far as memory goes.
+fn reading_buffers(shape: &Shape) -> u32 {
+    let workers = u64::try_from(shape.workers_max.max(1)).unwrap_or(u64::MAX);
+    let most = shape.memory / u64::from(shape.chunk_bytes) / workers;
+    u32::try_from(most).unwrap_or(u32::MAX).min(shape.depth.saturating_mul(2)).max(2)
 }
 
 /// Bytes of a hotzone and of a chunk: the hotzone is whole chunks, and both are whole steps.
@@ -245,27 +266,5 @@ fn fused(opened: &Opened, kernel: Kernel) -> Result<Option<Box<dyn Recrypter>>> 
     match (part(&opened.old)?, part(&opened.new)?) {
         (Some(old), Some(new)) => recrypter(kernel, (&old.0, old.1), (&new.0, new.1)).map(Some),
         _ => Ok(None),
-    }
-}
-
-/// Checksums of the blocks of a chunk.
-struct Blocks(Checksum);
-
-impl Checksummer for Blocks {
-    fn checksums(&self, bytes: &[u8]) -> Box<[u8]> {
-        let Self(Checksum { hash, block_bytes }) = *self;
-        let block = block_bytes as usize;
-        let mut out = vec![0; bytes.len() / block * hash.bytes()];
-        sha256::checksums(hash, block, bytes, &mut out);
-        out.into_boxed_slice()
-    }
-}
-
-/// The proof, for the workers.
-struct Proving(Arc<Proof>);
-
-impl Prover for Proving {
-    fn contribution(&self, offset: u64, plaintext: &[u8]) -> [u8; 32] {
-        self.0.contribution(offset, plaintext)
     }
 }

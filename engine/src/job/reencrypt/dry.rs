@@ -11,13 +11,16 @@ use proto::reencrypt::{Format, Report};
 use crate::crypto::hash::Hash;
 use crate::crypto::{Layout, Secret, VolumeKey, recrypter, sha256};
 use crate::error::Result;
+use crate::format::luks2::reencrypt::{Resilience, Side, State, read};
 use crate::job::reencrypt::Desk;
 use crate::job::reencrypt::course::{self, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::request::Prepared;
+use crate::job::reencrypt::same;
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::carrier::{Carrier, Turn};
+use crate::volume::Header;
 use crate::volume::random;
 use crate::volume::reencrypt::begin::{self, Planned};
 use crate::volume::reencrypt::sidecar;
@@ -38,12 +41,17 @@ const STEP_SECONDS: f64 = 0.02;
 /// Say it.
 ///
 /// # Errors
-/// As beginning it: wrong keys, keyslots that would be lost, no room, one under way. Of the device.
+/// As beginning it: wrong keys, keyslots that would be lost, no room, another one under way than is asked for. Of the device.
 pub(super) fn run(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Ending> {
     job.unlocking();
-    let planned = plan(job, desk, prepared);
+    let planned = match under_way(job, desk, prepared) {
+        Ok(Some(begun)) => Ok(begun),
+        Ok(None) => plan(job, desk, prepared).map(|planned| (planned, 0)),
+        Err(error) => Err(error),
+    };
     job.unlocked();
-    let planned = planned?;
+    let (planned, done_before) = planned?;
+    let left = planned.total - done_before;
     let memory = Memory::take();
     let shape = desk.shape(prepared, desk.align, &memory);
     let hotzone = planned.hotzone_max.unwrap_or(u64::MAX).min(prepared.hotzone_bytes.unwrap_or(u64::MAX));
@@ -51,6 +59,7 @@ pub(super) fn run(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<End
     let [old_cipher, new_cipher] = planned.ciphers.clone();
     let mut report = Report {
         total_bytes: planned.total,
+        done_before_bytes: done_before,
         old_cipher,
         new_cipher,
         resilience: planned.resilience.clone(),
@@ -70,21 +79,60 @@ pub(super) fn run(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<End
             "journal" => 3.0,
             _ => 2.0,
         };
-        let reread = if prepared.verify { number(planned.total) * io } else { 0.0 };
+        let reread = if prepared.verify { number(left) * io } else { 0.0 };
         let steps = match planned.hotzone_max {
-            Some(_) => number(planned.total.div_ceil(hotzone_bytes.max(1))),
+            Some(_) => number(left.div_ceil(hotzone_bytes.max(1))),
             None => 1.0,
         };
-        let estimate = number(planned.total) * (ways * io).max(cpu) + steps * STEP_SECONDS + reread;
-        report.estimate_seconds = Some(estimate);
+        // A limit holds for what is re-encrypted, and for what is read once more.
+        let passes = if prepared.verify { 2.0 } else { 1.0 };
+        let limited = prepared.rate.map_or(0.0, |rate| passes * number(left) / number(rate));
+        let estimate = number(left) * (ways * io).max(cpu) + steps * STEP_SECONDS + reread;
+        report.estimate_seconds = Some(estimate.max(limited));
         report.notes.push(format!(
             "the time is an estimate: {} MiB were read in {seconds:.2} s, and writes, of which a dry run makes none, are \
-             taken to cost what reads do",
+             taken to cost what reads do; the hashing of passphrases is left out",
             read >> 20
         ));
         job.report(report);
     }
     Ok(Ending::default())
+}
+
+/// What is left of one under way, and the bytes that are new already; `None`: there is none. By the header alone: whether its digest
+/// is that of the keys is found out when it is gone on with.
+fn under_way(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Option<(Planned, u64)>> {
+    let Format::Luks(luks) = &prepared.format else { return Ok(None) };
+    let mut header = desk.blocking(prepared.header())?;
+    let Ok(Header::Luks2(loaded)) = Header::load(&mut header) else { return Ok(None) };
+    let Ok(Some((process, state))) = read::read(&loaded.header.metadata) else { return Ok(None) };
+    let Some(total) = process.total.or_else(|| prepared.data_bytes().checked_sub(process.old.offset)) else {
+        return Ok(None);
+    };
+    same::check(&mut header, prepared, luks, &|| job.is_cancelled())?;
+    let done = state.done_bytes(&process, total);
+    let mut notes = vec![format!("a re-encryption is under way: {} of {total} bytes are left", total - done)];
+    if let State::Crash { start, end } = state {
+        let bytes = end.saturating_sub(start);
+        notes.push(match process.resilience {
+            Resilience::None => "a step was interrupted, and nothing was kept to recover it by".to_owned(),
+            _ => format!("a step of {bytes} bytes was interrupted and is recovered first"),
+        });
+    }
+    let words = |side: &Side| {
+        let cipher = side.cipher.as_ref()?;
+        Some(format!("{}, {}-byte data units", cipher.encryption, cipher.sector_size))
+    };
+    let planned = Planned {
+        total,
+        resilience: process.resilience.name().to_owned(),
+        hotzone_max: process.hotzone_max(),
+        ciphers: [words(&process.old), words(&process.new)],
+        carried: Vec::new(),
+        dropped: Vec::new(),
+        notes,
+    };
+    Ok(Some((planned, done)))
 }
 
 fn plan(job: &Job, desk: &Desk<'_>, prepared: &Prepared) -> Result<Planned> {

@@ -9,6 +9,7 @@
 //! | `hotzone` | which chunks are here, and the next hotzone of them |
 //! | `memory` | what the buffers of all of them may take |
 //! | `steps` | the loop over hotzones: which barrier moves when |
+//! | `same` | whether what is asked for is what was begun |
 //! | `proof` | digests of the plaintext before and after |
 //! | `dry` | what it would do, and how long it would take |
 
@@ -19,6 +20,7 @@ pub mod hotzone;
 pub mod memory;
 pub mod proof;
 pub mod request;
+pub mod same;
 pub mod steps;
 
 use std::sync::Arc;
@@ -30,7 +32,7 @@ use crate::backend::blocking::Blocking;
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::reencrypt::{self as format, Direction, Resilience};
+use crate::format::luks2::reencrypt::{self as format, Direction, Mode as Becomes, Resilience, read};
 use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
 use crate::job::reencrypt::proof::Proving;
@@ -42,40 +44,64 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::slot::Side;
 use crate::units::Extent;
 use crate::volume::Header;
-use crate::volume::reencrypt::{self as volume, Opened, begin, open, sidecar};
+use crate::volume::reencrypt::decide::Requirement;
+use crate::volume::reencrypt::open::Found;
+use crate::volume::reencrypt::{self as volume, Opened, begin, luks as ledger, open, sidecar};
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
 /// How often a paused job looks whether it may go on.
 const PAUSE_POLL: Duration = Duration::from_millis(100);
 
+/// All that a job found to do.
+const SWEPT: &str = "what was left of the last re-encryption was overwritten; nothing else to do";
+
 /// Carry a re-encryption to its end, or to where it is safe to stop.
 ///
 /// # Errors
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
 pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
+    let ended = carry(job, pipeline, &mut prepared);
+    if ended.is_err() {
+        // Only a header that has no name yet still has two: no data was touched for it.
+        discard(&prepared);
+    }
+    ended
+}
+
+fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
     wait_while_paused(job)?;
-    let desk = Desk::new(pipeline, &prepared);
+    let desk = Desk::new(pipeline, prepared);
     if prepared.dry_run {
-        return dry::run(job, &desk, &prepared);
+        return dry::run(job, &desk, prepared);
     }
     job.unlocking();
-    let opened = desk.open(job, &mut prepared);
+    let opened = desk.open(job, prepared);
     job.unlocked();
-    let mut opened = opened?;
-    let mut report = first_report(&opened, &prepared);
+    let Some(mut opened) = opened? else {
+        proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        job.report(Report { notes: vec![SWEPT.to_owned()], ..Report::default() });
+        return Ok(Ending::default());
+    };
+    let mut report = first_report(&opened, prepared);
     job.report(report.clone());
     if done(&opened, opened.boundary) < opened.total {
         let proving = if prepared.verify { Some(Proving::new()?) } else { None };
-        let result = desk.rewrite(job, &prepared, &mut opened, &mut report, proving.as_ref());
+        let result = desk.rewrite(job, prepared, &mut opened, &mut report, proving.as_ref());
         job.detach();
         job.report(report.clone());
         result?;
+    } else if prepared.verify {
+        report.notes.push("not verified: there was nothing left for this job to re-encrypt".to_owned());
     }
     if matches!(prepared.format, Format::Luks(_)) {
-        report.old_key_gone = proof::old_key_gone(&mut desk.blocking(prepared.header())?, &opened)?;
+        let mut header = desk.blocking(prepared.header())?;
+        proof::is_over(&mut header)?;
+        report.old_key_gone = proof::old_key_gone(&mut header, &opened)?;
     }
-    report.notes.push(last_words(&prepared).to_owned());
+    // What was said of the way there is not true of its end.
+    report.notes.retain(|note| !note.contains("journal is needed until all is done"));
+    report.notes.extend(last_words(prepared, &opened).map(str::to_owned));
     job.report(report);
     Ok(Ending::default())
 }
@@ -88,15 +114,17 @@ fn done(opened: &Opened, boundary: u64) -> u64 {
     }
 }
 
-fn last_words(prepared: &Prepared) -> &'static str {
-    match (prepared.mode, &prepared.format) {
-        (_, Format::Raw(_)) => {
-            "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more"
-        }
-        (Mode::Decrypt, _) => "the data is plain now; its header opens nothing any more",
-        _ => {
-            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)"
-        }
+fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
+    match (&prepared.format, opened.mode) {
+        (Format::Raw(_), _) => Some(
+            "a volume without a header: copies made before still open with the old key, and it is not needed for this one any more",
+        ),
+        (_, Becomes::Decrypt) => Some("the data is plain now; its header opens nothing any more"),
+        (_, Becomes::Reencrypt) => Some(
+            "header backups made before do not open this volume: make a new one (cryptctl luks header-backup)",
+        ),
+        // There was no header before to make a backup of.
+        (_, Becomes::Encrypt) => Some("make a backup of the new header (cryptctl luks header-backup)"),
     }
 }
 
@@ -141,23 +169,27 @@ impl<'a> Desk<'a> {
         self.pipeline.blocking(device.file().clone(), device.name(), align)
     }
 
-    /// Go on with what was begun, or begin.
-    fn open(&self, job: &Job, prepared: &mut Prepared) -> Result<Opened> {
+    /// Go on with what was begun, or begin. `None`: one was over but for what has been overwritten now.
+    fn open(&self, job: &Job, prepared: &mut Prepared) -> Result<Option<Opened>> {
         let give_up = || job.is_cancelled();
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data),
+            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data).map(Some),
         };
         if self.has_header(prepared)? {
+            same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
             let mut keys = Vec::new();
             for key in prepared.keys.iter().chain(&prepared.new_key) {
                 keys.push(Secret::copy_of(key.as_bytes())?);
             }
             let header = self.blocking(prepared.header())?;
             let opened = open::open(header, &mut data, prepared.data_bytes(), &keys, &give_up)?;
-            if let Some(opened) = opened {
-                return same_mode(opened, prepared);
+            match opened {
+                Found::Under(opened) => return Ok(Some(*opened)),
+                // The same command again, or one to go on: it has done what was left to do.
+                Found::Swept => return Ok(None),
+                Found::None => {}
             }
         }
         if prepared.resume_only {
@@ -172,9 +204,31 @@ impl<'a> Desk<'a> {
             (Some(names), Ok(opened)) => {
                 names.commit(&**prepared.header().file())?;
                 prepared.names = None;
-                Ok(opened)
+                Ok(Some(opened))
             }
-            (_, begun) => begun,
+            (_, begun) => begun.map(Some),
+        }
+    }
+
+    /// What the header says, read anew: others may have written it.
+    fn standing(&self, prepared: &Prepared) -> Standing {
+        let loaded = match (&prepared.format, self.blocking(prepared.header())) {
+            (Format::Luks(_), Ok(mut header)) => Header::load(&mut header),
+            _ => return Standing::UnderWay,
+        };
+        match loaded {
+            Ok(Header::Luks2(loaded)) => {
+                let metadata = &loaded.header.metadata;
+                match Requirement::of(metadata) {
+                    Requirement::None if ledger::is_unswept(metadata) => Standing::Unswept,
+                    Requirement::None => Standing::Gone,
+                    _ => match read::read(metadata) {
+                        Ok(Some((_, format::State::Clean { .. }))) => Standing::AtRest,
+                        _ => Standing::UnderWay,
+                    },
+                }
+            }
+            _ => Standing::UnderWay,
         }
     }
 
@@ -205,6 +259,7 @@ impl<'a> Desk<'a> {
         };
         let data_bytes = prepared.data_bytes();
         if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            same::check_protection(opened.resilience, prepared)?;
             return Ok(opened);
         }
         if prepared.resume_only {
@@ -295,9 +350,15 @@ impl<'a> Desk<'a> {
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
-        verdict(job, prepared, opened, ended)?;
+        verdict(job, prepared, opened, ended, self.standing(prepared))?;
         let Some(proving) = proving else { return Ok(()) };
         drop((course, memory));
+        if align == 1 {
+            // What was just written comes from the device, and not from where it was written from: it is durable, so all of it goes.
+            if let Some(all) = Extent::new(0, prepared.data_bytes()) {
+                prepared.data.drop_cache(all);
+            }
+        }
         proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
     }
 }
@@ -316,8 +377,21 @@ fn drop_passed(data: &Device, course: &Course, dropped: u64) -> u64 {
     done.max(dropped)
 }
 
+/// What the header on disk says when the job has stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// The re-encryption is under way, or nothing is known.
+    UnderWay,
+    /// It is under way and between two steps, whatever the loop thought it had begun: a write that failed may never have reached the disk.
+    AtRest,
+    /// It is over, and old key material is left to be overwritten.
+    Unswept,
+    /// There is none.
+    Gone,
+}
+
 /// How it ended, for the user.
-fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Result<()> {
+fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended, standing: Standing) -> Result<()> {
     let Ended { boundary, state, failure, .. } = ended;
     if state == State::Finished {
         if let Some(error) = failure {
@@ -325,8 +399,11 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         }
         return Ok(());
     }
+    let state = if standing == Standing::AtRest { State::Clean } else { state };
     let done = done(opened, boundary);
     let stands = match state {
+        _ if standing == Standing::Unswept => "the header says that it is over",
+        _ if standing == Standing::Gone => "the header on disk has no re-encryption any more",
         State::Crash => "a step was interrupted and is recovered when it is resumed",
         _ => "it rests at a safe point",
     };
@@ -336,7 +413,11 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         Format::Luks(_) => hint,
         Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
     };
-    let hint = if state == State::Crash && matches!(opened.resilience, Resilience::None) {
+    let hint = if standing == Standing::Unswept {
+        "all data is new; the same command again overwrites what is left of the old key"
+    } else if standing == Standing::Gone {
+        "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
+    } else if state == State::Crash && matches!(opened.resilience, Resilience::None) {
         "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
     } else {
         hint
@@ -348,22 +429,6 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended) -> Res
         None => Error::new(ErrorKind::Cancelled, format!("cancelled: {what}")).at(prepared.data.name()),
     }
     .hint(hint))
-}
-
-/// A re-encryption of another kind is not gone on with by mistake.
-fn same_mode(opened: Opened, prepared: &Prepared) -> Result<Opened> {
-    if opened.mode == prepared.mode() {
-        return Ok(opened);
-    }
-    let (what, flag) = match opened.mode {
-        format::Mode::Reencrypt => ("re-encrypted", "neither --encrypt nor --decrypt"),
-        format::Mode::Encrypt => ("encrypted", "--encrypt"),
-        format::Mode::Decrypt => ("decrypted", "--decrypt"),
-    };
-    let what = format!("the volume is being {what}, which was begun and is not finished");
-    Err(Error::new(ErrorKind::Conflict, what)
-        .at(prepared.header().name())
-        .hint(format!("go on with {flag} and --resume-only")))
 }
 
 fn nothing_begun(prepared: &Prepared) -> Error {

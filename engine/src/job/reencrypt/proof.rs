@@ -17,6 +17,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::carrier::{Carrier, Turn};
 use crate::pipeline::rewrite::News;
 use crate::volume::reencrypt::Opened;
+use crate::volume::reencrypt::decide::Requirement;
 use crate::volume::{Header, random, unlock};
 
 /// How often the reader looks whether it is to stop.
@@ -112,6 +113,21 @@ fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// The header on disk, read anew, has no re-encryption under way.
+///
+/// # Errors
+/// `Internal`: it has one although all is done. The header cannot be read.
+pub fn is_over(header: &mut Blocking) -> Result<()> {
+    let Header::Luks2(loaded) = Header::load(header)? else { return Ok(()) };
+    if Requirement::of(&loaded.header.metadata) == Requirement::None {
+        return Ok(());
+    }
+    let what = "all data is re-encrypted, and the header still says that a re-encryption is under way";
+    Err(Error::new(ErrorKind::Internal, what)
+        .at(header.name())
+        .hint("another program may have written it; cryptctl reencrypt --resume-only takes it down"))
 }
 
 /// Does nothing of the header on disk have to do with the old volume key any more?

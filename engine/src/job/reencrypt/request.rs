@@ -44,6 +44,8 @@ pub struct Prepared {
     pub hotzone_bytes: Option<u64>,
     /// Read everything once more in the end.
     pub verify: bool,
+    /// Most bytes per second, as asked for when it was submitted.
+    pub rate: Option<u64>,
     /// The kernel of its ciphers.
     pub kernel: Kernel,
     /// Workers that may take part.
@@ -161,6 +163,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             .map(|one| Alone::with(one))
             .collect::<Result<_>>()?
     };
+    check_tuning(&request, &tuning)?;
     let (workers_max, depth) = width(&data, &data, &tuning, means)?;
     let Request { mode, format, resume_only, dry_run, resilience, hotzone_bytes, verify, .. } = *request;
     Ok(Prepared {
@@ -175,6 +178,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         resilience,
         hotzone_bytes,
         verify,
+        rate: bytes_per_second,
         kernel: means.kernel,
         workers_max,
         depth,
@@ -184,6 +188,30 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         _alone: alone,
         _locks: locks,
     })
+}
+
+/// Most operations in flight that may be asked for, on each worker.
+const DEPTH_MAX: u32 = 4096;
+/// Most bytes at the volume's end that a header may be given: half of them are moved in one step, which memory holds whole.
+const REDUCE_MAX: u64 = 128 << 20;
+
+/// What would take more memory than there is for it is refused before anything is written.
+fn check_tuning(request: &Request, tuning: &Tuning) -> Result<()> {
+    if let Some(depth) = tuning.queue_depth.filter(|depth| *depth > DEPTH_MAX) {
+        return invalid(&format!("a queue depth of {depth}: {DEPTH_MAX} is the most"));
+    }
+    match &request.format {
+        Format::Luks(luks)
+            if !request.resume_only && luks.reduce_bytes.is_some_and(|bytes| bytes > REDUCE_MAX) =>
+        {
+            let what = format!(
+                "the device is to be reduced by {} bytes, and {REDUCE_MAX} are the most: half of them move in one step, in memory",
+                luks.reduce_bytes.unwrap_or(0)
+            );
+            Err(Error::new(ErrorKind::Limit, what).hint("32M is enough for a header and its keyslots"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_keys(request: &Request, keys: &[Secret], new_key: Option<&Secret>) -> Result<()> {

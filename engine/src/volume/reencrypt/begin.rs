@@ -110,11 +110,8 @@ pub fn begin(
 /// unit, so on a device that may tear one, a journal is what loses nothing.
 fn in_place(wish: &Wish<'_>, unit: u32, total: u64, notes: &mut Vec<String>) -> Result<Resilience> {
     let tears = wish.atomic_bytes < unit;
-    let best = if tears {
-        proto::reencrypt::Resilience::Journal
-    } else {
-        proto::reencrypt::Resilience::Checksum
-    };
+    let best =
+        if tears { proto::reencrypt::Resilience::Journal } else { proto::reencrypt::Resilience::Checksum };
     let chosen = wish.resilience.unwrap_or(best);
     if tears && chosen == proto::reencrypt::Resilience::Checksum {
         notes.push(format!(

@@ -22,8 +22,28 @@ use crate::volume::reencrypt::{Opened, Side, luks, shift};
 use crate::volume::unlock::{self, WRONG_KEY};
 use crate::volume::{AreaCipher, Header, named, store};
 
-/// Open the re-encryption under way on a volume, and recover an interrupted step. `Ok(None)`: there is none. What is left to do may be
-/// nothing: then `boundary` is at its end, and the header has been taken down.
+/// What was found of a re-encryption.
+pub enum Found {
+    /// It is under way. What is left to do may be nothing: then `boundary` is at its end, and the header has been taken down.
+    Under(Box<Opened>),
+    /// It was over but for what had to be overwritten, which has been done now: nothing is left to go on with.
+    Swept,
+    /// There is none.
+    None,
+}
+
+impl Found {
+    /// The one under way.
+    #[must_use]
+    pub fn under(self) -> Option<Opened> {
+        match self {
+            Self::Under(opened) => Some(*opened),
+            Self::Swept | Self::None => None,
+        }
+    }
+}
+
+/// Open the re-encryption under way on a volume, and recover an interrupted step.
 ///
 /// # Errors
 /// `WrongKey`: one of the keys is missing. `Damaged`: the metadata is not what was begun. `Unsupported`: of a kind this build
@@ -34,20 +54,20 @@ pub fn open(
     data_bytes: u64,
     keys: &[Secret],
     give_up: GiveUp<'_>,
-) -> Result<Option<Opened>> {
+) -> Result<Found> {
     // An encryption that was cut off before there was a header is none.
     if shift::put_back(data)? {
-        return Ok(None);
+        return Ok(Found::None);
     }
     let held = store::lock_device(&header, false)?;
-    let Header::Luks2(mut loaded) = Header::load(&mut header)? else { return Ok(None) };
+    let Header::Luks2(mut loaded) = Header::load(&mut header)? else { return Ok(Found::None) };
     drop(held);
     match by_header(&loaded.header.metadata) {
         Some(Decision::Refuse(refusal)) => return Err(refusal.error(header.name())),
         Some(_) => {
             // A power cut behind the end of the last one may have left something to be overwritten.
-            luks::sweep(&mut header, &mut loaded)?;
-            return Ok(None);
+            let swept = luks::sweep(&mut header, &mut loaded)?;
+            return Ok(if swept { Found::Swept } else { Found::None });
         }
         None => {}
     }
@@ -79,7 +99,7 @@ pub fn open(
     if recovered_bytes > 0 {
         notes.push(format!("an interrupted step of {recovered_bytes} bytes was recovered"));
     }
-    Ok(Some(Opened {
+    Ok(Found::Under(Box::new(Opened {
         mode: process.mode,
         direction: process.direction,
         resilience: process.resilience,
@@ -93,7 +113,7 @@ pub fn open(
         dropped: Vec::new(),
         notes,
         ledger: Box::new(LuksLedger::new(header, *loaded, process, total, boundary)),
-    }))
+    })))
 }
 
 /// What the table says, where the header's requirement alone decides.
