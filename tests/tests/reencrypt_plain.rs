@@ -84,7 +84,14 @@ impl Data {
     }
 
     fn begin(&self, luks: &Luks, mode: Mode, resilience: Option<Resilience>) -> Result<Opened, Error> {
-        let wish = Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096, atomic_bytes: 4096 };
+        let wish = Wish {
+            mode,
+            luks,
+            resilience,
+            data_bytes: bytes_of(&self.path),
+            block_bytes: 4096,
+            atomic_bytes: 4096,
+        };
         let (keys, new): (Vec<Secret>, _) = match mode {
             Mode::Encrypt => (Vec::new(), Some(secret(PASS))),
             _ => (vec![secret(PASS)], None),

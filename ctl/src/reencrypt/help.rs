@@ -98,7 +98,7 @@ EXAMPLES
 
   A raw volume; the journal is needed until all is done:
     cryptctl reencrypt disk.enc --format raw --key file:old.key \\
-      --new-key file:new.key --journal disk.journal --new-sector-size 4096
+      --new-key file:new.key --journal disk.journal
 
 EXIT STATUS
   0 done, 1 failed, stopped, in use, refused or damaged header,

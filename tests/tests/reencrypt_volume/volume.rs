@@ -106,7 +106,14 @@ impl Volume {
     }
 
     pub fn wish<'a>(&self, luks: &'a Luks, mode: Mode, resilience: Option<Resilience>) -> Wish<'a> {
-        Wish { mode, luks, resilience, data_bytes: bytes_of(&self.path), block_bytes: 4096, atomic_bytes: 4096 }
+        Wish {
+            mode,
+            luks,
+            resilience,
+            data_bytes: bytes_of(&self.path),
+            block_bytes: 4096,
+            atomic_bytes: 4096,
+        }
     }
 
     pub fn begin_with(
