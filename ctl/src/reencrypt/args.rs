@@ -138,7 +138,7 @@ pub struct Becoming {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Safety")]
 pub struct Safety {
-    /// How a step is protected [default: checksum; with --reduce-device-size datashift]
+    /// How a step is protected [default: checksum, or journal where the device may tear a data unit; with --reduce-device-size datashift]
     ///
     /// See RESILIENCE below. What was begun goes on as it was begun.
     #[arg(long, value_enum, value_name = "HOW", hide_possible_values = true)]
