@@ -45,6 +45,8 @@ enum Fate {
     Kept,
     /// It stays, and the same command goes on by it.
     Checkpoint,
+    /// It goes, unless it is in place: there it is durable, and needed to go on. The header of a volume being encrypted.
+    Header,
     /// It goes if nothing was ever written to it, however the job ends: a journal.
     RemovedIfEmpty,
 }
@@ -116,6 +118,14 @@ impl Passing {
         Ok(proto::luks::NewFile { fd, name, commit })
     }
 
+    /// A new header in a file of its own, which appears durably when the re-encryption it is of begins.
+    pub fn new_header(&mut self, sink: Sink) -> Result<proto::luks::NewFile> {
+        let before = self.partials.len();
+        let new = self.new_file(sink, false)?;
+        self.partials[before..].iter_mut().for_each(|partial| partial.fate = Fate::Header);
+        Ok(new)
+    }
+
     /// The descriptors, and the new files: from here on somebody else answers for them.
     pub fn finish(mut self) -> (Vec<OwnedFd>, Vec<PartialFile>) {
         (std::mem::take(&mut self.descriptors), std::mem::take(&mut self.partials))
@@ -166,6 +176,8 @@ impl PartialFile {
         if self.fate == Fate::RemovedIfEmpty {
             // Who knows whether it is being written this very moment.
             None
+        } else if self.fate == Fate::Header && self.file.is_in_place() {
+            Some(format!("{} is the volume's header now, and needed to go on", self.file.name))
         } else if self.fate == Fate::Checkpoint {
             self.file.is_there().then(|| "the same command with --resume goes on".to_owned())
         } else if self.file.is_in_place() {

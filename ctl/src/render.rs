@@ -238,15 +238,19 @@ pub fn summary(job: &JobInfo) -> String {
         text.push_str(&format!(" in {}", amount::seconds(outcome.seconds)));
         let unlock = job.progress.unlock_seconds;
         if unlock >= 0.05 {
-            text.push_str(&format!(" ({} of it for the passphrase)", amount::seconds(unlock)));
+            // Of a raw volume there is none.
+            let what =
+                if job.action == Action::Reencrypt { "before the first step" } else { "for the passphrase" };
+            text.push_str(&format!(" ({} of it {what})", amount::seconds(unlock)));
         }
         let moving = outcome.seconds - unlock;
         if moving > 0.0 {
             text.push_str(&format!(", {}", amount::rate(amount::real(bytes) / moving)));
         }
         let cpu = outcome.cpu_seconds.0 + outcome.cpu_seconds.1;
-        // Below 64 MiB the clock's grain is larger than the answer.
-        if bytes >= 64 << 20 && cpu > 0.0 {
+        // Below 64 MiB the clock's grain is larger than the answer. The time of the key derivation, which is not in the rate, cannot be told
+        // apart in this one: said only where it does not matter.
+        if bytes >= 64 << 20 && cpu > 0.0 && unlock <= outcome.seconds / 50.0 {
             text.push_str(&format!(", {:.3} cpu s/GiB", cpu * f64::from(1 << 30) / amount::real(bytes)));
         }
         if job.progress.hole_bytes > 0 {

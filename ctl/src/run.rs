@@ -30,8 +30,14 @@ pub fn reencrypt_job(client: Client, opened: reencrypt::request::Opened, global:
     let locks = opened.lock(Path::new(lock::DIRECTORY), &mut note)?;
     let doubt = opened.doubt.clone();
     let detach = opened.is_detached();
-    let result =
-        opened.create(&locks).and_then(|ready| carry_out(run, ready, Output::new(false), doubt, global));
+    let (words, was_luks1) = (opened.words(), opened.was_luks1 && !opened.is_rehearsal());
+    let result = opened
+        .create(&locks)
+        .and_then(|ready| carry_out(run, ready, Output::new(false), doubt, global))
+        .map_err(|error| words.of(error));
+    if was_luks1 && result.is_ok() && !detach && !global.quiet && !global.json {
+        note("its header was LUKS1 and is LUKS2 now: QEMU and nbdkit cannot open it");
+    }
     // Only when the daemon is done with the volume: it shares the locks, and to let go of ours would be to let go of its.
     let over = match &result {
         Ok(_) => !detach,

@@ -164,7 +164,8 @@ fn an_interrupt_stops_at_a_safe_point_and_the_same_command_goes_on() {
         let running = place.spawn(&format!("{words} --throttle 4M"));
         let _ = place.moving();
         running.signal(Signal::INT);
-        let ran = running.wait().exit(1, &["safe point", "--resume-only"]);
+        let ran = running.wait().exit(1, &["safe point", "--resume-only --key file:"]);
+        assert!(ran.stderr.contains("cryptsetup reencrypt --resume-only /"), "{}", ran.stderr);
         assert_eq!(ran.text(), "", "no proof of what is not done");
         let _ = place.run("luks dump @/v").done();
         let doctor = place.run("luks doctor @/v").exit(1, &[]).text();
@@ -175,6 +176,48 @@ fn an_interrupt_stops_at_a_safe_point_and_the_same_command_goes_on() {
         assert!(report.old_key_gone);
         holds(&place, "one");
     }
+}
+
+#[test]
+fn another_volume_or_a_filesystem_is_not_taken_for_ciphertext() {
+    let place = place(User::Me, MIB);
+    secret(&place, "k1", &[1; 64]);
+    secret(&place, "k2", &[2; 64]);
+    let _ = place.run("luks header-backup @/v @/head").done();
+    let before = place.read("v");
+    let raw = "reencrypt @/v --format raw --key file:@/k1 --new-key file:@/k2 --journal @/j";
+    let _ = place.run(raw).exit(2, &["holds a LUKS volume", "--found-data-may-be-destroyed"]);
+    let words = "reencrypt @/v --header @/head --key file:@/one";
+    let _ = place.run(words).exit(2, &["holds a LUKS volume", "--found-data-may-be-destroyed"]);
+    let _ = place.run(&format!("{words} --decrypt")).exit(2, &["holds a LUKS volume"]);
+    assert!(place.read("v") == before);
+    assert!(!place.path("j").exists());
+    if !have(&["mkfs.ext4"]) {
+        return skip("no ext4 to be made here");
+    }
+    let _ = place.shell("truncate -s 64M @/fs && mkfs.ext4 -q -F @/fs").done();
+    let before = place.read("fs");
+    let _ = place.run(&raw.replace("@/v", "@/fs")).exit(2, &["holds a filesystem (ext4)"]);
+    let words = "reencrypt @/fs --encrypt --new-key file:@/one --reduce-device-size 32M";
+    let _ = place.run(words).exit(2, &["it was not shrunk", "--filesystem-may-lose-its-end"]);
+    assert!(place.read("fs") == before);
+}
+
+#[test]
+fn a_header_is_left_alone_while_its_volume_is_re_encrypted() {
+    let place = place(User::Me, 24 * MIB);
+    let _ = place.run("luks header-backup @/v @/head").done();
+    let running = place.spawn("reencrypt @/v --key file:@/one --hotzone-size 1M --throttle 4M");
+    let _ = place.moving();
+    for words in ["header-restore @/v @/head --replace-other-header", "erase @/v --yes-destroy-all-keys"] {
+        let _ = place.run(&format!("luks {words}")).exit(1, &["being re-encrypted"]);
+    }
+    running.signal(Signal::INT);
+    let _ = running.wait().exit(1, &["safe point"]);
+    let _ =
+        place.run("luks header-restore @/v @/head").exit(1, &["re-encryption of it is under way", "lost"]);
+    let _ = place.run("reencrypt @/v --key file:@/one --resume-only").done();
+    holds(&place, "one");
 }
 
 #[test]
@@ -347,7 +390,7 @@ fn a_journal_is_made_private_and_goes_if_nothing_was_begun() {
         assert!(std::fs::metadata(place.path("j")).expect("made").size() > 0);
         let _ = place.run(words).exit(1, &["under way"]);
         running.signal(Signal::TERM);
-        let _ = running.wait().exit(1, &["same journal"]);
+        let _ = running.wait().exit(1, &["--resume-only --format raw --journal", "--new-key file:"]);
         assert!(place.path("j").exists(), "it is needed to go on");
         let _ = place.run(&format!("{words} --resume-only")).done();
         let verify = "verify @/plain @/raw --format raw --key file:";

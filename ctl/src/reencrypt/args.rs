@@ -39,6 +39,8 @@ pub struct Reencrypt {
     #[arg(long, conflicts_with = "detach")]
     pub dry_run: bool,
     /// Do not ask before it begins
+    ///
+    /// Without a terminal on standard input nothing is asked either.
     #[arg(short, long, visible_alias = "batch")]
     pub yes: bool,
     #[command(flatten)]
@@ -96,8 +98,8 @@ pub struct VolumeArgs {
     /// Without it they are named, and nothing is done.
     #[arg(long)]
     pub drop_slots: bool,
-    /// Take the larger --sector-size although it may make a filesystem unmountable
-    #[arg(long, visible_alias = "force-sector-size", requires = "sector_size")]
+    /// Take the larger --sector-size, or --new-sector-size of a raw volume, although it may make a filesystem unmountable
+    #[arg(long, visible_alias = "force-sector-size")]
     pub sector_size_may_break_filesystem: bool,
 }
 
@@ -119,6 +121,11 @@ pub struct Becoming {
     /// step, into the space that is free.
     #[arg(long, value_name = "SIZE", value_parser = parse_reduction, requires = "encrypt", conflicts_with = "header")]
     pub reduce_device_size: Option<u64>,
+    /// --reduce-device-size: what a filesystem that was not shrunk holds in those bytes is given up
+    ///
+    /// Without it ext2 to ext4, xfs and btrfs that reach into them are refused. Others are not known.
+    #[arg(long, requires = "reduce_device_size", conflicts_with = "header")]
+    pub filesystem_may_lose_its_end: bool,
     /// --encrypt: a name to find the volume by, at most 47 bytes
     #[arg(long, value_name = "TEXT", value_parser = parse_label, requires = "encrypt")]
     pub label: Option<String>,
@@ -131,7 +138,7 @@ pub struct Becoming {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Safety")]
 pub struct Safety {
-    /// How a step is protected [default: checksum; with --reduce-device-size datashift]
+    /// How a step is protected [default: checksum, or journal where the device may tear a data unit; with --reduce-device-size datashift]
     ///
     /// See RESILIENCE below. What was begun goes on as it was begun.
     #[arg(long, value_enum, value_name = "HOW", hide_possible_values = true)]
@@ -139,6 +146,12 @@ pub struct Safety {
     /// --resilience none: a crash or a power cut destroys data, and that is accepted
     #[arg(long)]
     pub crash_may_destroy_data: bool,
+    /// Rewrite the data of a raw volume, or under a detached header, although it holds something known
+    ///
+    /// True ciphertext has no signature, but for a rare accident: a filesystem or a LUKS header that is found there says that VOLUME is
+    /// another one, and rewriting destroys it.
+    #[arg(long)]
+    pub found_data_may_be_destroyed: bool,
     /// Most bytes of one step, such as 64M [default: chosen from the means of protection]
     ///
     /// Larger steps need fewer header writes; a crash costs at most one step to be looked through again.

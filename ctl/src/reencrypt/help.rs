@@ -28,10 +28,12 @@ RESILIENCE
 
   checksum   A hash of every old block, in the header's free area. Survives a
              crash, a kill and a power cut at any instant, if the device writes
-             each of its blocks whole or not at all, as disks do. The default.
+             each of its blocks whole or not at all, as disks do. The default,
+             unless a block of the device is smaller than a data unit.
   journal    The old bytes themselves. Survives the same, and half-written
              blocks too. Everything is written twice; steps are as small as
-             the header's free area.
+             the header's free area. The default where the device may leave a
+             data unit half written.
   datashift  Nothing, and nothing is needed: with --encrypt and
              --reduce-device-size data moves into space that is free, and its
              old place is whole until the header says that it has moved.
@@ -98,7 +100,7 @@ EXAMPLES
 
   A raw volume; the journal is needed until all is done:
     cryptctl reencrypt disk.enc --format raw --key file:old.key \\
-      --new-key file:new.key --journal disk.journal --new-sector-size 4096
+      --new-key file:new.key --journal disk.journal
 
 EXIT STATUS
   0 done, 1 failed, stopped, in use, refused or damaged header,

@@ -32,6 +32,12 @@ pub fn rows(report: &Report) -> Vec<(&'static str, String)> {
         if !report.dropped_keyslots.is_empty() {
             text.push_str(&format!(", {gone} {}", numbers(&report.dropped_keyslots)));
         }
+        // The new key's keyslots have numbers of their own.
+        text.push_str(if is_rehearsal(report) {
+            ", as they are numbered now"
+        } else {
+            ", as they were numbered before"
+        });
         rows.push(("keyslots", text));
     }
     if report.recovered_bytes > 0 {
@@ -167,7 +173,7 @@ data              8.00 GiB
 before            aes-xts-plain64, 512-bit key, 512-byte data units
 after             aes-xts-plain64, 512-bit key, 4096-byte data units
 resilience        checksum, steps of up to 64.00 MiB
-keyslots          kept 0, 2, dropped 1
+keyslots          kept 0, 2, dropped 1, as they were numbered before
 recovered         an interrupted step of 32.00 MiB
 plaintext before  3fe0 over 8.00 GiB
 plaintext after   3fe0 over 8.00 GiB
@@ -191,7 +197,7 @@ note              make a new header backup
         let dry =
             Report { estimate_seconds: Some(7.25), old_key_gone: false, recovered_bytes: 0, ..report() };
         let rows = rows(&dry);
-        assert!(rows.contains(&("keyslots", "to keep 0, 2, to drop 1".into())));
+        assert!(rows.contains(&("keyslots", "to keep 0, 2, to drop 1, as they are numbered now".into())));
         assert!(rows.contains(&("would take", "about 7.2 s, by a measured sample".into())));
         assert!(!rows.iter().any(|(name, _)| *name == "old volume key"));
         let job = job(JobState::Done, Some(dry));

@@ -19,9 +19,10 @@ use crate::luks::lock::{self, Lock, Of};
 use crate::passing::Passing;
 use crate::prompt;
 use crate::reencrypt::args::{self, Reencrypt};
+use crate::reencrypt::content;
 use crate::reencrypt::journal::{self, Journal};
 use crate::reencrypt::wish;
-use crate::report::{Error, Result, printable};
+use crate::report::{Error, Exit, Result, printable};
 use crate::request::{self, Prepared};
 use crate::secret::{self, KeyRef, Purpose, Secret};
 
@@ -40,6 +41,10 @@ pub struct Opened {
     new_key: Option<Secret>,
     /// Of the LUKS header there is.
     uuid: Option<String>,
+    /// The command that goes on with it when it was interrupted.
+    go_on: String,
+    /// Its header is LUKS1, and becomes LUKS2 first.
+    pub was_luks1: bool,
     /// Sentences for the user.
     pub warnings: Vec<String>,
     /// What may explain a wrong key.
@@ -83,12 +88,30 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
             ));
         }
     }
+    let journal_begun = journal.is_some()
+        && args
+            .volume_args
+            .journal
+            .as_deref()
+            .and_then(|path| path.metadata().ok())
+            .is_some_and(|j| j.len() > 0);
+    let there = match &header {
+        Some(Sink::Open(end)) => Some(end),
+        _ => None,
+    };
+    content::check(args, &volume, there, mode, resume_only || journal_begun)?;
+    let was_luks1 = match (&format, &header) {
+        (Format::Raw(_), _) | (_, Some(Sink::New(_))) => false,
+        (_, Some(Sink::Open(end))) => is_luks1(end)?,
+        (_, None) => is_luks1(&volume)?,
+    };
     if let (Format::Luks(luks), Mode::Encrypt, false) = (&mut format, mode, resume_only) {
         // Chosen here, so that it can be locked before anybody else sees it.
         luks.uuid = luks.uuid.take().or_else(random_uuid);
     }
     if !args.yes && !args.dry_run && std::io::stdin().is_terminal() {
-        confirm(&volume.name, mode, uuid.as_deref(), resume_only)?;
+        let given_up = args.becoming.reduce_device_size.unwrap_or(0);
+        confirm(&volume.name, mode, uuid.as_deref(), resume_only, (was_luks1, given_up))?;
     }
     let request = Request {
         volume: File { fd: 0, name: volume.name.clone() },
@@ -110,8 +133,21 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
     };
     let submit = request::submit(Action::Reencrypt, &args.moving, request::tuning(&args.moving));
     let (keys, new_key) = (Vec::new(), None);
-    let mut opened =
-        Opened { submit, request, volume, header, journal, keys, new_key, uuid, warnings, doubt: None };
+    let go_on = go_on(args);
+    let mut opened = Opened {
+        submit,
+        request,
+        volume,
+        header,
+        journal,
+        keys,
+        new_key,
+        uuid,
+        go_on,
+        was_luks1,
+        warnings,
+        doubt: None,
+    };
     opened.fetch(refs)?;
     Ok(opened)
 }
@@ -188,6 +224,58 @@ fn uuid_of(end: &End) -> Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(text).into_owned()))
 }
 
+/// Is there a LUKS header of version 1?
+fn is_luks1(end: &End) -> Result<bool> {
+    Ok(head(end)?.starts_with(b"LUKS\xba\xbe\0\x01"))
+}
+
+/// The command that goes on with it; and cryptsetup's, where its one passphrase opens both volume keys.
+fn go_on(args: &Reencrypt) -> String {
+    let path = |path: &Path| quoted(&path.display().to_string());
+    let mut words = vec!["cryptctl reencrypt".to_owned(), path(&args.volume), "--resume-only".to_owned()];
+    let mut option = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            words.push(format!("{name} {value}").trim_end().to_owned());
+        }
+    };
+    let volume = &args.volume_args;
+    let flag = |typed: bool| typed.then(String::new);
+    let raw = volume.format == FoundFormat::Raw;
+    option("--format raw", flag(raw));
+    option("--encrypt", flag(args.becoming.encrypt));
+    option("--decrypt", flag(args.becoming.decrypt));
+    option("--header", volume.header.as_deref().map(path));
+    option("--journal", volume.journal.as_deref().map(path));
+    // They were understood: none is a secret by mistake.
+    for key in &args.keys {
+        option("--key", Some(quoted(key.as_typed())));
+    }
+    option("--new-key", args.new_key.as_ref().map(|key| quoted(key.as_typed())));
+    if raw {
+        return format!("{} and the other options of the format as before", words.join(" "));
+    }
+    let mut text = words.join(" ");
+    // With --encrypt the new passphrase is the only one.
+    if args.new_key.is_none() || args.becoming.encrypt {
+        text.push_str(", or cryptsetup reencrypt --resume-only");
+        if let Some(header) = volume.header.as_deref() {
+            text.push_str(&format!(" --header {}", path(header)));
+        }
+        text.push_str(&format!(" {}", path(&args.volume)));
+    }
+    text
+}
+
+/// One word for a shell.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:+,=@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
 /// A random one, as the kernel makes them; without /proc the daemon chooses.
 fn random_uuid() -> Option<String> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid").ok()?;
@@ -198,7 +286,13 @@ fn is_blank(end: &End) -> Result<bool> {
     Ok(head(end)?.iter().all(|byte| *byte == 0))
 }
 
-fn confirm(name: &str, mode: Mode, uuid: Option<&str>, resume: bool) -> Result<()> {
+fn confirm(
+    name: &str,
+    mode: Mode,
+    uuid: Option<&str>,
+    resume: bool,
+    (was_luks1, given_up): (bool, u64),
+) -> Result<()> {
     let uuid = uuid.map(|uuid| format!(" (UUID {uuid})")).unwrap_or_default();
     let what = match (resume, mode) {
         (true, _) => "what was begun on it goes on".to_owned(),
@@ -206,7 +300,14 @@ fn confirm(name: &str, mode: Mode, uuid: Option<&str>, resume: bool) -> Result<(
         (false, Mode::Encrypt) => "all of it is encrypted in place".to_owned(),
         (false, Mode::Decrypt) => "all of it is decrypted in place, for everybody to read".to_owned(),
     };
-    let text = printable(&format!("{name}{uuid}: {what}. Nobody else may use it meanwhile."));
+    let mut more = String::new();
+    if given_up > 0 && !resume {
+        more.push_str(&format!(" What is in its last {given_up} bytes is given up."));
+    }
+    if was_luks1 {
+        more.push_str(" Its LUKS1 header becomes LUKS2 first, which QEMU and nbdkit cannot open.");
+    }
+    let text = printable(&format!("{name}{uuid}: {what}.{more} Nobody else may use it meanwhile."));
     let answer = prompt::question("reencrypt asks first", &format!("{text}\nType YES to go on: "))
         .map_err(|error| error.hint("--yes begins without asking"))?;
     if answer == "YES" {
@@ -356,9 +457,19 @@ impl Opened {
         Ok(())
     }
 
+    /// What is to be said when it does not come to its end.
+    pub fn words(&self) -> Words {
+        Words { volume: self.volume.name.clone(), mode: self.request.mode, go_on: self.go_on.clone() }
+    }
+
     /// Does the job outlive this command?
     pub fn is_detached(&self) -> bool {
         self.submit.detach
+    }
+
+    /// Is nothing to be written?
+    pub fn is_rehearsal(&self) -> bool {
+        self.request.dry_run
     }
 
     /// Create what must exist before the daemon can begin.
@@ -375,7 +486,7 @@ impl Opened {
                     luks.header = Some(File { fd: passing.fd(journal::in_memory()?), name });
                 }
                 Some(sink) => {
-                    let new = passing.new_file(sink, false)?;
+                    let new = passing.new_header(sink)?;
                     luks.header = Some(File { fd: new.fd, name: new.name });
                     luks.commit = new.commit;
                 }
@@ -404,6 +515,35 @@ impl Opened {
         submit.reencrypt = Some(Box::new(request));
         let (descriptors, partials) = passing.finish();
         Ok(Prepared { submit, descriptors, partials })
+    }
+}
+
+/// Refusals and failures of the daemon, which does not know what was typed.
+pub struct Words {
+    volume: String,
+    mode: Mode,
+    go_on: String,
+}
+
+impl Words {
+    /// A refusal or failure in the words of this command line.
+    pub fn of(&self, mut error: Error) -> Error {
+        let nothing_begun = error.failure.hint.as_deref() == Some("without --resume-only one is begun");
+        if nothing_begun && self.mode == Mode::Encrypt {
+            error.failure.message =
+                format!("there is a LUKS volume already, and no encryption to go on with: {}", self.volume);
+            return error
+                .hint("one that was begun is finished; to give it another volume key, leave --encrypt out");
+        }
+        match &error.failure.hint {
+            Some(hint) if hint.starts_with("go on with cryptctl reencrypt --resume-only") => {
+                error.hint(format!("go on with {}", self.go_on))
+            }
+            None if error.exit == Exit::Unreachable => {
+                error.hint(format!("if it had begun, go on with {}", self.go_on))
+            }
+            _ => error,
+        }
     }
 }
 

@@ -70,6 +70,7 @@ pub fn refuse_contradictions(args: &Reencrypt) -> Result<()> {
                 .hint("a LUKS volume has all of it in its header; leave it out"));
         }
     }
+    sector_sizes(args)?;
     if args.becoming.decrypt {
         refuse_with("--decrypt", &new_key_options(args))?;
         if args.volume_args.header.is_none() {
@@ -90,6 +91,30 @@ pub fn refuse_contradictions(args: &Reencrypt) -> Result<()> {
         }
     }
     resilience(args)
+}
+
+/// A larger data unit may be more than a filesystem's block. Of a LUKS volume the daemon knows the old one.
+fn sector_sizes(args: &Reencrypt) -> Result<()> {
+    let volume = &args.volume_args;
+    let raw = volume.format == FoundFormat::Raw;
+    let (option, typed) = if raw {
+        ("--new-sector-size", &args.new_raw.new_sector_size)
+    } else {
+        ("--sector-size", &volume.sector_size)
+    };
+    let accepted = volume.sector_size_may_break_filesystem;
+    if accepted && typed.is_none() {
+        let what = format!("--sector-size-may-break-filesystem belongs to {option}");
+        return Err(Error::usage(what).hint("leave it out"));
+    }
+    let old = number(volume.sector_size.as_deref()).unwrap_or(512);
+    if raw && !accepted && !args.resume_only && number(typed.as_deref()).is_some_and(|new| new > old) {
+        return Err(Error::usage(format!(
+            "--new-sector-size is larger than {old}: a filesystem with smaller blocks could not be mounted any more"
+        ))
+        .hint("--sector-size-may-break-filesystem accepts that"));
+    }
+    Ok(())
 }
 
 fn resilience(args: &Reencrypt) -> Result<()> {
@@ -149,7 +174,6 @@ fn luks_only(args: &Reencrypt) -> Vec<(&'static str, bool)> {
         ("--header", args.volume_args.header.is_some()),
         ("--encrypt", args.becoming.encrypt),
         ("--decrypt", args.becoming.decrypt),
-        ("--sector-size-may-break-filesystem", args.volume_args.sector_size_may_break_filesystem),
     ]);
     options
 }

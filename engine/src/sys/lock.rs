@@ -29,6 +29,24 @@ pub fn unlock(file: impl AsFd) {
     let _ = set(file, libc::F_UNLCK);
 }
 
+/// Has somebody else, through another open file description, locked the file's first byte for writing, as [`try_lock`] does? Locks
+/// for reading, and those of virtual machines, which begin behind it, do not count. Where it cannot be told: no.
+#[must_use]
+pub fn is_taken(file: impl AsFd) -> bool {
+    let mut lock = libc::flock {
+        l_type: libc::c_short::try_from(libc::F_RDLCK).expect("a lock's kind is small"),
+        l_whence: libc::c_short::try_from(libc::SEEK_SET).expect("small"),
+        l_start: 0,
+        l_len: 1,
+        // Must be 0 for locks of this kind.
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open as long as it is borrowed, and the kernel reads and writes one `struct flock` that outlives
+    // the call.
+    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    result == 0 && i32::from(lock.l_type) == libc::F_WRLCK
+}
+
 fn set(file: impl AsFd, kind: libc::c_int) -> Result<(), Errno> {
     let lock = libc::flock {
         l_type: libc::c_short::try_from(kind).expect("a lock's kind is small"),
@@ -61,10 +79,12 @@ mod tests {
         assert_eq!(try_lock(&one), Ok(true));
         assert_eq!(try_lock(&one), Ok(true), "its own lock is in nobody's way");
         assert_eq!(try_lock(&other), Ok(false));
+        assert_eq!((is_taken(&one), is_taken(&other)), (false, true));
         // Closing another descriptor of the file gives nothing away.
         drop(open().expect("open"));
         assert_eq!(try_lock(&other), Ok(false));
         unlock(&one);
+        assert!(!is_taken(&other));
         assert_eq!(try_lock(&other), Ok(true));
         drop(other);
         assert_eq!(try_lock(&one), Ok(true), "gone with the description");

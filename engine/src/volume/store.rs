@@ -375,9 +375,20 @@ pub fn lock_device(device: &Blocking, exclusive: bool) -> Result<Lock<Arc<OwnedF
 /// there it is as if the lock were had, and [`unchanged`] is what protects.
 ///
 /// # Errors
-/// `Conflict`: somebody else holds it. `Io`: it cannot be locked.
+/// `Conflict`: somebody else holds it, or it is to be changed while a job of ours re-encrypts the volume, whose header is the job's for
+/// all of its life. `Io`: it cannot be locked.
 pub fn lock<F: AsFd>(file: F, name: &str, exclusive: bool) -> Result<Lock<F>> {
-    lock_within(file, name, exclusive, LOCK_WAIT)
+    let held = lock_within(file, name, exclusive, LOCK_WAIT)?;
+    // Asked under the lock: a job that begins after it reads the header after us. The job itself is not in its own way.
+    if exclusive && crate::sys::lock::is_taken(&held.0) {
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            "the volume is being re-encrypted, its header cannot be changed now",
+        )
+        .at(name)
+        .hint("wait until the job is done, or cancel it: `cryptctl job list` shows it"));
+    }
+    Ok(held)
 }
 
 /// [`lock`] with a wait of one's own.
@@ -438,6 +449,23 @@ mod tests {
             let refused = wait_for("volume", Duration::ZERO, &mut || Err(errno)).expect_err("refused");
             assert_eq!(refused.kind(), kind, "{errno:?}");
         }
+    }
+
+    #[test]
+    fn a_header_is_not_changed_while_its_volume_is_re_encrypted() {
+        let path = std::env::temp_dir().join(format!("store-lock-{}", std::process::id()));
+        let open =
+            || std::fs::File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let (job, other) = (open().expect("open"), open().expect("open"));
+        assert_eq!(crate::sys::lock::try_lock(&job), Ok(true));
+        let refused = lock(&other, "volume", true).expect_err("refused");
+        assert_eq!(refused.kind(), ErrorKind::Conflict);
+        assert!(refused.chain().contains("being re-encrypted"), "{}", refused.chain());
+        drop(lock(&other, "volume", false).expect("reading is in nobody's way"));
+        drop(lock(&job, "volume", true).expect("the job changes its own"));
+        drop(job);
+        drop(lock(&other, "volume", true).expect("the job is over"));
+        std::fs::remove_file(&path).expect("clean up");
     }
 
     #[test]

@@ -25,7 +25,16 @@ fn place() -> tempfile::TempDir {
     }
     std::fs::write(dir.path().join("key32"), [9; 32]).expect("write");
     std::fs::write(dir.path().join("luks"), header_bytes()).expect("write");
+    std::fs::write(dir.path().join("other"), header_bytes()).expect("write");
     std::fs::write(dir.path().join("plain"), [b'p'; 8192]).expect("write");
+    let parts = |name: &str, parts: &[(usize, &[u8])]| {
+        let mut bytes = vec![0; 1 << 20];
+        parts.iter().for_each(|(at, part)| bytes[*at..at + part.len()].copy_from_slice(part));
+        std::fs::write(dir.path().join(name), bytes).expect("write");
+    };
+    parts("swap", &[(1024, &[1, 0, 0, 0, 255]), (4086, b"SWAPSPACE2")]);
+    // Of 256 blocks of 4096 bytes: all there is.
+    parts("ext", &[(1024 + 0x38, &[0x53, 0xef]), (1024 + 4, &[0, 1]), (1024 + 0x18, &[2])]);
     dir
 }
 
@@ -234,6 +243,21 @@ fn what_contradicts_itself_is_refused() {
         ("@/plain --format raw --key K1 --new-key K1 --journal @/j", "is the same volume key"),
         ("@/plain --format raw --key K1 --key K2 --new-key K3 --journal @/j", "needs one --key"),
         ("@/plain --format raw --key K1 --new-key K2 --journal @/plain", "is VOLUME itself"),
+        ("@/luks --key K1 --force-sector-size", "belongs to --sector-size"),
+        (
+            "@/plain --format raw --key K1 --new-key K2 --journal @/j --force-sector-size",
+            "belongs to --new-sector-size",
+        ),
+        (
+            "@/plain --format raw --key K1 --new-key K2 --journal @/j --new-sector-size 4096",
+            "larger than 512: a filesystem",
+        ),
+        ("@/luks --format raw --key K1 --new-key K2 --journal @/j", "holds a LUKS volume"),
+        ("@/luks --header @/other --key K1", "not the ciphertext of the volume whose header is"),
+        ("@/swap --format raw --key K1 --new-key K2 --journal @/j", "holds swap data"),
+        ("@/swap --header @/luks --key K1", "holds swap data"),
+        ("@/swap --header @/luks --key K1 --decrypt", "holds swap data"),
+        ("@/ext --encrypt --new-key K1 --reduce-device-size 32k", "it was not shrunk"),
         ("- --key K1", "VOLUME cannot be `-`"),
     ] {
         refused(dir.path(), words, says);
@@ -246,12 +270,62 @@ fn what_contradicts_itself_is_refused() {
         "--cipher aes-xts-plain64",
         "--pbkdf pbkdf2",
         "--hash sha256",
-        "--sector-size 512 --sector-size-may-break-filesystem",
     ] {
         let words = format!("@/plain --format raw --key K1 --new-key K2 --journal @/j {option}");
         refused(dir.path(), &words, "is an option of LUKS");
     }
     assert!(!dir.path().join("j").exists(), "what is refused has created nothing");
+}
+
+#[test]
+fn known_content_is_rewritten_by_who_says_so_and_by_who_goes_on() {
+    let dir = place();
+    let raw = "@/swap --format raw --key K1 --new-key K2 --journal @/j";
+    for words in [
+        &format!("{raw} --found-data-may-be-destroyed"),
+        "@/swap --header @/luks --key K1 --found-data-may-be-destroyed",
+        "@/swap --header @/luks --key K1 --resume-only",
+        "@/ext --encrypt --new-key K1 --reduce-device-size 32k --filesystem-may-lose-its-end",
+        "@/ext --encrypt --new-key K1 --header @/head",
+    ] {
+        let _ = sent(dir.path(), words);
+    }
+    // Begun, and not said to be: by what the journal, or the header, holds.
+    std::fs::write(dir.path().join("j"), "begun").expect("write");
+    let _ = sent(dir.path(), raw);
+    let mut header = header_bytes();
+    header.resize(16384, 0);
+    header[8..16].copy_from_slice(&16384_u64.to_be_bytes());
+    header.splice(4096..4130, *b"{\"mandatory\":[\"online-reencrypt-v2\"]");
+    std::fs::write(dir.path().join("begun"), &header).expect("write");
+    let _ = sent(dir.path(), "@/swap --header @/begun --key K1 --decrypt");
+}
+
+#[test]
+fn the_whole_command_to_go_on_is_told() {
+    let dir = place();
+    let said = |words: &str| {
+        let opened = typed(dir.path(), words).unwrap_or_else(|error| panic!("{error}"));
+        let hint = "go on with cryptctl reencrypt --resume-only, or with others";
+        let error = opened.words().of(Error::new(ErrorKind::Cancelled, "cancelled").hint(hint));
+        let at = dir.path().display().to_string();
+        error.failure.hint.expect("a hint").replace(&at, "@")
+    };
+    let text = said("@/luks --key K1 --drop-slots");
+    assert!(text.starts_with("go on with cryptctl reencrypt @/luks --resume-only --key file:@/"), "{text}");
+    assert!(text.ends_with(", or cryptsetup reencrypt --resume-only @/luks"), "{text}");
+    let text = said("@/luks --key K1 --new-key K2");
+    assert!(text.contains(" --new-key file:@/") && !text.contains("cryptsetup"), "{text}");
+    let text = said("@/plain --format raw --key K1 --new-key K2 --journal @/j");
+    assert!(text.contains("--format raw --journal @/j --key ") && !text.contains("cryptsetup"), "{text}");
+    let text = said("@/plain --encrypt --header @/head --new-key K1");
+    assert!(text.contains("--encrypt --header @/head --new-key ") && text.contains("cryptsetup"), "{text}");
+    let opened = typed(dir.path(), "@/luks --encrypt --key K1").unwrap_or_else(|error| panic!("{error}"));
+    let error = Error::new(ErrorKind::Invalid, "nothing").hint("without --resume-only one is begun");
+    let error = opened.words().of(error);
+    assert!(error.failure.hint.is_some_and(|hint| hint.contains("is finished")));
+    assert!(error.failure.message.contains("a LUKS volume already"), "{}", error.failure.message);
+    assert_eq!(quoted("a b'c"), r"'a b'\''c'");
 }
 
 #[test]
@@ -262,7 +336,7 @@ fn the_command_line_knows_what_goes_together() {
         "v --key prompt --label x",
         "v --key prompt --reduce-device-size 32M",
         "v --encrypt --reduce-device-size 32M --header h --new-key prompt",
-        "v --key prompt --sector-size-may-break-filesystem",
+        "v --encrypt --new-key prompt --header h --filesystem-may-lose-its-end",
         "v --key prompt --resilience sometimes",
         "v --key prompt --hotzone-size 0",
         "--key prompt",

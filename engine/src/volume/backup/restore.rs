@@ -78,7 +78,18 @@ pub fn restore(
         Err(error) => return Err(error),
     };
     let differences = match &old {
-        Some(old) => differences(old, &new),
+        Some(old) => {
+            let mut found = differences(old, &new);
+            if is_in_re_encryption(old) {
+                found.insert(
+                    0,
+                    "a re-encryption of it is under way, and all data that is under the new volume key already is \
+                     lost with its header"
+                        .to_owned(),
+                );
+            }
+            found
+        }
         None => vec!["it has no readable header".to_owned()],
     };
     if !differences.is_empty() && !allow_other {
@@ -108,6 +119,13 @@ pub fn restore(
     check_result(device, &new)?;
     warnings.push("the passphrases are those of the backup again, removed ones too".to_owned());
     Ok(Done { uuid: new.uuid().to_owned(), warnings, ..Done::default() })
+}
+
+/// Is a re-encryption under way? Its keyslot keeps the progress.
+fn is_in_re_encryption(header: &Header) -> bool {
+    let Header::Luks2(loaded) = header else { return false };
+    let metadata = &loaded.header.metadata;
+    metadata.keyslots.values().any(|slot| matches!(slot, Keyslot::Reencrypt { .. }))
 }
 
 fn check_result(device: &mut Blocking, new: &Header) -> Result<()> {
