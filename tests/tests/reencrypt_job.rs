@@ -140,8 +140,9 @@ fn a_pause_is_durable_and_what_was_paused_goes_on_here_or_from_the_volume_alone(
         wait_for(&scene.registry, job, "some of it", |info| {
             info.progress.done_bytes >= 4 << 20 && info.progress.phase == Some(Phase::Rewriting)
         });
-        let info = scene.registry.pause(job).expect("paused");
-        assert_eq!(info.state, JobState::Paused);
+        scene.registry.pause(job).expect("paused");
+        // It says so when it is at rest.
+        wait_for(&scene.registry, job, "its rest", |info| info.state == JobState::Paused);
         let done = at_rest(&scene.registry, job);
         assert!(done < 24 << 20, "{resilience:?}: paused in the middle");
         // As after a power cut, or on another machine.

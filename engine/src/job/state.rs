@@ -245,6 +245,11 @@ impl Job {
                     inner.hold(paused);
                     false
                 }
+                JobState::Running if paused && self.action == Action::Reencrypt && inner.transfer.is_some() => {
+                    // It is paused when its volume is at rest, and says so then ([`Job::rests`]).
+                    inner.hold(true);
+                    false
+                }
                 JobState::Running | JobState::Paused if can => {
                     inner.hold(paused);
                     inner.enter(if paused { JobState::Paused } else { JobState::Running })
@@ -260,6 +265,17 @@ impl Job {
             self.announce();
         }
         Ok(())
+    }
+
+    /// The volume of a re-encryption is at rest, durably, and nothing is under way: if that was asked for, it is paused.
+    pub fn rests(&self) {
+        let entered = {
+            let mut inner = self.inner();
+            inner.is_paused() && inner.enter(JobState::Paused)
+        };
+        if entered {
+            self.announce();
+        }
     }
 
     /// Limit the rate.

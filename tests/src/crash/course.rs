@@ -102,6 +102,7 @@ pub fn finish(world: &World, data: Data, opened: Opened, wrap: Wrap<'_>) -> Resu
         ledger: ledger.as_mut(),
         data: &mut data,
         wish: &mut || Go::Go,
+        at_rest: &mut || (),
     });
     match ended.failure {
         None => Ok(()),

@@ -347,6 +347,7 @@ impl<'a> Desk<'a> {
             ledger: &mut *opened.ledger,
             data: &mut data,
             wish: &mut wish,
+            at_rest: &mut || job.rests(),
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;

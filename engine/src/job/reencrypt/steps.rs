@@ -73,6 +73,8 @@ pub struct Steps<'a> {
     pub data: &'a mut Blocking,
     /// Asked at each turn.
     pub wish: &'a mut dyn FnMut() -> Wish,
+    /// Told when the volume is at rest and nothing more arrives: of a paused job, that it is paused.
+    pub at_rest: &'a mut dyn FnMut(),
 }
 
 /// The step there is.
@@ -88,7 +90,7 @@ enum Step {
 /// Go from the boundary to the end, or to where it has to stop. The transfer has been handed to the carrier; when this returns,
 /// the workers have left it.
 pub fn run(steps: Steps<'_>) -> Ended {
-    let Steps { course, carrier, ledger, data, wish } = steps;
+    let Steps { course, carrier, ledger, data, wish, at_rest } = steps;
     let protection = ledger.protection();
     let unprotected = matches!(protection, Protection::None) && ledger.hotzone_max().is_none();
     let mut this = Loop {
@@ -97,6 +99,7 @@ pub fn run(steps: Steps<'_>) -> Ended {
         ledger,
         data,
         wish,
+        at_rest,
         arrivals: Arrivals::new(course.track, course.transfer.plan.chunk_bytes(), course.from),
         committed: course.from,
         journalled: matches!(protection, Protection::Journal { .. }),
@@ -123,6 +126,7 @@ struct Loop<'a> {
     ledger: &'a mut dyn Ledger,
     data: &'a mut Blocking,
     wish: &'a mut dyn FnMut() -> Wish,
+    at_rest: &'a mut dyn FnMut(),
     arrivals: Arrivals,
     /// Everything up to this order is committed.
     committed: u64,
@@ -161,7 +165,7 @@ impl Loop<'_> {
                 Step::Rest if self.is_to_stop() => return Ok(()),
                 Step::Rest => match self.arrivals.close(self.course.hotzone_bytes, self.idle) {
                     Some(hot) => self.protect(hot)?,
-                    None => self.turn()?,
+                    None => self.wait_at_rest()?,
                 },
                 step => {
                     self.step = step;
@@ -228,6 +232,7 @@ impl Loop<'_> {
                     let extent = extent.expect("something was released");
                     self.commit(Hotzone { extent, until: before, checksums: Vec::new() })?;
                 }
+                (Step::Rest, None) => self.wait_at_rest()?,
                 (step, None) => {
                     self.step = step;
                     self.turn()?;
@@ -235,6 +240,14 @@ impl Loop<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The volume is at rest; if nothing has come for a while, say so.
+    fn wait_at_rest(&mut self) -> Result<()> {
+        if self.idle {
+            (self.at_rest)();
+        }
+        self.turn()
     }
 
     /// Everything before `until` has been read: it may be overwritten.
