@@ -8,12 +8,14 @@
 //! | `judge` | what a disk holds, compared with the plaintext byte by byte |
 //! | `proof` | every cut of a whole re-encryption, of its recovery, and of that one's recovery |
 //! | `raw` | the same of volumes without a header |
+//! | `same_boot` | failures that leave what is visible without being durable, and power cuts of what is resumed from that |
 //! | `wrong` | orders that lose data, to see that they are found |
 
 pub mod course;
 pub mod judge;
 pub mod proof;
 pub mod raw;
+pub mod same_boot;
 pub mod wrong;
 
 use engine::backend::sim::image::Image;

@@ -323,12 +323,13 @@ fn kernel_for(units: usize) -> HashKernel {
     if few { HashKernel::ShaNi } else { best }
 }
 
-/// Hashes of the blocks of `bytes`, packed in their order into `out`: side by side for SHA-256, one after the other for others.
+/// Hashes of the blocks of `bytes`, packed in their order into `out`: side by side for SHA-256, one after the other for others. What
+/// follows the last whole block is not hashed: the ledger refuses a step whose hashes are too few.
 ///
 /// # Panics
-/// If `bytes` is not whole blocks, or `out` is not [`Hash::bytes`] for each of them.
+/// If blocks have no bytes, or `out` is not [`Hash::bytes`] for each whole one.
 pub fn checksums(hash: Hash, block_bytes: usize, bytes: &[u8], out: &mut [u8]) {
-    assert!(block_bytes > 0 && bytes.len().is_multiple_of(block_bytes), "whole blocks are hashed");
+    let bytes = &bytes[..bytes.len() - bytes.len() % block_bytes];
     assert_eq!(out.len(), bytes.len() / block_bytes * hash.bytes(), "room for a hash of each block");
     if hash == Hash::Sha256 && block_bytes.is_multiple_of(64) {
         let (digests, _) = out.as_chunks_mut();

@@ -70,7 +70,13 @@ fn under_way(
         process.resilience.name()
     );
     let unproven = "If its digest is right, which takes a passphrase to know: ";
-    let decision = decide(&Facts::of(metadata, process, state, Proof::Right));
+    let has_keyslot = |digest: u32| {
+        let bound = metadata.digests.get(&digest).map_or(&[][..], |digest| &digest.keyslots);
+        bound.iter().any(|id| matches!(metadata.keyslots.get(id), Some(Keyslot::Luks2(_))))
+    };
+    let knowable = process.old.digest.is_none_or(has_keyslot);
+    let proof = if knowable { Proof::Right } else { Proof::Unknowable };
+    let decision = decide(&Facts::of(metadata, process, state, proof));
     if let State::Crash { start, end } = state {
         report.danger(
             ABOUT,
@@ -112,6 +118,9 @@ fn recovery(decision: Decision) -> &'static str {
         }
         Decision::Refuse(Refusal::TooLong) => {
             "no recovery is possible: what was saved cannot be that of so long a step"
+        }
+        Decision::Refuse(Refusal::KeyGone) => {
+            "it would be refused: no keyslot holds the old volume key any more, and data under it is left"
         }
         Decision::Refuse(_) => "it would be refused",
         Decision::Nothing | Decision::GoOn | Decision::TakeDown => "nothing needs recovery",

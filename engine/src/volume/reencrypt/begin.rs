@@ -98,6 +98,8 @@ pub fn begin(
     new_key: Option<&Secret>,
     give_up: GiveUp<'_>,
 ) -> Result<Opened> {
+    // What the first step hashes or saves is what a power cut leaves.
+    data.flush()?;
     match wish.mode {
         Mode::Reencrypt | Mode::Decrypt => rotate::begin(header, wish, keys, new_key, give_up),
         Mode::Encrypt => encrypt::begin(header, data, wish, new_key, give_up),

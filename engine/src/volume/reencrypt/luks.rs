@@ -5,6 +5,8 @@
 //! the header: one that is durable before its checksums would take stale ones for those of the hotzone, and old blocks for new ones;
 //! 4. header *crash* (both copies, a flush each). Committing: 5. header *clean*.
 //!
+//! Before anything that goes on from a header that was found, see [`settle`].
+//!
 //! Behind the last step:
 //! 1. (Only where the first bytes were moved to make room for the header.) The header says that all data is new, the re-encryption
 //!    still being required; the moved bytes, plaintext, are overwritten; flush. Not after 2, for from there on they belong to the
@@ -27,9 +29,9 @@ use serde_json::{Map, Value};
 
 use crate::backend::blocking::Blocking;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::luks2::Loaded;
 use crate::format::luks2::metadata::{Area, Keyslot, Metadata, Token};
 use crate::format::luks2::reencrypt::{Direction, Mode, Process, Resilience, write};
+use crate::format::luks2::{Copy, Health, Loaded};
 use crate::units::Extent;
 use crate::volume::reencrypt::ledger::{Ledger, Protection};
 use crate::volume::{Header, store};
@@ -66,7 +68,7 @@ impl LuksLedger {
             Direction::Backward => (hot.end() == self.boundary, hot.start()),
         };
         let unit = self.process.step_bytes();
-        let aligned = free_end.is_multiple_of(unit) || free_end == self.process.ends_at(self.total);
+        let aligned = free_end.is_multiple_of(unit);
         let short = self.process.hotzone_max().is_none_or(|most| hot.len() <= most);
         let within = hot.end() <= self.total;
         let moved = self.process.moved.map_or(0, |moved| moved.bytes);
@@ -179,6 +181,45 @@ impl Ledger for LuksLedger {
     }
 }
 
+/// Make durable what is visible: what whoever goes on from a header does before the first write to data, area or key material.
+///
+/// A header that was found may be one of the page cache only: its writer was killed before the flush, or the flush failed, after which Linux
+/// takes the pages for clean although the medium has the old ones. A power cut would then bring back the header of before over data,
+/// or over an area, that have gone on from this one. So:
+///
+/// 1. The header is still the one that was found, under the lock.
+/// 2. Each good copy is written with the very bytes that were read, flush each. The same bytes and no new header: which of the two copies is
+///    durable cannot be known, and a new one, torn, over that one would leave none; the same bytes tear nothing.
+/// 3. The data is flushed: what is read and hashed or saved next is what a power cut leaves.
+///
+/// # Errors
+/// `Conflict`: the header on disk is not `loaded`. Else of the devices: then it can be done again.
+pub fn settle(header: &mut Blocking, data: &mut Blocking, loaded: &Loaded) -> Result<()> {
+    let held = store::lock_device(header, true)?;
+    // 1. and 2.
+    settle_header(header, loaded)?;
+    drop(held);
+    // 3.
+    data.flush()
+}
+
+/// Steps 1 and 2 of [`settle`], under the exclusive lock.
+fn settle_header(header: &mut Blocking, loaded: &Loaded) -> Result<()> {
+    // 1.
+    store::unchanged(header, &Header::Luks2(Box::new(loaded.clone())))?;
+    // 2.
+    let length = usize::try_from(loaded.header.copy_bytes).expect("a copy of a header");
+    let mut bytes = vec![0; length];
+    for (copy, health) in [Copy::Primary, Copy::Secondary].into_iter().zip(&loaded.health) {
+        if *health == Health::Good {
+            header.read(loaded.header.offset(copy), &mut bytes)?;
+            header.write(loaded.header.offset(copy), &bytes)?;
+            header.flush()?;
+        }
+    }
+    Ok(())
+}
+
 /// One header write under the metadata lock.
 fn put(header: &mut Blocking, loaded: &mut Loaded, mut next: Loaded) -> Result<()> {
     let _held = store::lock_device(header, true)?;
@@ -274,11 +315,13 @@ pub fn is_unswept(metadata: &Metadata) -> bool {
 pub fn sweep(header: &mut Blocking, loaded: &mut Loaded) -> Result<bool> {
     let Some((id, areas)) = noted(&loaded.header.metadata) else { return Ok(false) };
     let _held = store::lock_device(header, true)?;
+    // The header that needs the old key no more is durable before the key goes.
+    settle_header(header, loaded)?;
     overwrite(header, loaded, &areas, Some(id))?;
     Ok(true)
 }
 
-/// Under the exclusive lock.
+/// Under the exclusive lock, behind a write or [`settle_header`] of `loaded`.
 fn overwrite(header: &mut Blocking, loaded: &mut Loaded, areas: &[Area], note: Option<u32>) -> Result<()> {
     // 3. What the header on disk uses is not touched, nor what is not of its keyslots area: a note is anybody's to write.
     let before = Header::Luks2(Box::new(loaded.clone()));

@@ -10,7 +10,7 @@ use crate::crypto::Secret;
 use crate::crypto::spec::CipherSpec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::metadata::{Keyslot, Metadata};
-use crate::format::luks2::reencrypt::{self as format, Process, State, digest, read};
+use crate::format::luks2::reencrypt::{self as format, Process, Resilience, State, digest, read};
 use crate::format::luks2::{Health, Loaded};
 use crate::volume::keyslots::{self, GiveUp, stop};
 use crate::volume::reencrypt::decide::{
@@ -78,7 +78,9 @@ pub fn open(
     let Some((process, state)) = found else {
         return Err(Refusal::Contradiction.error(header.name()));
     };
+    check_places(&process, &header, data)?;
     let total = total(&process, state, data_bytes, data.name())?;
+    check_blocks(&process, state, total, header.name())?;
     let unlocked = Unlocked::new(&mut header, &loaded, &process, state, keys, give_up)?;
     let facts = Facts::of(&loaded.header.metadata, &process, state, unlocked.proof);
     if let Decision::Refuse(refusal) = decide(&facts) {
@@ -159,9 +161,13 @@ pub(super) fn total(process: &Process, state: State, data_bytes: u64, name: &str
         State::Crash { end, .. } => end,
         State::Finished => 0,
     };
-    if reached > total {
+    // At rest with nothing left to do is a state of its own: an end that lies at the boundary is one that came nearer. One that
+    // came nearer without reaching the boundary cannot be told from the one of before, where the header does not say how long the data is.
+    let nothing_left = process.total.is_none()
+        && matches!(state, State::Clean { boundary: Some(boundary) } if boundary == total);
+    if reached > total || nothing_left {
         return wrong(format!(
-            "the device has {total} bytes of data, but they were re-encrypted up to {reached}"
+            "the device became smaller: it has {total} bytes of data, which were re-encrypted up to {reached} and not to their end"
         ));
     }
     let unit = process.unit_bytes();
@@ -169,6 +175,42 @@ pub(super) fn total(process: &Process, state: State, data_bytes: u64, name: &str
         return wrong(format!("the {total} bytes of data are no whole number of data units of {unit} bytes"));
     }
     Ok(total)
+}
+
+/// Bytes that were moved out of the way of a header lie on its own device: one that was copied elsewhere would have the wrong
+/// file overwritten in the end.
+fn check_places(process: &Process, header: &Blocking, data: &Blocking) -> Result<()> {
+    let id = |device: &Blocking| {
+        let stat = rustix::fs::fstat(&**device.file()).map_err(|errno| {
+            Error::new(ErrorKind::Io, "cannot examine the device").at(device.name()).because(errno)
+        })?;
+        Ok::<_, Error>(match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+            rustix::fs::FileType::BlockDevice => (true, stat.st_rdev, 0),
+            _ => (false, stat.st_dev, stat.st_ino),
+        })
+    };
+    if process.moved.is_none() || id(header)? == id(data)? {
+        return Ok(());
+    }
+    let what = "the header is of an encryption that moves the first bytes of the device it lies on, but it lies elsewhere";
+    Err(Error::new(ErrorKind::Unsupported, what)
+        .at(header.name())
+        .hint("nothing was written; resume with the device itself, without a header of its own"))
+}
+
+/// A last block that is shorter than the others has no hash that a recovery could go by.
+fn check_blocks(process: &Process, state: State, total: u64, name: &str) -> Result<()> {
+    let Resilience::Checksum(checksum) = process.resilience else { return Ok(()) };
+    let block = u64::from(checksum.block_bytes);
+    if state == State::Finished || total.is_multiple_of(block) {
+        return Ok(());
+    }
+    let what = format!(
+        "the {total} bytes of data are no whole number of the blocks of {block} bytes that the re-encryption under way hashes"
+    );
+    Err(Error::new(ErrorKind::Unsupported, what)
+        .at(name)
+        .hint("nothing was written; cryptsetup reencrypt --resume-only finishes it"))
 }
 
 /// The volume keys of both sides.

@@ -1,6 +1,8 @@
 //! An interrupted step made whole.
 //!
-//! 1. Each block of the hotzone that is old is made new (above). What tells old from new, or the source, is not written to, and
+//! 0. Header and data as they were found are made durable, see [`luks::settle`]; before going on or taking down, too.
+//! 1. Each block of the hotzone that is old is made new (above); one that is new is written as it is, for it may be so in the page
+//!    cache only, where a flush that failed has left it *clean*: the flush of 2 covers but what was written since. What tells old from new, or the source, is not written to, and
 //!    what is written depends on nothing that is: so it can be cut off and done again from the beginning any number of times.
 //! 2. The data is flushed.
 //! 3. The header says *clean* (or, behind the last step, that all is over), durably.
@@ -19,7 +21,6 @@ use crate::format::luks2::reencrypt::{Checksum, Direction, Process, Resilience, 
 use crate::units::{DataUnit, Extent};
 use crate::volume::reencrypt::decide::{Decision, Facts, Proof, Refusal, decide};
 use crate::volume::reencrypt::{Side, luks};
-use crate::volume::{Header, store};
 
 /// Bytes rewritten at a time.
 const PIECE: usize = 1 << 20;
@@ -53,8 +54,13 @@ pub fn recover(
     let decision = decide(&Facts::of(&loaded.header.metadata, process, state, Proof::Right));
     let rewrite: fn(&mut Blocking, &mut Blocking, &Rewriter<'_>, Extent) -> Result<()> = match decision {
         Decision::Refuse(refusal) => return Err(refusal.error(header.name())),
-        Decision::Nothing | Decision::GoOn => return Ok(0),
+        Decision::Nothing => return Ok(0),
+        Decision::GoOn => {
+            luks::settle(header, data, loaded)?;
+            return Ok(0);
+        }
         Decision::TakeDown => {
+            luks::settle(header, data, loaded)?;
             luks::take_down(header, loaded, process, total)?;
             return Ok(0);
         }
@@ -63,8 +69,8 @@ pub fn recover(
         Decision::RewriteFromSource => from_source,
     };
     let hot = hotzone(state, total, data.name())?;
-    // Whose header it is, is whose step it is: one that another program wrote meanwhile is not ours to recover.
-    store::unchanged(header, &Header::Luks2(Box::new(loaded.clone())))?;
+    // 0. Whose header it is, is whose step it is: one that another program wrote meanwhile is not ours to recover.
+    luks::settle(header, data, loaded)?;
     // 1.
     rewrite(header, data, &Rewriter::new(proven)?, hot)?;
     // 2.
@@ -74,7 +80,7 @@ pub fn recover(
     Ok(hot.len())
 }
 
-/// Make the old blocks of a step new, by the means of protection of the process: step 1 of the module head. `area`: the device with what was
+/// Make the old blocks of a step new, and write those that are, by the means of protection of the process: step 1 of the module head. `area`: the device with what was
 /// saved. Not durable yet.
 ///
 /// # Errors
@@ -236,8 +242,6 @@ fn old_blocks(
         header.read(stored_at, stored)?;
         stored_at += stored.len() as u64;
         data.read(rewriter.target(at), bytes)?;
-        // Blocks in a row that are old are written in one go; new ones are not written at all.
-        let mut run = 0..0;
         for (index, hashes_of_old) in stored.chunks_exact(is_old.len() * hash.bytes()).enumerate() {
             let place = index * group..(index + 1) * group;
             let blocks =
@@ -249,14 +253,10 @@ fn old_blocks(
             if !is_old.contains(&true) {
                 continue;
             }
-            rewriter.renew(at + place.start as u64, &mut bytes[place.clone()], &is_old);
-            if run.end != place.start {
-                data.write(rewriter.target(at + run.start as u64), &bytes[run.clone()])?;
-                run.start = place.start;
-            }
-            run.end = place.end;
+            rewriter.renew(at + place.start as u64, &mut bytes[place], &is_old);
         }
-        data.write(rewriter.target(at + run.start as u64), &bytes[run])?;
+        // New ones too, see the module head.
+        data.write(rewriter.target(at), bytes)?;
     }
     Ok(())
 }

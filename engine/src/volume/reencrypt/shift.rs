@@ -11,8 +11,8 @@
 //! 6. The first copy, over the marker; flush.
 //!
 //! A power cut between 4 and the end of 5 leaves a device that is neither: [`put_back`], which everything that begins or resumes a
-//! re-encryption does first, finds the marker and no header, and makes it the plain device it was: 1. the first bytes but for sector 0,
-//! 2. flush, 3. sector 0, 4. flush. Cut off, it is done again. The marker and not a note elsewhere, because a note that is left over while
+//! re-encryption does first, finds the marker and no header, and makes it the plain device it was: 0. the marker once more, flush: it may have been in
+//! the page cache only; 1. the first bytes but for sector 0, 2. flush, 3. sector 0, 4. flush. Cut off, it is done again. The marker and not a note elsewhere, because a note that is left over while
 //! the device goes on to be used as it was would bring back what has been written over since.
 //!
 //! # The marker
@@ -172,6 +172,9 @@ pub fn put_back(device: &mut Blocking) -> Result<bool> {
         );
         return Err(Error::new(ErrorKind::Damaged, what).at(device.name()).hint("nothing was written"));
     }
+    // 0.
+    device.write(0, &Marker { moved, hash }.to_bytes())?;
+    device.flush()?;
     // 1.
     let mut first = Zeroizing::new([0; SECTOR]);
     for (at, length) in pieces(moved.bytes) {
