@@ -70,8 +70,7 @@ pub fn is_under_way(header: &End) -> Result<bool> {
 /// `Invalid`: it does, or there is less than that.
 pub fn refuse_unshrunk(volume: &End, reduction: u64) -> Result<()> {
     let file = open(volume)?;
-    let bytes = rustix::fs::seek(&file, SeekFrom::End(0))
-        .map_err(|errno| Error::io("cannot inspect", &volume.name, errno))?;
+    let bytes = size(volume)?;
     let left = bytes.saturating_sub(reduction);
     match filesystem(&file) {
         Some((kind, needed)) if needed > left => Err(Error::usage(format!(
@@ -86,6 +85,24 @@ pub fn refuse_unshrunk(volume: &End, reduction: u64) -> Result<()> {
     }
 }
 
+/// Plain data is a whole number of the smallest data units. No other size of them fits what is not.
+///
+/// # Errors
+/// `Invalid`: it is not.
+fn refuse_odd(volume: &End) -> Result<()> {
+    let (name, bytes) = (&volume.name, size(volume)?);
+    if bytes.is_multiple_of(512) {
+        return Ok(());
+    }
+    Err(Error::usage(format!("the {bytes} bytes of {name} are no whole number of 512-byte sectors"))
+        .hint("append zeros up to the next one first: `truncate -s %512 FILE`"))
+}
+
+fn size(volume: &End) -> Result<u64> {
+    rustix::fs::seek(&volume.fd, SeekFrom::End(0))
+        .map_err(|errno| Error::io("cannot inspect", &volume.name, errno))
+}
+
 /// All of it that can be wrong with what is typed. `header`: a detached one that is there. `begun`: it is gone on with.
 ///
 /// # Errors
@@ -93,6 +110,9 @@ pub fn refuse_unshrunk(volume: &End, reduction: u64) -> Result<()> {
 pub fn check(args: &Reencrypt, volume: &End, header: Option<&End>, mode: Mode, begun: bool) -> Result<()> {
     if begun {
         return Ok(());
+    }
+    if mode == Mode::Encrypt {
+        refuse_odd(volume)?;
     }
     if let (Mode::Encrypt, Some(reduction)) = (mode, args.becoming.reduce_device_size) {
         return if args.becoming.filesystem_may_lose_its_end {

@@ -258,6 +258,7 @@ fn what_contradicts_itself_is_refused() {
         ("@/swap --header @/luks --key K1", "holds swap data"),
         ("@/swap --header @/luks --key K1 --decrypt", "holds swap data"),
         ("@/ext --encrypt --new-key K1 --reduce-device-size 32k", "it was not shrunk"),
+        ("@/key32 --encrypt --new-key K1 --header @/head", "no whole number of 512-byte sectors"),
         ("- --key K1", "VOLUME cannot be `-`"),
     ] {
         refused(dir.path(), words, says);
