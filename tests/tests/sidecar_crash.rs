@@ -130,9 +130,9 @@ impl Trial {
 
     fn open(&self, world: &World) -> Result<Option<Opened>> {
         let [old, new] = self.keys();
-        let mut volume = world.blocking(VOLUME, "volume")?;
+        let volume = world.blocking(VOLUME, "volume")?;
         let journal = world.blocking(JOURNAL, "journal")?;
-        sidecar::open(journal, &mut volume, VOLUME_BYTES as u64, &self.pair, &old, &new)
+        sidecar::open(journal, volume, VOLUME_BYTES as u64, &self.pair, &old, &new)
     }
 
     /// Go on with it or begin it, to the end.
@@ -145,7 +145,8 @@ impl Trial {
             Some(opened) => opened,
             None => {
                 let [old, new] = self.keys();
-                sidecar::begin(world.blocking(JOURNAL, "journal")?, &self.wish(), &old, &new)?
+                let journal = world.blocking(JOURNAL, "journal")?;
+                sidecar::begin(journal, world.blocking(VOLUME, "volume")?, &self.wish(), &old, &new)?
             }
         };
         steps(world, opened, most)
@@ -300,18 +301,18 @@ fn a_recovery_that_is_cut_off_is_done_again() {
 #[test]
 fn errors_of_either_disk_leave_it_to_be_resumed() {
     for trial in trials() {
-        let world = trial.world();
-        trial.run(&world).expect("runs");
         for (disk, on, most) in [
             (VOLUME, On::Write, 12),
             (VOLUME, On::Flush, 3),
             (JOURNAL, On::Write, 24),
             (JOURNAL, On::Flush, 14),
         ] {
+            let mut fired = 0;
             for nth in 1..=most {
                 let world = trial.world();
                 world.inject(Fault { disk, on, when: When::Nth(nth), effect: Effect::Fail(5) });
                 let failed = trial.run(&world).is_err();
+                fired += u64::from(failed);
                 world.heal();
                 // What a failed flush should have covered may be lost: the machine goes down, as it would with such a disk.
                 let world = world.restart(5).expect("disks");
@@ -319,6 +320,7 @@ fn errors_of_either_disk_leave_it_to_be_resumed() {
                     .judge(&world, !failed)
                     .unwrap_or_else(|why| panic!("{} {on:?} {nth}: {why}", trial.name()));
             }
+            assert!(fired > 0, "{}: no {on:?} of disk {disk} failed", trial.name());
         }
     }
 }
@@ -332,9 +334,9 @@ fn what_does_not_belong_to_it_is_refused_and_left_alone() {
     let before = [world.durable(VOLUME), world.durable(JOURNAL)];
     let [old, new] = trial.keys();
     let refused = |pair: &RawPair, bytes: u64, old: &Secret, new: &Secret| {
-        let mut volume = world.blocking(VOLUME, "volume").expect("a volume");
+        let volume = world.blocking(VOLUME, "volume").expect("a volume");
         let journal = world.blocking(JOURNAL, "journal").expect("a journal");
-        let error = sidecar::open(journal, &mut volume, bytes, pair, old, new).err().expect("refused");
+        let error = sidecar::open(journal, volume, bytes, pair, old, new).err().expect("refused");
         world.settle().expect("settled");
         for (disk, before) in [VOLUME, JOURNAL].into_iter().zip(&before) {
             assert_eq!(world.durable(disk).first_difference(before), None, "something was written");
@@ -352,7 +354,8 @@ fn what_does_not_belong_to_it_is_refused_and_left_alone() {
     assert_eq!(refused(&other, bytes, &old, &new), ErrorKind::Conflict);
     // Nor is a new one begun over one that is under way.
     let journal = world.blocking(JOURNAL, "journal").expect("a journal");
-    let error = sidecar::begin(journal, &trial.wish(), &old, &new).err().expect("refused");
+    let volume = world.blocking(VOLUME, "volume").expect("a volume");
+    let error = sidecar::begin(journal, volume, &trial.wish(), &old, &new).err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Conflict);
     // The state of before, put back: the area is of another step, but its superblocks are one whole journal. Its MAC does not tell.
     trial.judge(&world, false).expect("and it goes on");
@@ -388,10 +391,10 @@ fn a_file_that_is_something_else_is_left_alone() {
         let world = trial.world();
         let disk = world.add(Image::of(&bytes), DiskOptions::default()).expect("a disk");
         let journal = || world.blocking(disk, "journal").expect("a journal");
-        let mut volume = world.blocking(VOLUME, "volume").expect("a volume");
-        let opened = sidecar::open(journal(), &mut volume, VOLUME_BYTES as u64, &trial.pair, &old, &new);
+        let volume = || world.blocking(VOLUME, "volume").expect("a volume");
+        let opened = sidecar::open(journal(), volume(), VOLUME_BYTES as u64, &trial.pair, &old, &new);
         assert_eq!(opened.err().expect("refused").kind(), ErrorKind::Unsupported);
-        let begun = sidecar::begin(journal(), &trial.wish(), &old, &new);
+        let begun = sidecar::begin(journal(), volume(), &trial.wish(), &old, &new);
         assert_eq!(begun.err().expect("refused").kind(), ErrorKind::Unsupported);
         assert_eq!(
             sidecar::plan(&mut journal(), &trial.wish()).expect_err("refused").kind(),
@@ -437,7 +440,8 @@ fn without_protection_a_crash_is_known_for_a_loss_and_an_early_stop_is_none() {
     let world = trial.world();
     let [old, new] = trial.keys();
     let journal = world.blocking(JOURNAL, "journal").expect("a journal");
-    let mut opened = sidecar::begin(journal, &trial.wish(), &old, &new).expect("begun");
+    let volume = world.blocking(VOLUME, "volume").expect("a volume");
+    let mut opened = sidecar::begin(journal, volume, &trial.wish(), &old, &new).expect("begun");
     assert_eq!(opened.ledger.hotzone_max(), None);
     let all = Extent::new(0, opened.total).expect("not empty");
     opened.ledger.begin(all).expect("a step over all");
@@ -477,8 +481,102 @@ fn what_would_be_done_is_said_before() {
         assert_eq!(error.kind(), kind, "{bytes}");
     }
     let same = RawPair { new: trial.pair.old.clone(), ..trial.pair.clone() };
-    let error = sidecar::begin(journal, &Wish::new(&same, 1 << 20, 512), &old, &old).err().expect("refused");
+    let volume = world.blocking(VOLUME, "volume").expect("a volume");
+    let error =
+        sidecar::begin(journal, volume, &Wish::new(&same, 1 << 20, 512), &old, &old).err().expect("refused");
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert_ne!(old, new);
     assert_eq!(world.events(), 0);
+}
+
+/// The volume on which something was begun, and its journal beside another one under the same keys.
+#[test]
+fn the_journal_of_another_volume_is_refused_and_nothing_is_written() {
+    for trial in trials() {
+        // At rest at the beginning and in the middle; in the first step, in the second, in the last.
+        let world = trial.world();
+        trial.run_steps(&world, 0).expect("begun");
+        let begun = world.events();
+        for (steps, beyond) in [(0, 0), (1, 0), (2, 0), (0, 6), (1, 6), (2, 6)] {
+            let world = trial.world();
+            trial.run_steps(&world, steps).expect("some steps");
+            if beyond > 0 {
+                world.cut_at(Cut { event: world.events() + beyond + 2, phase: Phase::Middle });
+                assert!(trial.run(&world).is_err(), "cut off");
+            }
+            let world = world.restart(5).expect("disks");
+            assert!(begun > 0);
+            let (volume, journal) = (world.durable(VOLUME), world.durable(JOURNAL));
+            let noise: Vec<u8> = plaintext().iter().rev().map(|byte| byte ^ 0x5a).collect();
+            let untouched = Image::of(&ciphertext(&trial.pair.old, &trial.keys()[0]));
+            let same = untouched.first_difference(&volume).is_none();
+            for (what, other) in [("another", Image::of(&noise)), ("of before", untouched)] {
+                if what == "of before" && (same || steps == 0) {
+                    continue;
+                }
+                let world = World::new(4);
+                for (image, (_, options)) in [other.clone(), journal.clone()].into_iter().zip(trial.disks()) {
+                    world.add(image, options).expect("a disk");
+                }
+                let place = format!("{}, {steps} steps and {beyond}: {what}", trial.name());
+                let error = trial.open(&world).err().unwrap_or_else(|| panic!("{place}: believed"));
+                assert_eq!(error.kind(), ErrorKind::Conflict, "{place}: {}", error.chain());
+                assert_eq!(world.events(), 0, "{place}: something was written");
+            }
+            trial.judge(&world, false).expect("its own");
+        }
+    }
+}
+
+/// One hotzone over everything: nothing lies around it.
+#[test]
+fn another_volume_is_known_within_a_step_over_all_of_it() {
+    for trial in trials() {
+        let world = trial.world();
+        let [old, new] = trial.keys();
+        let wish = Wish { hotzone_bytes: None, ..trial.wish() };
+        let disk = |at, name| world.blocking(at, name).expect("a disk");
+        let begun = sidecar::begin(disk(JOURNAL, "journal"), disk(VOLUME, "volume"), &wish, &old, &new);
+        let mut opened = begun.expect("begun");
+        let all = Extent::new(0, VOLUME_BYTES as u64).expect("not empty");
+        let bytes = ciphertext(&trial.pair.old, &old);
+        match opened.ledger.protection() {
+            Protection::Checksums(checksum) => {
+                let mut sums = vec![0; usize::try_from(checksum.bytes_for(all.len())).expect("small")];
+                let block = checksum.block_bytes as usize;
+                engine::crypto::sha256::checksums(checksum.hash, block, &bytes, &mut sums);
+                opened.ledger.save(all, &sums).expect("saved");
+            }
+            Protection::Journal { offset, .. } => {
+                disk(JOURNAL, "journal").write(offset, &bytes).expect("written");
+            }
+            Protection::None => unreachable!("all of them are protected"),
+        }
+        opened.ledger.begin(all).expect("begun");
+        drop(opened);
+        disk(VOLUME, "volume").write(0, &plaintext()).expect("another volume");
+        let events = world.events();
+        let error = trial.open(&world).err().expect("refused");
+        assert_eq!((error.kind(), world.events()), (ErrorKind::Conflict, events), "{}", error.chain());
+        // Half old, half new: its own.
+        let half = VOLUME_BYTES / 2;
+        let new = ciphertext(&trial.pair.new, &new);
+        disk(VOLUME, "volume").write(0, &[&new[..half], &bytes[half..]].concat()).expect("its own");
+        trial.judge(&world, false).expect("recovered");
+    }
+}
+
+/// What is seen of a program that was killed is not durable before it was written and flushed again.
+#[test]
+fn what_is_opened_is_durable_before_anything_else_is_written() {
+    let trial = trials().remove(0);
+    let world = trial.world();
+    trial.run_steps(&world, 1).expect("one step");
+    let before = world.durable(JOURNAL).bytes(0, 2 * SLOT_BYTES);
+    assert_ne!(before[..SLOT_BYTES], before[SLOT_BYTES..], "the second copy is not durable");
+    let seen = world.visible(JOURNAL).expect("bytes").bytes(0, 2 * SLOT_BYTES);
+    let events = world.events();
+    drop(trial.open(&world).expect("opens"));
+    assert_eq!(world.events() - events, 4, "two writes, two flushes, though both slots look right");
+    assert_eq!(world.durable(JOURNAL).bytes(0, 2 * SLOT_BYTES), seen);
 }

@@ -80,13 +80,20 @@ impl Journal {
         match openat(&dir_fd, &*file, flags | OFlags::CREATE | OFlags::EXCL, private) {
             Ok(fd) => {
                 let partial = Partial::in_place(fd, dir_fd, file, self.path.clone());
-                lock(&partial.fd, &self.name)?;
+                if let Err(error) =
+                    lock(&partial.fd, &self.name).and_then(|()| settle(&partial.dir_fd, &self.name))
+                {
+                    partial.remove();
+                    return Err(error);
+                }
                 Ok(Open::Created(partial))
             }
             Err(Errno::EXIST) => {
                 let fd = openat(&dir_fd, &*file, flags, Mode::empty())
                     .map_err(|errno| Error::io("cannot open the journal", shown, errno))?;
                 lock(&fd, &self.name)?;
+                // Who made it may not have come to this.
+                settle(&dir_fd, &self.name)?;
                 Ok(Open::Found(fd))
             }
             Err(errno) => Err(Error::io("cannot create the journal", shown, errno)),
@@ -112,6 +119,15 @@ impl Journal {
 /// An empty file without a name, for a dry run.
 pub fn in_memory() -> Result<OwnedFd> {
     memfd_create("dry-run", MemfdFlags::CLOEXEC).map_err(|errno| Error::io("cannot rehearse", "memfd", errno))
+}
+
+/// Its name must outlast a power cut before the first byte of the volume changes.
+fn settle(directory: &OwnedFd, name: &str) -> Result<()> {
+    match rustix::fs::fsync(directory) {
+        // A file system whose directories cannot be synchronized.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(errno) => Err(Error::io("cannot make the name of the journal durable", name, errno)),
+    }
 }
 
 fn lock(fd: &OwnedFd, name: &str) -> Result<()> {

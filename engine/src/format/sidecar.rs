@@ -28,7 +28,10 @@
 //! | 168 | 4 | PBKDF2 iterations of the key of the MAC, at least 1000 |
 //! | 172 | 4 | zeros |
 //! | 176 | 32 | salt of that |
-//! | 208 | 240 | zeros |
+//! | 208 | 32 | identity: SHA-256 of the first bytes of the volume as they were, 131072 or all of them |
+//! | 240 | 32 | SHA-256 of the step in front of the boundary, as it is: new; zeros where there is none |
+//! | 272 | 32 | SHA-256 of the step behind the boundary or hotzone, as it is: old; zeros where there is none |
+//! | 304 | 144 | zeros |
 //! | 448 | 32 | MAC: HMAC-SHA256 of bytes 0 to 447 |
 //! | 480 | 32 | checksum: SHA-256 of bytes 0 to 479 |
 //!
@@ -53,8 +56,10 @@
 //! **Checksum and MAC.** The checksum tells whether a superblock is whole, without any key. The MAC's key is PBKDF2-HMAC-SHA256 of the old key
 //! followed by the new key, 32 bytes: it proves both keys before anything is decrypted by them, and that whoever wrote the superblock had them.
 //! Iterations slow down who would guess a key that was made of a word. It does not show that a journal of before was put back in place of the
-//! one of now, and the area is not covered: its hashes and bytes are old ciphertext, of which XTS authenticates nothing either. That a volume is the
-//! one this journal belongs to only its size tells.
+//! one of now, and the area is not covered: its hashes and bytes are old ciphertext, of which XTS authenticates nothing either.
+//!
+//! **Whose journal it is.** The size, the identity and the two steps around the boundary tie a journal to its volume and to the volume's
+//! state; a step is the least unit of a hotzone. Volumes under the same keys with the same plaintext in all these places are not told apart.
 //!
 //! What this module refuses to do: I/O, randomness, and telling a wrong key from a forged journal.
 
@@ -83,6 +88,8 @@ const MAGIC: [u8; 16] = *b"cryptctl-journal";
 const VERSION: u32 = 1;
 /// Bytes of the key of the MAC.
 const MAC_KEY_BYTES: usize = 32;
+/// Most bytes the identity is of: what file systems know themselves by lies there.
+const IDENTITY_BYTES: u64 = 131_072;
 /// Largest block that is hashed.
 pub const BLOCK_BYTES_MAX: u32 = 65536;
 
@@ -130,6 +137,17 @@ pub struct Fixed {
     pub iterations: u32,
     /// Salt of that.
     pub salt: [u8; 32],
+    /// SHA-256 of the first bytes of the volume as they were ([`Fixed::identity_bytes`]).
+    pub identity: [u8; 32],
+}
+
+/// What lies around the boundary, by which a volume is known: SHA-256 of a step each, zeros where there is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Witness {
+    /// In front of it: new.
+    pub before: [u8; 32],
+    /// Behind it, or behind the hotzone: old.
+    pub behind: [u8; 32],
 }
 
 /// A superblock.
@@ -141,6 +159,8 @@ pub struct Superblock {
     pub sequence: u64,
     /// Where it stands.
     pub state: State,
+    /// What lies there.
+    pub witness: Witness,
 }
 
 /// The key of the MAC.
@@ -165,6 +185,12 @@ pub enum Slots {
 }
 
 impl Fixed {
+    /// How many bytes [`Fixed::identity`] is of.
+    #[must_use]
+    pub fn identity_bytes(&self) -> u64 {
+        self.volume_bytes.min(IDENTITY_BYTES)
+    }
+
     /// The least unit of a hotzone, bytes.
     #[must_use]
     pub fn step_bytes(&self) -> u64 {
@@ -327,6 +353,7 @@ impl Superblock {
             put.u64(side.tweak_offset);
         }
         put.u32(self.fixed.iterations).u32(0).bytes(&self.fixed.salt);
+        put.bytes(&self.fixed.identity).bytes(&self.witness.before).bytes(&self.witness.behind);
         let mac = hmac_sha256(key.0.as_bytes(), &slot[..MAC_AT]);
         slot[MAC_AT..CHECKSUM_AT].copy_from_slice(&mac);
         let checksum = checksum(&slot[..CHECKSUM_AT]);
@@ -384,11 +411,12 @@ impl Unproven {
         let area = Area { offset: take.u64(), size: take.u64() };
         let (old, new) = (side(&mut take)?, side(&mut take)?);
         let (iterations, also_zero, salt) = (take.u32(), take.u32(), take.array());
+        let (identity, witness) = (take.array(), Witness { before: take.array(), behind: take.array() });
         if zero != 0 || also_zero != 0 || slot[take.1..MAC_AT].iter().any(|&byte| byte != 0) {
             return damaged("the superblock has something where zeros belong");
         }
-        let fixed = Fixed { id, volume_bytes, resilience, area, old, new, iterations, salt };
-        let superblock = Superblock { fixed, sequence, state };
+        let fixed = Fixed { id, volume_bytes, resilience, area, old, new, iterations, salt, identity };
+        let superblock = Superblock { fixed, sequence, state, witness };
         superblock.check()?;
         let covered = slot[..MAC_AT].try_into().expect("its length");
         let mac = slot[MAC_AT..CHECKSUM_AT].try_into().expect("its length");
@@ -457,7 +485,9 @@ impl Slots {
                 let (newer, older) = if ordered { (one, other) } else { (other, one) };
                 let behind = newer.superblock.sequence - older.superblock.sequence;
                 let alike = newer.superblock.fixed == older.superblock.fixed;
-                if !alike || behind > 1 || (behind == 0 && newer != older) {
+                // Only the first slot ever says *preparing*, and only while there is no second one.
+                let begins_anew = newer.superblock.state == State::Preparing;
+                if !alike || begins_anew || behind > 1 || (behind == 0 && newer != older) {
                     return Err(Error::new(ErrorKind::Damaged, "the two superblocks are not of one journal"));
                 }
                 Ok(Self::Whole(newer, Some(older)))

@@ -245,7 +245,9 @@ impl Job {
                     inner.hold(paused);
                     false
                 }
-                JobState::Running if paused && self.action == Action::Reencrypt && inner.transfer.is_some() => {
+                JobState::Running
+                    if paused && self.action == Action::Reencrypt && inner.transfer.is_some() =>
+                {
                     // It is paused when its volume is at rest, and says so then ([`Job::rests`]).
                     inner.hold(true);
                     false

@@ -66,9 +66,9 @@ impl RawVolume {
 
     fn open(&self, world: &World) -> Result<Option<Opened>> {
         let [old, new] = &self.keys;
-        let mut volume = world.blocking(VOLUME, "volume")?;
+        let volume = world.blocking(VOLUME, "volume")?;
         let journal = world.blocking(JOURNAL, "journal")?;
-        sidecar::open(journal, &mut volume, BYTES as u64, &self.pair, old, new)
+        sidecar::open(journal, volume, BYTES as u64, &self.pair, old, new)
     }
 
     /// Begin it or go on with it, to the end.
@@ -86,7 +86,8 @@ impl RawVolume {
                     ..Wish::new(&self.pair, BYTES as u64, 512)
                 };
                 let [old, new] = &self.keys;
-                sidecar::begin(world.blocking(JOURNAL, "journal")?, &wish, old, new)?
+                let journal = world.blocking(JOURNAL, "journal")?;
+                sidecar::begin(journal, world.blocking(VOLUME, "volume")?, &wish, old, new)?
             }
         };
         if opened.boundary == opened.total {

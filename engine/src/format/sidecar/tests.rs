@@ -16,6 +16,7 @@ fn fixed() -> Fixed {
         new: Raw { large_tweak: true, ..raw(64, 4096) },
         iterations: 1000,
         salt: [9; 32],
+        identity: [3; 32],
     }
 }
 
@@ -28,9 +29,10 @@ fn key(fixed: &Fixed) -> MacKey {
 }
 
 fn at(sequence: u64, state: State) -> Superblock {
-    Superblock { fixed: fixed(), sequence, state }
+    Superblock { fixed: fixed(), sequence, state, witness: WITNESS }
 }
 
+const WITNESS: Witness = Witness { before: [4; 32], behind: [5; 32] };
 const CLEAN: State = State::Clean { boundary: 8 << 20 };
 const CRASH: State = State::Crash { start: 8 << 20, bytes: 4 << 20 };
 
@@ -63,7 +65,7 @@ fn every_state_and_protection_comes_back() {
         for (resilience, size) in protections {
             let area = Area { offset: AREA_OFFSET, size };
             let fixed = Fixed { resilience, area, ..fixed() };
-            let written = Superblock { fixed, sequence: 41, state };
+            let written = Superblock { fixed, sequence: 41, state, witness: WITNESS };
             let key = key(&written.fixed);
             let read = Unproven::parse(&written.to_slot(&key)).expect("our own");
             assert_eq!(read.claims(), &written);
@@ -93,8 +95,10 @@ fn bytes_are_where_the_table_has_them() {
     expected.extend([0, 0, 0, 64, 0, 0, 16, 0, 0, 0, 0, 1, 0, 0, 0, 1]);
     expected.extend(0_u64.to_be_bytes());
     expected.extend([0, 0, 3, 232, 0, 0, 0, 0]);
-    expected.extend([9; 32]);
-    assert_eq!(expected.len(), 208);
+    for hash in [[9; 32], [3; 32], [4; 32], [5; 32]] {
+        expected.extend(hash);
+    }
+    assert_eq!(expected.len(), 304);
     expected.resize(448, 0);
     // PBKDF2 and HMAC by the crates themselves.
     let mut mac_key = [0; 32];
@@ -195,7 +199,7 @@ fn what_cannot_be_is_refused_though_it_is_signed() {
         (120, &[0, 0, 0, 48]),
         (124, &[0, 0, 4, 1]),
         (168, &[0, 0, 3, 231]),
-        (208, &[1]),
+        (304, &[1]),
     ];
     for (place, bytes) in wrong {
         assert_eq!(set(place, bytes).kind(), ErrorKind::Damaged, "{bytes:?} at {place}");
@@ -230,6 +234,11 @@ fn of_two_whole_superblocks_the_newer_counts() {
     assert_eq!(both([&older[..], &far[..]]).expect_err("a gap").kind(), ErrorKind::Damaged);
     let other = at(5, CLEAN).to_slot(&key);
     assert_eq!(both([&other[..], &newer[..]]).expect_err("two states").kind(), ErrorKind::Damaged);
+    // What was begun is not begun anew because one slot claims that it never was.
+    for sequence in [4, 5, 6] {
+        let anew = at(sequence, State::Preparing).to_slot(&key);
+        assert_eq!(both([&anew[..], &newer[..]]).expect_err("believed").kind(), ErrorKind::Damaged);
+    }
     let foreign = Superblock { fixed: Fixed { id: [6; 16], ..fixed() }, ..at(6, CLEAN) }.to_slot(&key);
     assert_eq!(both([&foreign[..], &newer[..]]).expect_err("two journals").kind(), ErrorKind::Damaged);
 }

@@ -175,7 +175,7 @@ impl<'a> Desk<'a> {
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => return self.open_raw(prepared, pair, &mut data).map(Some),
+            Format::Raw(pair) => return self.open_raw(prepared, pair, data).map(Some),
         };
         if self.has_header(prepared)? {
             same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
@@ -248,7 +248,7 @@ impl<'a> Desk<'a> {
         &self,
         prepared: &Prepared,
         pair: &proto::reencrypt::RawPair,
-        data: &mut Blocking,
+        data: Blocking,
     ) -> Result<Opened> {
         let beside = prepared.beside.as_ref().expect("a journal was opened");
         let ([old], Some(new)) = (prepared.keys.as_slice(), &prepared.new_key) else {
@@ -259,13 +259,25 @@ impl<'a> Desk<'a> {
         };
         let data_bytes = prepared.data_bytes();
         if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            if sidecar::was_over(&opened) {
+                let what =
+                    "the re-encryption of this journal was finished: all of its volume is under the new key";
+                return Err(Error::new(ErrorKind::Invalid, what)
+                    .at(beside.name())
+                    .hint("remove the journal; another re-encryption begins with a new one"));
+            }
             same::check_protection(opened.resilience, prepared)?;
             return Ok(opened);
         }
         if prepared.resume_only {
-            return Err(nothing_begun(prepared));
+            let what = "this journal knows of no re-encryption to go on with";
+            return Err(Error::new(ErrorKind::Invalid, what).at(beside.name()).hint(
+                "name the journal it was begun with; without --resume-only one is begun, which destroys a volume of \
+                 which a part is under the new key already",
+            ));
         }
-        sidecar::begin(self.blocking(beside)?, &self.raw_wish(prepared, pair), old, new)
+        let data = self.blocking(&prepared.data)?;
+        sidecar::begin(self.blocking(beside)?, data, &self.raw_wish(prepared, pair), old, new)
     }
 
     fn raw_wish<'b>(&self, prepared: &Prepared, pair: &'b proto::reencrypt::RawPair) -> sidecar::Wish<'b> {

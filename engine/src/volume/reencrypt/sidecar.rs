@@ -2,6 +2,7 @@
 //!
 //! # Write orders
 //! Making a journal, in a file that is empty or holds one that was being made when the power went:
+//! 0. flush of the volume: what the journal will say of it must not be lost by a power cut;
 //! 1. a superblock that says *preparing*, flush: from here on the file is known for ours;
 //! 2. noise over the area, flush: a disk without room says so now;
 //! 3. *clean*, in one slot, flush; 4. in the other one. The volume has not been touched, and is not before a flush has followed ([`Ledger::begin`]).
@@ -14,22 +15,32 @@
 //! its owner's.
 //!
 //! Before each of these the file is read once more: another program that wrote to it meanwhile is a conflict, not a state to go on from.
+//!
+//! Opening: what is in force is written to both slots once more, each with a flush of its own: what is seen of a killed program, or of one
+//! whose flush failed, is not durable.
+//!
+//! # Whose journal
+//! A journal of another volume, or of this one as it once was, would have the wrong bytes rewritten. So before anything is written by it these
+//! must be as the journal says: size, identity (the first bytes as they were; those that are new are turned back for it), the step in front of the
+//! boundary and the one behind it or behind the interrupted step, and of that at least half of its first and of its last bytes are what was
+//! saved, or what becomes of that. Of an interrupted step at the beginning of a volume the identity is not known, and one over a whole volume leaves
+//! only the last of these. What no check can know: that an empty journal is given for a volume of which a part is new already.
 
 use proto::Raw;
 
 use crate::backend::blocking::Blocking;
-use crate::crypto::Secret;
 use crate::crypto::hash::Hash;
 use crate::crypto::kdf::digest_iterations;
 use crate::crypto::spec::CipherSpec;
+use crate::crypto::{Kernel, Secret, SectorCipher};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::metadata::Area;
 use crate::format::luks2::reencrypt::{self as luks, Checksum, Direction, Mode, Process, Resilience};
 use crate::format::raw;
 use crate::format::sidecar::{
-    AREA_OFFSET, BLOCK_BYTES_MAX, Fixed, MacKey, SLOT_BYTES, Slots, State, Superblock, Unproven,
+    AREA_OFFSET, BLOCK_BYTES_MAX, Fixed, MacKey, SLOT_BYTES, Slots, State, Superblock, Unproven, Witness,
 };
-use crate::units::Extent;
+use crate::units::{DataUnit, Extent};
 use crate::volume::create::DIGEST_TIME;
 use crate::volume::reencrypt::begin::Planned;
 use crate::volume::reencrypt::decide::Refusal;
@@ -110,7 +121,7 @@ pub fn plan(journal: &mut Blocking, wish: &Wish<'_>) -> Result<Planned> {
         return Err(Error::new(ErrorKind::Conflict, what).at(journal.name()).hint(WAY_OUT));
     }
     let (resilience, area) = wish.protection()?;
-    let fixed = fixed(wish, resilience, area, 1000)?;
+    let fixed = fixed(wish, resilience, area, 1000, [0; 32])?;
     Ok(Planned {
         total: wish.data_bytes,
         resilience: resilience.name().to_owned(),
@@ -135,13 +146,20 @@ fn notes(fixed: &Fixed) -> Vec<String> {
     match fixed.resilience {
         Resilience::None => vec!["without protection a crash or power cut loses data".to_owned()],
         _ => vec![
-            "the journal is needed until all is done: without it an interrupted volume cannot be put right"
+            "the journal is needed until all is done: without it an interrupted volume cannot be put right, and a new one \
+             would take what is new already for old"
                 .to_owned(),
         ],
     }
 }
 
-fn fixed(wish: &Wish<'_>, resilience: Resilience, area: Area, iterations: u32) -> Result<Fixed> {
+fn fixed(
+    wish: &Wish<'_>,
+    resilience: Resilience,
+    area: Area,
+    iterations: u32,
+    identity: [u8; 32],
+) -> Result<Fixed> {
     let (old, new) = (wish.pair.old.clone(), wish.pair.new.clone());
     raw::layout(&old)?;
     raw::layout(&new)?;
@@ -149,7 +167,7 @@ fn fixed(wish: &Wish<'_>, resilience: Resilience, area: Area, iterations: u32) -
     random::fill(&mut id)?;
     random::fill(&mut salt)?;
     let volume_bytes = wish.data_bytes;
-    let fixed = Fixed { id, volume_bytes, resilience, area, old, new, iterations, salt };
+    let fixed = Fixed { id, volume_bytes, resilience, area, old, new, iterations, salt, identity };
     fixed.check().map_err(|error| error.with_kind(ErrorKind::Invalid))?;
     Ok(fixed)
 }
@@ -160,7 +178,13 @@ fn fixed(wish: &Wish<'_>, resilience: Resilience, area: Area, iterations: u32) -
 /// # Errors
 /// `Conflict`: it holds one that is under way or over. `Unsupported`: it holds something else. `Invalid`: why it cannot be; equal keys and
 /// ciphers on both sides too. Else of the device: the file is then of no use, and the volume as it was.
-pub fn begin(mut journal: Blocking, wish: &Wish<'_>, old: &Secret, new: &Secret) -> Result<Opened> {
+pub fn begin(
+    mut journal: Blocking,
+    mut data: Blocking,
+    wish: &Wish<'_>,
+    old: &Secret,
+    new: &Secret,
+) -> Result<Opened> {
     let planned = plan(&mut journal, wish)?;
     if old == new && wish.pair.old == wish.pair.new {
         let what = "the volume is encrypted so already: key and cipher are the same";
@@ -168,21 +192,23 @@ pub fn begin(mut journal: Blocking, wish: &Wish<'_>, old: &Secret, new: &Secret)
     }
     let (resilience, area) = wish.protection()?;
     let iterations = wish.iterations.unwrap_or_else(|| digest_iterations(Hash::Sha256, DIGEST_TIME));
-    let fixed = fixed(wish, resilience, area, iterations)?;
+    // 0.
+    data.flush()?;
+    let mut fixed = fixed(wish, resilience, area, iterations, [0; 32])?;
+    let mut first = vec![0; length(fixed.identity_bytes())];
+    data.read(0, &mut first)?;
+    fixed.identity = sha256(&first);
     let key = fixed.mac_key(old, new)?;
     let sides = sides(&fixed, old, new)?;
-    let preparing = Superblock { fixed, sequence: 0, state: State::Preparing };
-    // 1.
-    journal.write(0, &preparing.to_slot(&key)[..])?;
-    journal.flush()?;
-    // 2.
-    store::random_fill(&mut journal, area.offset, area.size)?;
-    let mut ledger = SidecarLedger::new(journal, key, preparing);
-    // The file reaches to the end of the second slot even without an area.
-    ledger.journal.write(SLOT_BYTES as u64, &[0; SLOT_BYTES])?;
-    ledger.journal.flush()?;
-    // 3. and 4.
-    ledger.put(State::Clean { boundary: 0 })?;
+    let preparing = Superblock { fixed, sequence: 0, state: State::Preparing, witness: Witness::default() };
+    let mut ledger = SidecarLedger::new(journal, data, key, preparing);
+    if let Err(error) = ledger.make() {
+        // Nothing depends on it yet, and an empty file is one that may be removed. Else it can be begun anew in it all the same.
+        if error.kind() == ErrorKind::NoSpace {
+            let _ = rustix::fs::ftruncate(&**ledger.journal.file(), 0);
+        }
+        return Err(error);
+    }
     Ok(opened(ledger, sides, 0, planned.notes))
 }
 
@@ -195,7 +221,7 @@ pub fn begin(mut journal: Blocking, wish: &Wish<'_>, old: &Secret, new: &Secret)
 /// Else of the devices.
 pub fn open(
     mut journal: Blocking,
-    data: &mut Blocking,
+    mut data: Blocking,
     data_bytes: u64,
     pair: &proto::reencrypt::RawPair,
     old: &Secret,
@@ -232,7 +258,8 @@ pub fn open(
     if let (State::Crash { .. }, Resilience::None) = (state, process.resilience) {
         return Err(Refusal::Lost.error(&name));
     }
-    let mut ledger = SidecarLedger::new(journal, key, superblock);
+    is_of(&superblock, &mut journal, &mut data, &sides)?;
+    let mut ledger = SidecarLedger::new(journal, data, key, superblock);
     let mut notes = notes(&ledger.superblock.fixed);
     let mut recovered = 0;
     ledger.heal()?;
@@ -241,8 +268,8 @@ pub fn open(
         State::Crash { start, bytes } => {
             let hot = Extent::new(start, start + bytes).expect("a superblock's hotzone is not empty");
             let proven = Proven { process: &process, old: &sides[0], new: &sides[1], total };
-            recover::rewrite(&mut ledger.journal, data, &proven, hot)?;
-            data.flush()?;
+            recover::rewrite(&mut ledger.journal, &mut ledger.data, &proven, hot)?;
+            ledger.data.flush()?;
             ledger.advance(hot.end())?;
             recovered = hot.len();
             notes.push(format!("an interrupted step of {recovered} bytes was recovered"));
@@ -250,6 +277,137 @@ pub fn open(
         State::Finished => ledger.sweep()?,
     }
     Ok(Some(opened(ledger, sides, recovered, notes)))
+}
+
+/// Nothing is left to do of it, and nothing was when it was opened.
+#[must_use]
+pub fn was_over(opened: &Opened) -> bool {
+    opened.boundary == opened.total && opened.recovered_bytes == 0
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut out = [0; 32];
+    Hash::Sha256.digest(&[bytes], &mut out);
+    out
+}
+
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a few blocks")
+}
+
+/// What lies around the boundary of a state now.
+fn witness(data: &mut Blocking, fixed: &Fixed, state: State) -> Result<Witness> {
+    let total = fixed.volume_bytes;
+    let (front, back) = match state {
+        State::Preparing => return Ok(Witness::default()),
+        State::Clean { boundary } => (boundary, boundary),
+        State::Crash { start, bytes } => (start, start + bytes),
+        State::Finished | State::Swept => (total, total),
+    };
+    let mut step = vec![0; length(fixed.step_bytes())];
+    let mut hash = |at: Option<u64>| -> Result<[u8; 32]> {
+        let Some(at) = at else { return Ok([0; 32]) };
+        data.read(at, &mut step)?;
+        Ok(sha256(&step))
+    };
+    let before = hash(front.checked_sub(fixed.step_bytes()))?;
+    let behind = hash(Some(back).filter(|back| *back < total))?;
+    Ok(Witness { before, behind })
+}
+
+/// The volume is the one whose journal this is, as it was when it was left (see the module head). Nothing is written.
+///
+/// # Errors
+/// `Conflict`. Else of the devices.
+fn is_of(known: &Superblock, journal: &mut Blocking, data: &mut Blocking, sides: &[Side; 2]) -> Result<()> {
+    let fixed = &known.fixed;
+    let head = fixed.identity_bytes();
+    let (new, hot) = match known.state {
+        // Of these the volume is not touched any more.
+        State::Preparing | State::Finished | State::Swept => return Ok(()),
+        State::Clean { boundary } => (boundary, None),
+        State::Crash { start, bytes } => (start, Extent::new(start, start + bytes)),
+    };
+    let mut same = witness(data, fixed, known.state)? == known.witness;
+    if hot.is_none() || new >= head {
+        let mut first = vec![0; length(head)];
+        data.read(0, &mut first)?;
+        turn_back(sides, 0, &mut first[..length(new.min(head))])?;
+        same &= sha256(&first) == fixed.identity;
+    }
+    if let Some(hot) = hot {
+        same = same && is_step_of(hot, fixed, journal, data, sides)?;
+    }
+    if same {
+        return Ok(());
+    }
+    let what = format!(
+        "the journal {} is that of another volume, or this one was changed since: nothing was written",
+        journal.name()
+    );
+    Err(Error::new(ErrorKind::Conflict, what).at(data.name()).hint(format!(
+        "give each volume its own journal; in this journal's volume all bytes in front of {new} are under the new key"
+    )))
+}
+
+/// Are the first and the last bytes of an interrupted step what was saved of it, or what becomes of that? At least half of them each: others may have
+/// been torn.
+fn is_step_of(
+    hot: Extent,
+    fixed: &Fixed,
+    journal: &mut Blocking,
+    data: &mut Blocking,
+    sides: &[Side; 2],
+) -> Result<bool> {
+    let piece = hot.len().min(BLOCK_BYTES_MAX.into());
+    for at in [hot.start(), hot.end() - piece] {
+        let mut found = vec![0; length(piece)];
+        data.read(at, &mut found)?;
+        let mut back = found.clone();
+        turn_back(sides, at, &mut back)?;
+        let skipped = at - hot.start();
+        let (block, saved) = match fixed.resilience {
+            Resilience::Checksum(checksum) => {
+                let mut saved = vec![0; length(checksum.bytes_for(piece))];
+                journal.read(fixed.area.offset + checksum.bytes_for(skipped), &mut saved)?;
+                (checksum.block_bytes as usize, saved)
+            }
+            Resilience::Journal => {
+                let mut saved = vec![0; found.len()];
+                journal.read(fixed.area.offset + skipped, &mut saved)?;
+                (512, saved)
+            }
+            Resilience::None | Resilience::Datashift { .. } => return Ok(true),
+        };
+        let mut made = vec![0; saved.len() / (found.len() / block)];
+        let mut is_saved = |bytes: &[u8], saved: &[u8]| match fixed.resilience {
+            Resilience::Checksum(checksum) => {
+                checksum.hash.digest(&[bytes], &mut made);
+                made == saved
+            }
+            _ => bytes == saved,
+        };
+        let width = saved.len() / (found.len() / block);
+        let blocks = found.chunks(block).zip(back.chunks(block)).zip(saved.chunks(width));
+        let known =
+            blocks.filter(|((found, back), saved)| is_saved(found, saved) || is_saved(back, saved)).count();
+        if 2 * known < found.len() / block {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// New bytes to old ones. `at`: where they are, a multiple of both data units.
+fn turn_back(sides: &[Side; 2], at: u64, bytes: &mut [u8]) -> Result<()> {
+    let build = |side: &Side| -> Result<(Box<dyn SectorCipher>, DataUnit)> {
+        let (cipher, key) = side.cipher.as_ref().expect("both sides are encrypted");
+        Ok((cipher.build(Kernel::best()?, key, 0)?, DataUnit(at / u64::from(cipher.unit_bytes))))
+    };
+    let [(old, old_unit), (new, new_unit)] = [build(&sides[0])?, build(&sides[1])?];
+    new.decrypt(new_unit, bytes);
+    old.encrypt(old_unit, bytes);
+    Ok(())
 }
 
 /// What is in force, and what the other slot holds if that is whole.
@@ -350,6 +508,8 @@ fn opened(ledger: SidecarLedger, sides: [Side; 2], recovered_bytes: u64, notes: 
 /// Progress kept in a journal file.
 struct SidecarLedger {
     journal: Blocking,
+    /// The volume, to read what lies around the boundary.
+    data: Blocking,
     key: MacKey,
     /// What is in force.
     superblock: Superblock,
@@ -358,8 +518,23 @@ struct SidecarLedger {
 }
 
 impl SidecarLedger {
-    fn new(journal: Blocking, key: MacKey, superblock: Superblock) -> Self {
-        Self { journal, key, superblock, broken: false }
+    fn new(journal: Blocking, data: Blocking, key: MacKey, superblock: Superblock) -> Self {
+        Self { journal, data, key, superblock, broken: false }
+    }
+
+    /// Put the first state on disk.
+    fn make(&mut self) -> Result<()> {
+        // 1.
+        self.journal.write(0, &self.superblock.to_slot(&self.key)[..])?;
+        self.journal.flush()?;
+        // 2.
+        let Area { offset, size } = self.superblock.fixed.area;
+        store::random_fill(&mut self.journal, offset, size)?;
+        // The file reaches to the end of the second slot even without an area.
+        self.journal.write(SLOT_BYTES as u64, &[0; SLOT_BYTES])?;
+        self.journal.flush()?;
+        // 3. and 4.
+        self.put(State::Clean { boundary: 0 })
     }
 
     /// In front of it all data is new.
@@ -400,7 +575,11 @@ impl SidecarLedger {
     fn put(&mut self, state: State) -> Result<()> {
         self.unchanged()?;
         let sequence = self.superblock.sequence + 1;
-        let next = Superblock { state, sequence, fixed: self.superblock.fixed.clone() };
+        let witness = match state {
+            State::Swept => self.superblock.witness,
+            _ => witness(&mut self.data, &self.superblock.fixed, state)?,
+        };
+        let next = Superblock { state, sequence, fixed: self.superblock.fixed.clone(), witness };
         next.check().map_err(|error| error.with_kind(ErrorKind::Internal).at(self.journal.name()))?;
         let slot = next.to_slot(&self.key);
         self.journal.write(next.slot() * SLOT_BYTES as u64, &slot[..])?;
@@ -410,17 +589,20 @@ impl SidecarLedger {
         Ok(())
     }
 
-    /// After a crash: what is in force is in both slots, durably. Only then may either of them be overwritten.
+    /// What is in force is in both slots, durably. Only then may either of them be overwritten, or the volume. Slots that look so already are written
+    /// too: who wrote them may have been killed before the flush, or the flush failed.
     fn heal(&mut self) -> Result<()> {
-        let mut slots = [0; 2 * SLOT_BYTES];
-        self.journal.read(0, &mut slots)?;
         let whole = self.superblock.to_slot(&self.key);
-        for (slot, at) in slots.chunks(SLOT_BYTES).zip([0, SLOT_BYTES as u64]) {
-            if slot != &whole[..] {
-                self.journal.write(at, &whole[..])?;
-            }
+        let mut first = [0; SLOT_BYTES];
+        let own = self.superblock.slot();
+        self.journal.read(own * SLOT_BYTES as u64, &mut first)?;
+        // The one that holds it first: the other may have what was in force before, and is what is left if this is cut off.
+        let holds = if first == *whole { own } else { 1 - own };
+        for slot in [holds, 1 - holds] {
+            self.journal.write(slot * SLOT_BYTES as u64, &whole[..])?;
+            self.journal.flush()?;
         }
-        self.journal.flush()
+        Ok(())
     }
 
     /// All data in front of the boundary is new and durable.
