@@ -235,7 +235,9 @@ fn of_two_whole_superblocks_the_newer_counts() {
     let other = at(5, CLEAN).to_slot(&key);
     assert_eq!(both([&other[..], &newer[..]]).expect_err("two states").kind(), ErrorKind::Damaged);
     // What was begun is not begun anew because one slot claims that it never was.
-    for sequence in [4, 5, 6] {
+    let first = at(4, State::Preparing).to_slot(&key);
+    assert_eq!(in_force([&first[..], &newer[..]]), Some(5), "an older one is only the one before");
+    for sequence in [5, 6] {
         let anew = at(sequence, State::Preparing).to_slot(&key);
         assert_eq!(both([&anew[..], &newer[..]]).expect_err("believed").kind(), ErrorKind::Damaged);
     }
