@@ -269,14 +269,7 @@ fn from_journal(
 ) -> Result<()> {
     rewriter.check(hot, header.name())?;
     let area = rewriter.proven.process.area.offset;
-    let mut bytes = Zeroizing::new(vec![0; PIECE]);
-    for (at, length) in pieces(hot, PIECE) {
-        let bytes = &mut bytes[..length];
-        header.read(area + (at - hot.start()), bytes)?;
-        rewriter.recrypt(at, bytes);
-        data.write(rewriter.target(at), bytes)?;
-    }
-    Ok(())
+    all_blocks(data, rewriter, hot, |_, at, bytes| header.read(area + (at - hot.start()), bytes))
 }
 
 fn from_source(
@@ -287,10 +280,20 @@ fn from_source(
 ) -> Result<()> {
     rewriter.check(hot, header.name())?;
     check_apart(rewriter, hot, header.name())?;
+    all_blocks(data, rewriter, hot, |data, at, bytes| data.read(rewriter.source(at), bytes))
+}
+
+/// Every block anew, out of its old bytes, which `read_old` has from elsewhere by their plaintext offset.
+fn all_blocks(
+    data: &mut Blocking,
+    rewriter: &Rewriter<'_>,
+    hot: Extent,
+    mut read_old: impl FnMut(&mut Blocking, u64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
     let mut bytes = Zeroizing::new(vec![0; PIECE]);
     for (at, length) in pieces(hot, PIECE) {
         let bytes = &mut bytes[..length];
-        data.read(rewriter.source(at), bytes)?;
+        read_old(data, at, bytes)?;
         rewriter.recrypt(at, bytes);
         data.write(rewriter.target(at), bytes)?;
     }
