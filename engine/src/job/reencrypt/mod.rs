@@ -468,11 +468,7 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
 
 fn in_words(side: &volume::Side) -> Option<String> {
     let (area, key) = side.cipher.as_ref()?;
-    Some(words(area.spec.name(), key.len(), area.unit_bytes))
-}
-
-fn words(cipher: &str, key_bytes: usize, unit_bytes: u32) -> String {
-    format!("{cipher}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
+    Some(begin::cipher_words(area.spec.name(), key.len(), area.unit_bytes))
 }
 
 /// A request that never began: a new header goes.

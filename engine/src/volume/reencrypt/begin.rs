@@ -196,7 +196,7 @@ fn protect_nominally(header: &mut Luks2Header, process: &mut Process) -> Result<
 }
 
 /// A cipher in words.
-fn cipher_words(name: &str, key_bytes: usize, unit_bytes: u32) -> String {
+pub fn cipher_words(name: &str, key_bytes: usize, unit_bytes: u32) -> String {
     format!("{name}, {}-bit key, {unit_bytes}-byte data units", key_bytes * 8)
 }
 

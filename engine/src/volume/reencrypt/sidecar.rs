@@ -42,7 +42,7 @@ use crate::format::sidecar::{
 };
 use crate::units::{DataUnit, Extent};
 use crate::volume::create::DIGEST_TIME;
-use crate::volume::reencrypt::begin::Planned;
+use crate::volume::reencrypt::begin::{Planned, cipher_words};
 use crate::volume::reencrypt::decide::Refusal;
 use crate::volume::reencrypt::ledger::{Ledger, Protection};
 use crate::volume::reencrypt::recover::{self, Proven};
@@ -138,8 +138,7 @@ const WAY_OUT: &str = "go on with it by the same keys (--resume-only), or name a
 
 /// A cipher in words.
 fn words(side: &Raw) -> String {
-    let kind = CipherSpec::AesXts(side.tweak).name();
-    format!("{kind}, {}-bit key, {}-byte data units", u64::from(side.key_bytes) * 8, side.data_unit)
+    cipher_words(CipherSpec::AesXts(side.tweak).name(), side.key_bytes as usize, side.data_unit)
 }
 
 fn notes(fixed: &Fixed) -> Vec<String> {
