@@ -84,9 +84,13 @@ fn ask(global: &Global, call: Call) -> Result<Exit> {
         Reply::Job(job) => render::job(&job),
         Reply::Stats(stats) => render::stats(&stats, colour),
         Reply::Status(status) => render::status(&status, colour),
-        Reply::Hello(_) | Reply::Submitted { .. } | Reply::ShuttingDown { .. } | Reply::Luks(_) => {
-            return Err(out_of_turn());
-        }
+        Reply::Hello(_)
+        | Reply::Submitted { .. }
+        | Reply::ShuttingDown { .. }
+        | Reply::Luks(_)
+        | Reply::Exported { .. }
+        | Reply::Exports(_)
+        | Reply::ExportStats(_) => return Err(out_of_turn()),
     });
     output.end().map(|()| Exit::Done)
 }

@@ -109,6 +109,8 @@ pub fn bench(args: &Bench) -> Submit {
         reencrypt: None,
         detach: false,
         bytes_per_second: None,
+        remotes: Vec::new(),
+        background_share: None,
         tuning: Tuning::default(),
         checkpoint: None,
     }
@@ -192,6 +194,8 @@ pub fn submit(action: Action, moving: &Moving, tuning: Tuning) -> Submit {
         bytes_per_second: moving.throttle,
         tuning,
         checkpoint: None,
+        remotes: Vec::new(),
+        background_share: None,
     }
 }
 

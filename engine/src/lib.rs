@@ -26,6 +26,7 @@ pub mod control;
 pub mod crypto;
 pub mod daemon;
 pub mod error;
+pub mod export;
 pub mod format;
 pub mod job;
 pub mod key;

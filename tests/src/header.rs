@@ -350,7 +350,7 @@ impl Ask {
     pub fn run(self, operation: Operation) -> Result<Reply> {
         let file = Some(Named { fd: 0, name: "volume".to_owned() });
         let (volume, header) = if self.header { (None, file) } else { (file, None) };
-        let request = Request { volume, header, lock_fd: None, operation };
+        let request = Request { volume, header, lock_fd: None, remotes: Vec::new(), operation };
         let give_up = self.give_up;
         let caller = Caller {
             commit: &|_, _, _| panic!("nothing here is to be committed"),

@@ -113,6 +113,8 @@ impl Request {
                 reencrypt: None,
                 detach: true,
                 bytes_per_second: None,
+                remotes: Vec::new(),
+                background_share: None,
                 tuning: Tuning::default(),
                 checkpoint: None,
             },

@@ -205,6 +205,8 @@ impl Rewrite {
             volume: None,
             bench: None,
             checkpoint: None,
+            remotes: Vec::new(),
+            background_share: None,
             reencrypt: Some(Box::new(self.request)),
             detach: true,
             bytes_per_second: self.rate,

@@ -294,7 +294,8 @@ fn format_detached(client: &mut Client, scratch: &Scratch, iterations: u32, keep
     let kdf = proto::luks::KdfWish { iterations: Some(iterations), ..new.kdf.clone() };
     let new = Box::new(proto::luks::New { header: Some(header_file), kdf, ..new });
     let operation = proto::luks::Operation::Format { new, key_fd: 2 };
-    let request = proto::luks::Request { volume: None, header: None, lock_fd: None, operation };
+    let request =
+        proto::luks::Request { volume: None, header: None, lock_fd: None, remotes: Vec::new(), operation };
     let _ = client.request(Call::Luks(Box::new(request)), &[header.as_fd(), directory.as_fd(), key.as_fd()]);
 }
 

@@ -104,7 +104,7 @@ fn a_removed_keyslots_place_is_not_destroyed_when_it_holds_another_meanwhile() {
 /// Carry `operation` out on the volume, asking `between`.
 fn ask(ask: Ask, operation: Operation, between: &dyn Fn() -> bool) -> Result<()> {
     let volume = Some(Named { fd: 0, name: "volume".to_owned() });
-    let request = Request { volume, header: None, lock_fd: None, operation };
+    let request = Request { volume, header: None, lock_fd: None, remotes: Vec::new(), operation };
     let caller = Caller { commit: &|_, _, _| panic!("nothing to commit"), give_up: between };
     carry_out(request, ask.fds, &caller).map(drop)
 }

@@ -246,6 +246,7 @@ fn we_format_what_cryptsetup_opens_and_reads_back() {
             volume: Some(Named { fd: 0, name: "volume".to_owned() }),
             header: None,
             lock_fd: None,
+            remotes: Vec::new(),
             operation: Operation::Format { new: detached, key_fd: 1 },
         };
         let before = volume.bytes();
@@ -350,7 +351,13 @@ fn requests_that_make_no_sense_change_nothing() {
     let directory = Ask::of(File::open(volume.scratch.path()).expect("open"));
     refused(directory.run(Operation::Dump {}), ErrorKind::Invalid, "is a directory");
     let caller = Caller { commit: &|_, _, _| Ok(()), give_up: &|| false };
-    let nothing = Request { volume: None, header: None, lock_fd: None, operation: Operation::Dump {} };
+    let nothing = Request {
+        volume: None,
+        header: None,
+        lock_fd: None,
+        remotes: Vec::new(),
+        operation: Operation::Dump {},
+    };
     refused(carry_out(nothing, Vec::new(), &caller), ErrorKind::Invalid, "no volume and no header");
     // What only reads needs no more than reading, and a detached header alone is enough.
     let mut header_only = Ask::of(File::open(&volume.path).expect("open")).secret(b"one");
@@ -398,6 +405,7 @@ fn a_block_device_is_changed_while_the_callers_lock_file_stays_open() {
             volume: Some(Named { fd: 0, name: "device".to_owned() }),
             header: None,
             lock_fd: Some(3),
+            remotes: Vec::new(),
             operation,
         };
         let other = File::open(&lock).expect("open");

@@ -19,8 +19,10 @@
 use serde::{Deserialize, Serialize};
 
 pub mod errno;
+pub mod export;
 pub mod luks;
 pub mod reencrypt;
+pub mod remote;
 pub mod socket;
 
 /// The version in every line's `v`. A daemon answers a request of another version with [`ErrorKind::Version`].
@@ -107,6 +109,23 @@ pub enum Call {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         job: Option<JobId>,
     },
+    /// Serve a volume by NBD. Answered with [`Reply::Exported`] when clients can connect.
+    Export(Box<export::Request>),
+    /// The caller's exports (root: all), oldest first. Answered with [`Reply::Exports`].
+    Exports {},
+    /// Where the time of one export goes. Answered with [`Reply::ExportStats`].
+    ExportStats {
+        /// The export asked for.
+        export: export::ExportId,
+    },
+    /// End an export: no new clients, what was asked for is answered, then all is made durable. Answered with [`Reply::Exports`] when it is over.
+    ExportStop {
+        /// The export to end.
+        export: export::ExportId,
+        /// Do not wait for clients: requests in flight are dropped unanswered.
+        #[serde(default)]
+        now: bool,
+    },
     /// The daemon itself: workers, kernel, buffers, limits.
     Status {},
     /// End the daemon: refuse new jobs, then leave when running jobs are done, or cancel them with `now`.
@@ -151,6 +170,13 @@ pub struct Submit {
     /// after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Box<Checkpoint>>,
+    /// Descriptors of this request that are connections to NBD servers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remotes: Vec<remote::Remote>,
+    /// `reencrypt` of a volume that is being exported: percent of the device's time that it may take, 1..=100, while clients use
+    /// the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub background_share: Option<u32>,
 }
 
 /// Where a copy keeps how far it has come. With one, a copy that fails or is cancelled leaves its sink and the checkpoint for the
@@ -398,6 +424,18 @@ pub enum Reply {
     Status(Box<Status>),
     /// To `luks`.
     Luks(Box<luks::Reply>),
+    /// To `export`: its number, and warnings worth showing.
+    Exported {
+        /// The new export.
+        export: export::ExportId,
+        /// Things the user should know now, one sentence each.
+        #[serde(default)]
+        warnings: Vec<String>,
+    },
+    /// To `exports` and `export_stop`.
+    Exports(Vec<export::Info>),
+    /// To `export_stats`.
+    ExportStats(Box<export::Stats>),
     /// To `shutdown`: how many jobs it waits for.
     ShuttingDown {
         /// Jobs still running.

@@ -168,6 +168,9 @@ pub struct Request {
     /// open, and so locked, until the operation is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock_fd: Option<u32>,
+    /// Descriptors of this request that are connections to NBD servers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remotes: Vec<crate::remote::Remote>,
     /// What to do.
     pub operation: Operation,
 }

@@ -397,7 +397,10 @@ impl Opened {
             descriptors.push(end.fd.as_fd());
             luks::File { fd: 1, name: end.name.clone() }
         });
-        (Request { volume, header, lock_fd: None, operation: Operation::Dump {} }, descriptors)
+        (
+            Request { volume, header, lock_fd: None, remotes: Vec::new(), operation: Operation::Dump {} },
+            descriptors,
+        )
     }
 
     /// What the volume's header told: the keyslot of our token.
@@ -462,7 +465,11 @@ impl Opened {
             None => None,
         };
         let (descriptors, partials) = passing.finish();
-        Ok(Prepared { request: Request { volume, header, lock_fd, operation }, descriptors, partials })
+        Ok(Prepared {
+            request: Request { volume, header, lock_fd, remotes: Vec::new(), operation },
+            descriptors,
+            partials,
+        })
     }
 }
 

@@ -18,6 +18,7 @@
 
 pub mod blocking;
 pub mod device;
+pub mod nbd;
 pub mod ordered;
 mod ports;
 #[cfg(feature = "sim")]

@@ -123,6 +123,9 @@ impl Service {
                 check_luks_names(&request)?;
                 return Ok(Action::Luks(request));
             }
+            Call::Export(_) | Call::Exports {} | Call::ExportStats { .. } | Call::ExportStop { .. } => {
+                return Err(Error::new(ErrorKind::Unsupported, "nothing is exported yet"));
+            }
             Call::Shutdown { now } => return Ok(Action::Shutdown(now)),
         };
         Ok(Action::Reply(reply))

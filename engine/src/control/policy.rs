@@ -13,7 +13,7 @@ use crate::job::Owner;
 pub enum Verb {
     /// `hello`, `status`: about the daemon.
     Ask,
-    /// `submit`, `luks`, `list`, `show`, `watch`, `pause`, `resume`, `cancel`, `throttle`, `stats`: about jobs.
+    /// `export…`, `submit`, `luks`, `list`, `show`, `watch`, `pause`, `resume`, `cancel`, `throttle`, `stats`: about jobs and exports.
     Job,
     /// `shutdown`.
     Shutdown,
@@ -34,7 +34,11 @@ impl Verb {
             | Call::Resume { .. }
             | Call::Cancel { .. }
             | Call::Throttle { .. }
-            | Call::Stats { .. } => Self::Job,
+            | Call::Stats { .. }
+            | Call::Export(_)
+            | Call::Exports {}
+            | Call::ExportStats { .. }
+            | Call::ExportStop { .. } => Self::Job,
             Call::Shutdown { .. } => Self::Shutdown,
         }
     }

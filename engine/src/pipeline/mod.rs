@@ -11,6 +11,8 @@
 //! | `rewrite` | a transfer in place: chunks held back behind barriers |
 //! | `hashing` | the hashes of `crypto` as a rewrite asks for them |
 //! | `carrier` | driving a transfer step by step |
+//! | `service` | foreign requests beside the transfers |
+//! | `view` | a volume as random I/O sees it, also while it is re-encrypted |
 //! | `marks` | how far a transfer has come without a gap |
 //! | `holes`, `zeros` | not reading holes, not writing zeros |
 //!
@@ -26,8 +28,10 @@ pub mod marks;
 pub mod plan;
 pub mod rewrite;
 pub mod segment;
+pub mod service;
 pub mod slot;
 pub mod transfer;
+pub mod view;
 pub mod worker;
 pub mod zeros;
 
@@ -49,6 +53,7 @@ use crate::backend::{Wake, open_queue};
 use crate::error::{Error, ErrorKind};
 use crate::pipeline::carrier::Carried;
 use crate::pipeline::rewrite::News;
+use crate::pipeline::service::Service;
 use crate::pipeline::transfer::{Transfer, Work};
 use crate::pipeline::worker::{Command, Worker};
 use crate::sys::affinity;
@@ -207,6 +212,17 @@ impl Pipeline {
         (0..self.workers.len()).min_by_key(|&at| load(&self.workers[at])).unwrap_or(0)
     }
 
+    /// Let a service live on a worker, beside its transfers. One per worker: a later one replaces it when it is idle.
+    pub fn install(&self, worker: usize, service: Box<dyn Service>) {
+        self.workers[worker].send(Command::Install(service));
+    }
+
+    /// Interrupts the wait of one worker: how other threads tell its service that there is news.
+    #[must_use]
+    pub fn waker(&self, worker: usize) -> Arc<dyn Wake> {
+        self.workers[worker].wake.clone()
+    }
+
     /// Make workers look again at gates and plans.
     pub fn wake(&self) {
         for worker in &self.workers {
@@ -262,7 +278,8 @@ fn start_worker(index: usize, cpu: u32, config: &PipelineConfig) -> Result<Handl
                 affinity::pin(cpu)?;
             }
             let mut arena = Arena::new(config.buffers_per_worker, config.buffer_bytes)?;
-            let opened = open_queue(config.queue, &arena, 2 * config.buffers_per_worker)?;
+            let opened =
+                open_queue(config.queue, &arena, 2 * config.buffers_per_worker + service::OPERATIONS)?;
             let facts = opened.facts();
             let memory = arena.facts();
             let status = WorkerStatus {

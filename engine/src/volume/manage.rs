@@ -19,6 +19,7 @@ use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::Descriptors;
 use crate::volume::backup::{self, Backup};
+use crate::volume::device;
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
 use crate::volume::{Header, create, repair, store, tokens};
@@ -37,15 +38,15 @@ pub struct Caller<'a> {
 /// Whatever is wrong. Then nothing that opens the volume was changed, but for a change of a passphrase whose second half failed:
 /// that error says that the new one opens the volume already.
 pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_>) -> Result<Reply> {
-    let Request { volume, header, lock_fd, operation } = request;
+    let Request { volume, header, lock_fd, remotes, operation } = request;
     let mut sent = Descriptors::new(descriptors);
     let only_reads = only_reads(&operation);
     // Held, not looked at: the caller has locked it, and it stays locked until the last duplicate is closed.
     let lock_file = lock_fd.map(|index| sent.take(index, "lock file")).transpose()?;
     let mut open = |file: Option<File>| {
         file.map(|file| {
-            let fd = sent.take(file.fd, "volume")?;
-            Device::from_fd(fd, file.name, Purpose { read: true, write: !only_reads, stream: false })
+            let purpose = Purpose { read: true, write: !only_reads, stream: false };
+            device::open(&mut sent, &remotes, file.fd, ("volume", &file.name), purpose)
         })
         .transpose()
     };

@@ -24,6 +24,7 @@ pub mod area;
 pub mod backup;
 pub mod capture;
 pub mod create;
+pub mod device;
 pub mod doctor;
 pub mod keep;
 pub mod keyslots;

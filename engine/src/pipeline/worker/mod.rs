@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::pipeline::holes::HoleCache;
 use crate::pipeline::marks::Unfinished;
 use crate::pipeline::plan::Claim;
+use crate::pipeline::service::{Service, TOKEN_BIT};
 use crate::pipeline::slot::{Slot, State};
 use crate::pipeline::transfer::{Transfer, Work};
 use crate::sys::buffer::Buf;
@@ -44,6 +45,8 @@ pub enum Command {
     Start(Arc<Transfer>, Vec<Buf>),
     /// Send a copy of the stage record of a transfer, and its system calls, if it is active here.
     Snapshot(Arc<Transfer>, Sender<(StageRecord, u64)>),
+    /// Serve foreign requests too.
+    Install(Box<dyn Service>),
     /// Leave when idle.
     Exit,
 }
@@ -67,6 +70,7 @@ pub struct Worker {
     turn: usize,
     done: Vec<Done>,
     commands: Receiver<Command>,
+    service: Option<Box<dyn Service>>,
     exiting: bool,
 }
 
@@ -149,6 +153,7 @@ impl Worker {
             turn: 0,
             done: Vec::with_capacity(2 * buffers),
             commands,
+            service: None,
             exiting: false,
         }
     }
@@ -177,13 +182,23 @@ impl Worker {
             match command {
                 Command::Start(transfer, own) => self.start(transfer, own),
                 Command::Snapshot(transfer, reply) => self.snapshot(&transfer, &reply),
-                Command::Exit => self.exiting = true,
+                Command::Install(service) => self.service = Some(service),
+                Command::Exit => {
+                    self.exiting = true;
+                    if let Some(service) = &mut self.service {
+                        service.leave(&mut *self.queue);
+                    }
+                }
             }
         }
-        let deadline = self.claim_all();
+        // Foreign requests go first; bulk fills the gaps.
+        let service = self.service.as_mut();
+        let appointed = service.and_then(|service| service.turn(&mut *self.queue));
+        let deadline = self.claim_all().into_iter().chain(appointed).min();
         self.pass_all()?;
         self.retire();
-        if self.exiting && self.active.iter().all(Option::is_none) {
+        let served = self.service.as_ref().is_none_or(|service| service.is_idle());
+        if self.exiting && served && self.active.iter().all(Option::is_none) {
             return Ok(None);
         }
         Ok(Some(deadline))
@@ -197,6 +212,11 @@ impl Worker {
         self.queue.reap(&mut done);
         let reaped = Instant::now();
         for done in done.drain(..) {
+            if done.token & TOKEN_BIT != 0 {
+                let service = self.service.as_mut().expect("only a service sets this bit");
+                service.complete(done, &mut *self.queue);
+                continue;
+            }
             self.complete(done, reaped);
             // One system call hands over what this chunk started: the device works while the next chunk is crypted.
             self.queue.kick()?;

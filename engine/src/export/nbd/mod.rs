@@ -1,0 +1,38 @@
+//! The NBD server.
+//!
+//! ```text
+//! listener ─ accept ─▶ haggling thread (one for all: greeting, TLS, options) ─ Negotiated ─▶ worker's Server (transmission)
+//! ```
+//!
+//! | file | its one purpose |
+//! |---|---|
+//! | `mod` | what goes from haggling to transmission |
+//! | `listen` | the thread that accepts and haggles, for all listening sockets; bounds on clients |
+//! | `haggle` | haggling, without I/O: bytes in, bytes out |
+//! | `tls` | TLS of a connection, without I/O |
+//! | `server` | the service on one worker: its connections, buffers, operations |
+//! | `connection` | one client: bytes in, requests; replies, bytes out |
+//! | `slot` | one request, or a piece of one, in flight |
+//!
+//! Haggling is slow, rare and full of strings: it has a thread of its own, whose clients are bounded in number, bytes and time. A
+//! connection is on a worker from its first request on.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::export::exported::Exported;
+use crate::format::nbd::reply::Style;
+
+/// A client that may send requests now.
+pub struct Negotiated {
+    /// Its socket, blocking or not: the ring does not mind.
+    pub socket: OwnedFd,
+    /// What it will read and write.
+    pub export: Arc<Exported>,
+    /// How it is answered.
+    pub style: Style,
+    /// It asked for `base:allocation`, and knows it by this number.
+    pub allocation: Option<u32>,
+    /// Bytes that came behind the last option: the first requests.
+    pub early: Vec<u8>,
+}
