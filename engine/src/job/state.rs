@@ -14,6 +14,9 @@ use crate::pipeline::transfer::Transfer;
 use crate::sys::process;
 use crate::telemetry::record::{StageRecord, Totals};
 
+/// How often a paused job looks whether it may go on.
+const PAUSE_POLL: Duration = Duration::from_millis(100);
+
 /// One job.
 pub struct Job {
     /// Its number.
@@ -229,6 +232,18 @@ impl Job {
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.inner().is_paused()
+    }
+
+    /// Come back when it may hash and write: a paused job does neither. For its own thread, where no worker carries it.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn wait_while_paused(&self) -> Result<()> {
+        while self.is_paused() {
+            self.check_cancelled()?;
+            std::thread::sleep(PAUSE_POLL);
+        }
+        self.check_cancelled()
     }
 
     /// Pause or resume. A queued job keeps its state and starts paused.

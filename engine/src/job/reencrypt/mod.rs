@@ -50,8 +50,6 @@ use crate::volume::reencrypt::{self as volume, Opened, begin, luks as ledger, op
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
-/// How often a paused job looks whether it may go on.
-const PAUSE_POLL: Duration = Duration::from_millis(100);
 
 /// All that a job found to do.
 const SWEPT: &str = "what was left of the last re-encryption was overwritten; nothing else to do";
@@ -70,7 +68,7 @@ pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<End
 }
 
 fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
-    wait_while_paused(job)?;
+    job.wait_while_paused()?;
     let desk = Desk::new(pipeline, prepared);
     if prepared.dry_run {
         return dry::run(job, &desk, prepared);
@@ -126,15 +124,6 @@ fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
         // There was no header before to make a backup of.
         (_, Becomes::Encrypt) => Some("make a backup of the new header (cryptctl luks header-backup)"),
     }
-}
-
-/// A paused job neither hashes nor writes.
-fn wait_while_paused(job: &Job) -> Result<()> {
-    while job.is_paused() {
-        job.check_cancelled()?;
-        std::thread::sleep(PAUSE_POLL);
-    }
-    job.check_cancelled()
 }
 
 /// What the job works with.
