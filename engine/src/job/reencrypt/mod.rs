@@ -97,8 +97,8 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
         proof::is_over(&mut header)?;
         report.old_key_gone = proof::old_key_gone(&mut header, &opened)?;
     }
-    // What was said of the way there is not true of its end.
-    report.notes.retain(|note| !note.contains("journal is needed until all is done"));
+    // What holds of the way there is not true of its end.
+    report.notes.retain(|note| !opened.notes_until_done.contains(note));
     report.notes.extend(last_words(prepared, &opened).map(str::to_owned));
     job.report(report);
     Ok(Ending::default())
@@ -450,7 +450,7 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
         carried_keyslots: opened.carried.clone(),
         dropped_keyslots: opened.dropped.clone(),
         recovered_bytes: opened.recovered_bytes,
-        notes: opened.notes.clone(),
+        notes: opened.notes_until_done.iter().chain(&opened.notes).cloned().collect(),
         ..Report::default()
     }
 }
