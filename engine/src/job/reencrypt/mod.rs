@@ -410,19 +410,21 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended, standi
         _ => "it rests at a safe point",
     };
     let what = format!("{done} of {} bytes are re-encrypted, and {stands}", opened.total);
-    let hint = "go on with cryptctl reencrypt --resume-only, or with cryptsetup reencrypt --resume-only";
-    let hint = match prepared.format {
-        Format::Luks(_) => hint,
-        Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
-    };
-    let hint = if standing == Standing::Unswept {
-        "all data is new; the same command again overwrites what is left of the old key"
-    } else if standing == Standing::Gone {
-        "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
-    } else if state == State::Crash && matches!(opened.resilience, Resilience::None) {
-        "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
-    } else {
-        hint
+    let lost = state == State::Crash && matches!(opened.resilience, Resilience::None);
+    let hint = match (standing, &prepared.format) {
+        (Standing::Unswept, _) => {
+            "all data is new; the same command again overwrites what is left of the old key"
+        }
+        (Standing::Gone, _) => {
+            "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
+        }
+        _ if lost => {
+            "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
+        }
+        (_, Format::Raw(_)) => "go on with cryptctl reencrypt --resume-only and the same journal",
+        (_, Format::Luks(_)) => {
+            "go on with cryptctl reencrypt --resume-only, or with cryptsetup reencrypt --resume-only"
+        }
     };
     Err(match failure {
         Some(cause) => Error::new(cause.kind(), format!("re-encryption stopped: {what}"))
