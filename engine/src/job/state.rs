@@ -284,8 +284,9 @@ impl Job {
         Ok(())
     }
 
-    /// The volume of a re-encryption is at rest, durably, and nothing is under way: if that was asked for, it is paused.
-    pub fn rests(&self) {
+    /// The volume of a re-encryption is at rest, durably, and nothing is under way: if that was asked for, it is paused. Is it so only
+    /// since now?
+    pub fn rests(&self) -> bool {
         let entered = {
             let mut inner = self.inner();
             inner.is_paused() && inner.enter(JobState::Paused)
@@ -293,6 +294,7 @@ impl Job {
         if entered {
             self.announce();
         }
+        entered
     }
 
     /// Limit the rate.

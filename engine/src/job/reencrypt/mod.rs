@@ -54,12 +54,13 @@ const TICK: Duration = Duration::from_millis(250);
 /// All that a job found to do.
 const SWEPT: &str = "what was left of the last re-encryption was overwritten; nothing else to do";
 
-/// Carry a re-encryption to its end, or to where it is safe to stop.
+/// Carry a re-encryption to its end, or to where it is safe to stop. `place_free` is called whenever it is paused and at rest: another
+/// job may have its place.
 ///
 /// # Errors
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
-pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
-    let ended = carry(job, pipeline, &mut prepared);
+pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared, place_free: &dyn Fn()) -> Result<Ending> {
+    let ended = carry(job, pipeline, &mut prepared, place_free);
     if ended.is_err() {
         // Only a header that has no name yet still has two: no data was touched for it.
         discard(&prepared);
@@ -67,9 +68,9 @@ pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<End
     ended
 }
 
-fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
+fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &dyn Fn()) -> Result<Ending> {
     job.wait_while_paused()?;
-    let desk = Desk::new(pipeline, prepared);
+    let desk = Desk::new(pipeline, place_free, prepared);
     if prepared.dry_run {
         return dry::run(job, &desk, prepared);
     }
@@ -129,12 +130,14 @@ fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
 /// What the job works with.
 struct Desk<'a> {
     pipeline: &'a Pipeline,
+    /// Told when the job is paused and at rest.
+    place_free: &'a dyn Fn(),
     /// The data's alignment for direct I/O, bytes; 1: it is buffered.
     align: u32,
 }
 
 impl<'a> Desk<'a> {
-    fn new(pipeline: &'a Pipeline, prepared: &Prepared) -> Self {
+    fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Self {
         let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
         // A write to an odd end would make a file longer.
         let align = prepared.data.direct_alignment().filter(whole);
@@ -148,7 +151,14 @@ impl<'a> Desk<'a> {
         if let Some(beside) = &prepared.beside {
             beside.disable_direct();
         }
-        Self { pipeline, align }
+        Self { pipeline, place_free, align }
+    }
+
+    /// Nothing of the job is under way.
+    fn rests(&self, job: &Job) {
+        if job.rests() {
+            (self.place_free)();
+        }
     }
 
     /// A device read and written in order, through the kind of queue that workers use.
@@ -348,7 +358,7 @@ impl<'a> Desk<'a> {
             ledger: &mut *opened.ledger,
             data: &mut data,
             wish: &mut wish,
-            at_rest: &mut || job.rests(),
+            at_rest: &mut || self.rests(job),
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
@@ -361,7 +371,7 @@ impl<'a> Desk<'a> {
                 prepared.data.drop_cache(all);
             }
         }
-        proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
+        proving.compare(job, self, (prepared.workers_max, opened), &shape, before, report)
     }
 }
 
