@@ -15,8 +15,8 @@
 //! | 1 | `sys` `crypto` |
 //! | 2 | `backend` `format` `key` |
 //! | 3 | `pipeline` `volume` |
-//! | 4 | `job` `export` |
-//! | 5 | `telemetry::prometheus` `config` |
+//! | 4 | `job` |
+//! | 5 | `export` `telemetry::prometheus` `config` |
 //! | 6 | `control` |
 //! | 7 | `daemon` `main` |
 

@@ -15,7 +15,19 @@ use rustix::io::Errno;
 /// # Errors
 /// It cannot be locked: not opened for writing, no memory.
 pub fn try_lock(file: impl AsFd) -> Result<bool, Errno> {
-    match set(file, libc::F_WRLCK) {
+    try_set(file, libc::F_WRLCK)
+}
+
+/// [`try_lock`] for reading: beside others for reading, and not beside one for writing.
+///
+/// # Errors
+/// It cannot be locked: not opened for reading, no memory.
+pub fn try_lock_shared(file: impl AsFd) -> Result<bool, Errno> {
+    try_set(file, libc::F_RDLCK)
+}
+
+fn try_set(file: impl AsFd, kind: libc::c_int) -> Result<bool, Errno> {
+    match set(file, kind) {
         // One or the other, says the manual of this errno.
         Err(Errno::AGAIN | Errno::ACCESS) => Ok(false),
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK | Errno::INVAL) => Ok(true),
@@ -23,7 +35,7 @@ pub fn try_lock(file: impl AsFd) -> Result<bool, Errno> {
     }
 }
 
-/// Give back what [`try_lock`] took; for all who share the description.
+/// Give back what [`try_lock`] or [`try_lock_shared`] took; for all who share the description.
 pub fn unlock(file: impl AsFd) {
     // It can fail only for a descriptor that is none, and then there is no lock either.
     let _ = set(file, libc::F_UNLCK);
@@ -89,6 +101,11 @@ mod tests {
         drop(other);
         assert_eq!(try_lock(&one), Ok(true), "gone with the description");
         let reader = File::open(&path).expect("open");
+        assert_eq!(try_lock_shared(&reader), Ok(false), "not beside one for writing");
+        unlock(&one);
+        assert_eq!((try_lock_shared(&reader), try_lock_shared(&one)), (Ok(true), Ok(true)));
+        assert_eq!(try_lock(&one), Ok(false), "readers keep a writer out");
+        unlock(&reader);
         assert_eq!(try_lock(&reader), Err(Errno::BADF), "not opened for writing");
         std::fs::remove_file(&path).expect("clean up");
     }

@@ -18,6 +18,7 @@
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
+//! | `usage` | who uses a volume for longer than a request |
 //! | `manage` | a request of the wire carried out |
 
 pub mod area;
@@ -37,6 +38,7 @@ pub mod store;
 pub mod summary;
 pub mod tokens;
 pub mod unlock;
+pub mod usage;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::spec::CipherSpec;
