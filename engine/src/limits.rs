@@ -47,6 +47,26 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long a starting daemon waits for the one that holds the lock to answer or to leave.
 pub const START_RACE_TIME: Duration = Duration::from_secs(30);
 
+/// Clients of exports that haggle at one time. With more, the oldest of whoever has most is disconnected: nobody else is kept out.
+pub const HAGGLERS_MAX: usize = 256;
+/// Those of one peer (a user on a Unix socket, an address on a TCP socket) of one listening socket: an honest one opens a few
+/// connections, and is done with each in milliseconds.
+pub const HAGGLERS_PER_PEER_MAX: usize = 64;
+/// A peer that has as many is let in again when its oldest has haggled for longer than this: then it is that one that hangs.
+pub const HAGGLE_GRACE: Duration = Duration::from_secs(3);
+/// Haggling must be over within this time, all of it.
+pub const HAGGLE_TIME: Duration = Duration::from_secs(30);
+/// Bytes a client may send while it haggles: hundreds of options of usual length, or thirty of the longest.
+pub const HAGGLE_BYTES_MAX: usize = 1 << 20;
+/// Options of one client: a listing of all exports of a socket, each with what is to be known of it.
+pub const HAGGLE_OPTIONS_MAX: u32 = 1024;
+/// Connections of one export: sixteen clients with sixteen connections each.
+pub const CONNECTIONS_PER_EXPORT_MAX: u32 = 256;
+/// Exports on one listening socket.
+pub const EXPORTS_PER_SOCKET_MAX: usize = 256;
+/// A listening socket's clients that were refused are logged once in this time, by number.
+pub const REFUSED_LOG_TIME: Duration = Duration::from_secs(60);
+
 /// `watch`: shortest, default and longest interval between progress events, milliseconds.
 pub const WATCH_INTERVAL_MS: (u32, u32, u32) = (100, 500, 60_000);
 
@@ -111,6 +131,8 @@ pub const WORKERS_MAX: usize = 1024;
 const _: () = assert!(CONNECTIONS_PER_USER_MAX < CONNECTIONS_MAX);
 const _: () =
     assert!(CONNECTIONS_PER_USER_MAX >= 1024, "a thousand idle connections of one user are promised");
+const _: () = assert!(2 * HAGGLERS_PER_PEER_MAX < HAGGLERS_MAX, "no two peers fill the place");
+const _: () = assert!(3 * EXPORTS_PER_SOCKET_MAX < HAGGLE_OPTIONS_MAX as usize);
 const _: () = assert!(UNSENT_HIGH <= proto::MAX_RESPONSE);
 const _: () = assert!(HELPERS_PER_USER_MAX < HELPERS_MAX);
 const _: () =

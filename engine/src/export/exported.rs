@@ -90,8 +90,39 @@ impl Exported {
         }
     }
 
+    /// Connections there are.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.counters.connections.load(Ordering::Acquire)
+    }
+
     /// Go on to `course`; there is no way back. Wake the workers afterwards.
     pub fn end(&self, course: Course) {
         self.course.fetch_max(course as u8, Ordering::AcqRel);
+    }
+}
+
+/// A connection's place in an export. It is counted as long as this exists, and by nothing else: hold it as long as the socket.
+pub struct Seat(Arc<Exported>);
+
+impl Seat {
+    /// One more connection.
+    #[must_use]
+    pub fn take(export: Arc<Exported>) -> Self {
+        export.counters.connections.fetch_add(1, Ordering::AcqRel);
+        export.counters.connections_total.fetch_add(1, Ordering::Relaxed);
+        Self(export)
+    }
+
+    /// The export.
+    #[must_use]
+    pub fn export(&self) -> &Arc<Exported> {
+        &self.0
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.counters.connections.fetch_sub(1, Ordering::AcqRel);
     }
 }

@@ -10,7 +10,6 @@
 //! Hashing takes seconds by design, so the job's own thread does it, where it can be watched and cancelled.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature};
@@ -243,7 +242,7 @@ impl Open {
             return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
         }
         self.fixed_bytes = geometry.fixed_bytes();
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let secret = self.secret.take().expect("a job begins once");
         let unlocked = match self.kind {
             proto::luks::Secret::Passphrase => {
@@ -307,7 +306,7 @@ impl New {
         mut checkpoint: Option<&mut Checkpoint>,
     ) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let give_up = || job.is_cancelled();
         let mut key = self.volume_key.take();
         let resumed = checkpoint.as_deref().filter(|checkpoint| checkpoint.is_resumed());
@@ -329,7 +328,7 @@ impl New {
                 return Err(Error::new(ErrorKind::Damaged, what).at(checkpoint.name()));
             }
         }
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
         let detached = self.detached.as_ref().map(|(device, _)| device);
@@ -357,18 +356,6 @@ impl New {
         self.made = Some(header);
         Ok(())
     }
-}
-
-/// How often a paused job looks whether it may go on.
-const PAUSE_POLL: Duration = Duration::from_millis(100);
-
-/// A job that is paused neither hashes nor writes.
-fn wait_while_paused(job: &Job, transfer: &Transfer) -> Result<()> {
-    while transfer.gate.is_paused() {
-        job.check_cancelled()?;
-        std::thread::sleep(PAUSE_POLL);
-    }
-    job.check_cancelled()
 }
 
 /// What lies in front of the data of a stream whose header is elsewhere.

@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `mod` | what goes from haggling to transmission |
 //! | `listen` | the thread that accepts and haggles, for all listening sockets; bounds on clients |
+//! | `shelf` | the exports behind one listening socket |
+//! | `caller` | one client that haggles: its socket, what waits to be sent, TLS |
 //! | `haggle` | haggling, without I/O: bytes in, bytes out |
 //! | `tls` | TLS of a connection, without I/O |
 //! | `server` | the service on one worker: its connections, buffers, operations |
@@ -20,8 +22,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::export::exported::Exported;
+use crate::export::exported::{Exported, Seat};
 use crate::format::nbd::reply::Style;
+
+mod caller;
+pub mod haggle;
+pub mod listen;
+pub mod shelf;
 
 /// A client that may send requests now.
 pub struct Negotiated {
@@ -29,6 +36,8 @@ pub struct Negotiated {
     pub socket: OwnedFd,
     /// What it will read and write.
     pub export: Arc<Exported>,
+    /// Counts the connection as long as it is held.
+    pub seat: Seat,
     /// How it is answered.
     pub style: Style,
     /// It asked for `base:allocation`, and knows it by this number.
