@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::export::exported::Exported;
 use crate::format::nbd::request::Command;
 use crate::job::Owner;
-use crate::volume::usage::Claim;
+use crate::volume::held::Held;
 
 /// How often who waits for an end looks whether it still has to.
 const WAIT_POLL: Duration = Duration::from_millis(100);
@@ -61,7 +61,7 @@ struct Inner {
 /// What is served.
 struct Served {
     exported: Arc<Exported>,
-    claim: Claim,
+    held: Held,
 }
 
 #[derive(Clone)]
@@ -124,27 +124,27 @@ impl Life {
     ///
     /// # Errors
     /// `Cancelled`: its end was asked for meanwhile.
-    pub fn serve(&self, exported: Arc<Exported>, claim: Claim) -> Result<()> {
+    pub fn serve(&self, exported: Arc<Exported>, held: Held) -> Result<()> {
         let mut inner = self.inner();
         if inner.end.is_some() {
             drop(inner);
             return Err(Error::new(ErrorKind::Cancelled, "the export was stopped while it was opened"));
         }
-        inner.served = Some(Served { exported, claim });
+        inner.served = Some(Served { exported, held });
         inner.state = State::Serving;
         Ok(())
     }
 
     /// It could not be opened, or served.
     pub fn refused(&self, failure: Failure) {
-        let (claim, _exported) = {
+        let (held, _exported) = {
             let mut inner = self.inner();
             inner.state = State::Stopped;
             inner.failure = Some(failure);
-            inner.served.take().map(|served| (served.claim, served.exported)).unzip()
+            inner.served.take().map(|served| (served.held, served.exported)).unzip()
         };
         // Closing what the client passed may take its time.
-        drop(claim);
+        drop(held);
         self.changed.notify_all();
     }
 

@@ -19,7 +19,7 @@
 //! 2. clients are answered what they have asked for and closed, or after [`limits::EXPORT_DRAIN`] (or `now`) closed unanswered;
 //! 3. nothing is in flight: what was written is made durable;
 //! 4. if it was the last behind its socket, that is closed, and its name removed;
-//! 5. key, device and claim go; 6. it is [`State::Stopped`], and whoever waits for that is told.
+//! 5. key, device and what holds the volume go; 6. it is [`State::Stopped`], and whoever waits for that is told.
 
 pub mod exported;
 mod front;
@@ -220,10 +220,10 @@ impl Exports {
     }
 
     fn serve(self: &Arc<Self>, life: &Arc<Life>, request: &Request, opened: Opened) -> Result<Vec<String>> {
-        let Opened { device, align, view, warnings, claim } = opened;
+        let Opened { device, align, view, warnings, held } = opened;
         let exported = Exported::new(life.id, request, device, align, view);
         let listener = self.entrance(life)?;
-        life.serve(exported.clone(), claim)?;
+        life.serve(exported.clone(), held)?;
         let (exports, kept) = (self.clone(), life.clone());
         std::thread::Builder::new()
             .name(format!("export{}", life.id))

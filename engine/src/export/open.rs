@@ -1,6 +1,6 @@
 //! From a request to an opened volume: which device it is, who else uses it, where its data lies, and its key.
 //!
-//! In two steps. [`Closed::new`] takes what was sent and claims the volume; it is quick, and a request that names a descriptor
+//! In two steps. [`Closed::new`] takes what was sent and takes the volume for itself; it is quick, and a request that names a descriptor
 //! that was not sent ends here. [`Closed::open`] derives the key, which takes seconds by design.
 //!
 //! This module refuses a volume whose size is not a whole number of data units, and one that somebody writes.
@@ -20,7 +20,7 @@ use crate::job::encrypted;
 use crate::job::geometry::Geometry;
 use crate::key::Descriptors;
 use crate::pipeline::view::View;
-use crate::volume::usage::{Claim, Use};
+use crate::volume::held::Held;
 use crate::volume::{AreaCipher, DataArea, Header, device, store, unlock};
 
 /// A volume that nobody else may use, not opened yet.
@@ -30,7 +30,7 @@ pub struct Closed {
     format: Format,
     key: Secret,
     direct: Option<bool>,
-    claim: Claim,
+    held: Held,
 }
 
 /// A volume that can be served.
@@ -44,7 +44,7 @@ pub struct Opened {
     /// Worth telling the user.
     pub warnings: Vec<String>,
     /// Nobody else uses it. To be dropped when nothing is in flight any more.
-    pub claim: Claim,
+    pub held: Held,
 }
 
 impl Closed {
@@ -77,14 +77,15 @@ impl Closed {
             None => None,
         };
         let key = descriptors.secret(request.volume.key_fd, "key")?;
-        let claim = Claim::of(&device, if request.read_only { Use::ReadOnly } else { Use::Served })?;
+        let device = Arc::new(device);
+        let held = Held::to_serve(&device, request.read_only)?;
         Ok(Self {
-            device: Arc::new(device),
+            device,
             header,
             format: request.volume.format.clone(),
             key,
             direct: request.direct,
-            claim,
+            held,
         })
     }
 
@@ -93,7 +94,7 @@ impl Closed {
     /// # Errors
     /// `WrongKey`; `Damaged`, `Unsupported`: its header; `Invalid`: a size or key that does not fit; `Cancelled`.
     pub fn open(self, kernel: Kernel, give_up: &dyn Fn() -> bool) -> Result<Opened> {
-        let Self { device, header, format, key, direct, claim } = self;
+        let Self { device, header, format, key, direct, held } = self;
         let mut warnings = Vec::new();
         let (geometry, key) = match &format {
             Format::Luks(open) => unlock_luks(&device, header.as_deref(), open, key, give_up)?,
@@ -111,7 +112,7 @@ impl Closed {
             warnings.push("direct I/O was asked for, but the volume cannot do it".to_owned());
         }
         let view = View::new(geometry.segments(kernel, &key)?, total);
-        Ok(Opened { device, align, view, warnings, claim })
+        Ok(Opened { device, align, view, warnings, held })
     }
 }
 

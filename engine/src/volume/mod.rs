@@ -7,6 +7,7 @@
 //! | `area` | keyslot material: wrap and unwrap a volume key |
 //! | `capture` | the header of a volume that arrives in order |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
+//! | `held` | who has a volume: re-encryption, export, both |
 //! | `keep` | a new header kept aside while its data is written |
 //! | `plan` | a wish for a new volume checked and made complete |
 //! | `store` | write orders of header changes |
@@ -18,7 +19,6 @@
 //! | `tokens` | tokens, and ours: where a key lives and when it must be rotated |
 //! | `summary` | a header described |
 //! | `doctor` | a volume explained |
-//! | `usage` | who uses a volume for longer than a request |
 //! | `manage` | a request of the wire carried out |
 
 pub mod area;
@@ -27,6 +27,7 @@ pub mod capture;
 pub mod create;
 pub mod device;
 pub mod doctor;
+pub mod held;
 pub mod keep;
 pub mod keyslots;
 pub mod manage;
@@ -38,7 +39,6 @@ pub mod store;
 pub mod summary;
 pub mod tokens;
 pub mod unlock;
-pub mod usage;
 
 use crate::backend::blocking::Blocking;
 use crate::crypto::spec::CipherSpec;

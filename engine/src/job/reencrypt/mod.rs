@@ -4,7 +4,6 @@
 //! |---|---|
 //! | `mod` | from the request to the end |
 //! | `request` | the request checked: devices, secrets, locks |
-//! | `alone` | one re-encryption per volume |
 //! | `course` | from an opened re-encryption to what the workers carry |
 //! | `hotzone` | which chunks are here, and the next hotzone of them |
 //! | `memory` | what the buffers of all of them may take |
@@ -13,7 +12,6 @@
 //! | `proof` | digests of the plaintext before and after |
 //! | `dry` | what it would do, and how long it would take |
 
-pub mod alone;
 pub mod course;
 pub mod dry;
 pub mod hotzone;
