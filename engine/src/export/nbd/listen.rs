@@ -26,13 +26,15 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustls::ServerConfig;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::exported::Seat;
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::caller::{Caller, Progress};
-use crate::export::nbd::haggle::{Agreed, Security};
+use crate::export::nbd::haggle::Agreed;
 use crate::export::nbd::shelf::Shelf;
+use crate::export::nbd::tls::TlsStream;
 use crate::limits;
 
 /// A listening socket's number: unique in one daemon's lifetime.
@@ -46,6 +48,8 @@ pub struct Listening {
     pub address: String,
     /// Who may connect, if it is a Unix socket.
     pub access: Access,
+    /// TLS, demanded of every client.
+    pub tls: Option<Arc<ServerConfig>>,
     /// What clients can have.
     pub shelf: Arc<Shelf>,
 }
@@ -362,7 +366,8 @@ impl Hall {
             let uid = sockopt::socket_peercred(&socket).map(|credentials| credentials.uid.as_raw());
             match uid {
                 Ok(uid) if door.listening.access.admits(uid) => Peer::User(uid),
-                other => return door.refuse(other.ok(), now),
+                Ok(uid) => return door.refuse(&format!("user {uid} may not connect"), now),
+                Err(error) => return door.refuse(&format!("a client without credentials: {error}"), now),
             }
         } else {
             let Some(address) = address else { return };
@@ -371,12 +376,12 @@ impl Hall {
             }
             Peer::of(address.ip())
         };
+        let caller = Caller::new(socket, door.listening.tls.clone());
         if !self.make_room(id, peer, now) {
             return;
         }
         let key = self.next;
         self.next += 1;
-        let caller = Caller::new(socket, Security::Plain);
         if epoll::add(&self.epoll, &caller, EventData::new_u64(key), EventFlags::IN).is_err() {
             return;
         }
@@ -432,35 +437,38 @@ impl Hall {
                         .expect("a client is in the set as long as it is here");
                 }
             }
-            Progress::Over => {
-                self.guests.remove(&key);
+            Progress::Over(fault) => {
+                let guest = self.guests.remove(&key).expect("it was just here");
+                if let (Some(fault), Some(door)) = (fault, self.doors.get_mut(&guest.door)) {
+                    door.refuse(&format!("{:?}: {fault}", guest.peer), Instant::now());
+                }
             }
             Progress::Agreed(agreed) => {
                 let shelf = door.listening.shelf.clone();
                 let guest = self.guests.remove(&key).expect("it was just here");
                 let _ = epoll::delete(&self.epoll, &guest.caller);
-                self.hand_over(guest.caller.into_socket(), agreed, &shelf);
+                self.hand_over(guest.caller.into_parts(), agreed, &shelf);
             }
         }
     }
 
-    fn hand_over(&self, socket: OwnedFd, agreed: Agreed, shelf: &Shelf) {
+    fn hand_over(&self, (socket, tls): (OwnedFd, Option<Box<TlsStream>>), agreed: Agreed, shelf: &Shelf) {
         // Gone in the moment between: the client sees the connection end, as those before it do.
         let Some(export) = shelf.get(agreed.id) else { return };
         let seat = Seat::take(export.clone());
         let Agreed { style, allocation, early, .. } = agreed;
-        (self.deliver)(Negotiated { socket, export, seat, style, allocation, early });
+        (self.deliver)(Negotiated { socket, export, seat, style, allocation, early, tls });
     }
 }
 
 impl Door {
-    /// Somebody who may not connect. Logged by number, or whoever may not connect could fill the log.
-    fn refuse(&mut self, uid: Option<u32>, now: Instant) {
+    /// Somebody who may not be here. Logged by number, or whoever may not be here could fill the log.
+    fn refuse(&mut self, why: &str, now: Instant) {
         self.refused += 1;
         let lately = |at| now.saturating_duration_since(at) < limits::REFUSED_LOG_TIME;
         if !self.refused_logged.is_some_and(lately) {
             let (address, refused) = (&self.listening.address, self.refused);
-            tracing::warn!(address, uid, refused, "users who may not connect to an export: refused");
+            tracing::warn!(address, refused, "a client of an export was refused: {why}");
             self.refused_logged = Some(now);
             self.refused = 0;
         }

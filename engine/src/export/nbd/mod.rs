@@ -23,12 +23,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::export::exported::{Exported, Seat};
+use crate::export::nbd::tls::TlsStream;
 use crate::format::nbd::reply::Style;
 
 mod caller;
 pub mod haggle;
 pub mod listen;
 pub mod shelf;
+pub mod tls;
 
 /// A client that may send requests now.
 pub struct Negotiated {
@@ -44,4 +46,6 @@ pub struct Negotiated {
     pub allocation: Option<u32>,
     /// Bytes that came behind the last option: the first requests.
     pub early: Vec<u8>,
+    /// TLS of the connection: every byte on the socket goes through it. `early` has, already.
+    pub tls: Option<Box<TlsStream>>,
 }
