@@ -81,6 +81,21 @@ pub const JOBS_MAX: u32 = 1024;
 /// Finished jobs remembered.
 pub const REMEMBERED_JOBS: u32 = 1024;
 
+/// Exports being opened, served or ended at one time: each has a thread that sleeps.
+pub const EXPORTS_MAX: usize = 256;
+/// Exports of one user. Below the total, so that no user can keep all others from exporting.
+pub const EXPORTS_PER_USER_MAX: usize = 64;
+/// Ended exports remembered.
+pub const EXPORTS_REMEMBERED: usize = 64;
+/// Longest name of an export, bytes.
+pub const EXPORT_NAME_MAX: usize = 1024;
+/// Longest description of an export, bytes: what the protocol allows of any text.
+pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
+/// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
+pub const EXPORT_ADDRESS_MAX: usize = 512;
+/// How long an export that ends waits for clients to take what they have asked for; then they are dropped.
+pub const EXPORT_DRAIN: Duration = Duration::from_secs(15);
+
 /// Longest name and failure message in a `list`, bytes; `show` has them whole. Enough for nearly every path.
 pub const LIST_TEXT: usize = 128;
 /// Longest entry of a `list` as JSON, bytes: two names and a message in which every byte is escaped (`\\u0001`), and 21
@@ -128,6 +143,12 @@ const _: () = assert!(UNSENT_PER_USER_MAX <= UNSENT_ALL_MAX);
 const _: () = assert!(
     (REMEMBERED_JOBS + JOBS_MAX) as usize * (LIST_ENTRY_MAX + 1) + 64 <= proto::MAX_RESPONSE,
     "all remembered jobs and all that one user may have waiting fit a list"
+);
+const _: () = assert!(EXPORTS_PER_USER_MAX < EXPORTS_MAX);
+const _: () = assert!(
+    (EXPORTS_MAX + EXPORTS_REMEMBERED) * (6 * (2 * LIST_TEXT + EXPORT_NAME_MAX + EXPORT_ADDRESS_MAX) + 2048)
+        <= proto::MAX_RESPONSE,
+    "all exports fit a list: volume and failure shortened, name and address whole, numbers of seven commands"
 );
 const _: () =
     assert!(REWRITE_MEMORY_MIN <= REWRITE_MEMORY && ALL_WORKERS_MEMORY + REWRITE_MEMORY < 256 << 20);

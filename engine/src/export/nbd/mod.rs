@@ -13,12 +13,29 @@
 //! | `caller` | one client that haggles: its socket, what waits to be sent, TLS |
 //! | `haggle` | haggling, without I/O: bytes in, bytes out |
 //! | `tls` | TLS of a connection, without I/O |
-//! | `server` | the service on one worker: its connections, buffers, operations |
+//! | `hub` | which worker serves a connection; what workers say of an export |
+//! | `server` | the service on one worker: its connections, buffers, operations (`intake`, `moves`, `replies`) |
 //! | `connection` | one client: bytes in, requests; replies, bytes out |
+//! | `served` | one export on one worker |
 //! | `slot` | one request, or a piece of one, in flight |
+//! | `check` | every bound of a request |
+//! | `answer` | replies as bytes |
+//! | `pool` | buffers, and who may have how many |
 //!
 //! Haggling is slow, rare and full of strings: it has a thread of its own, whose clients are bounded in number, bytes and time. A
 //! connection is on a worker from its first request on.
+
+pub mod answer;
+mod check;
+mod connection;
+pub mod hub;
+mod intake;
+mod moves;
+pub mod pool;
+mod replies;
+mod served;
+pub mod server;
+mod slot;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
