@@ -33,6 +33,7 @@ mod intake;
 mod moves;
 pub mod pool;
 mod replies;
+pub mod sealed;
 mod served;
 pub mod server;
 mod slot;
