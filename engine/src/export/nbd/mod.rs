@@ -34,7 +34,7 @@ mod moves;
 pub mod pool;
 mod replies;
 pub mod sealed;
-mod served;
+pub mod served;
 pub mod server;
 mod slot;
 
