@@ -39,8 +39,8 @@ use proto::export::{ExportId, Info, Listen, Request, State, Stats};
 use crate::crypto::Kernel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::exported::{Course, Exported};
-use crate::export::life::{End, Life};
 use crate::export::front::{Front, Listener};
+use crate::export::life::{End, Life};
 use crate::export::open::{Closed, Opened};
 use crate::export::socket::{Listening, Place};
 use crate::job::Owner;
@@ -102,7 +102,12 @@ impl Table {
     }
 
     /// The socket an export is to be behind.
-    fn socket(&mut self, owner: &Owner, request: &Request, listening: Option<Listening>) -> Result<&mut Socket> {
+    fn socket(
+        &mut self,
+        owner: &Owner,
+        request: &Request,
+        listening: Option<Listening>,
+    ) -> Result<&mut Socket> {
         match (&request.listen, listening) {
             (Listen::Bound(bound), Some(mut listening)) => {
                 let place = listening.place.take();
@@ -137,9 +142,7 @@ impl Table {
                 }
                 Ok(socket)
             }
-            (Listen::Bound(_), None) => {
-                Err(Error::new(ErrorKind::Internal, "a bound socket was not taken"))
-            }
+            (Listen::Bound(_), None) => Err(Error::new(ErrorKind::Internal, "a bound socket was not taken")),
         }
     }
 
@@ -191,8 +194,7 @@ impl Exports {
         descriptors.finish()?;
         let life = self.register(owner, request, listening)?;
         let give_up = || gone.load(Ordering::Acquire) || life.is_ending();
-        let served =
-            closed.open(self.kernel, &give_up).and_then(|opened| self.serve(&life, request, opened));
+        let served = closed.open(self.kernel, &give_up).and_then(|opened| self.serve(&life, request, opened));
         served.map(|warnings| (life.id, warnings)).inspect_err(|error| {
             life.refused(error.to_failure());
             self.leave_socket(&life);
@@ -201,12 +203,7 @@ impl Exports {
         })
     }
 
-    fn register(
-        &self,
-        owner: &Owner,
-        request: &Request,
-        listening: Option<Listening>,
-    ) -> Result<Arc<Life>> {
+    fn register(&self, owner: &Owner, request: &Request, listening: Option<Listening>) -> Result<Arc<Life>> {
         let mut table = self.table();
         // Again, under the lock that adds it: several may have got this far together.
         table.check_room(owner)?;
@@ -242,8 +239,9 @@ impl Exports {
             Entrance::Open(listener) => Ok(*listener),
             Entrance::Shut(listening) => {
                 let what = "the socket could not be listened on";
-                let listening =
-                    listening.take().ok_or_else(|| Error::new(ErrorKind::Conflict, what).at(&life.address))?;
+                let listening = listening
+                    .take()
+                    .ok_or_else(|| Error::new(ErrorKind::Conflict, what).at(&life.address))?;
                 let listener = self.front.listen(*listening, socket.uid)?;
                 socket.entrance = Entrance::Open(listener);
                 Ok(listener)

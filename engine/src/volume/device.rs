@@ -1,9 +1,10 @@
 //! The devices of a request: files as they are, connections to NBD servers as volumes.
 
-use proto::remote::Remote;
+use proto::remote::{Remote, Tls};
 
 use crate::backend::device::{Device, Purpose};
 use crate::backend::nbd;
+use crate::backend::nbd::tls::Credentials;
 use crate::error::Result;
 use crate::key::Descriptors;
 
@@ -26,5 +27,22 @@ pub fn open(
     for more in &remote.more {
         connections.push(descriptors.take(*more, role)?);
     }
-    nbd::open(connections, remote, name, purpose)
+    let tls = remote.tls.as_ref().map(|tls| credentials(descriptors, tls)).transpose()?;
+    nbd::open(connections, remote, tls.as_ref(), name, purpose)
+}
+
+/// What a request's descriptors hold for TLS.
+fn credentials(descriptors: &mut Descriptors, tls: &Tls) -> Result<Credentials> {
+    let authorities = match tls.authorities_fd {
+        Some(fd) => Some(descriptors.secret(fd, "TLS authorities")?.as_bytes().to_vec()),
+        None => None,
+    };
+    let identity = match tls.identity_fds {
+        Some((chain, key)) => {
+            let chain = descriptors.secret(chain, "TLS certificate")?.as_bytes().to_vec();
+            Some((chain, descriptors.secret(key, "TLS key")?))
+        }
+        None => None,
+    };
+    Ok(Credentials { server_name: tls.server_name.clone(), authorities, identity })
 }
