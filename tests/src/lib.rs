@@ -11,6 +11,7 @@ mod loop_device;
 pub mod luks;
 pub mod luks2;
 pub mod nbd_servers;
+pub mod nbd;
 mod place;
 pub mod reencrypt;
 pub mod rewrite;
