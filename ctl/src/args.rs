@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::amount::{parse_bytes, parse_rate};
+use crate::export::args::Export;
 use crate::help;
 use crate::luks::args::{Luks, NewArgs, parse_keyslot};
 use crate::reencrypt::args::Reencrypt;
@@ -69,6 +70,13 @@ pub enum Verb {
         after_long_help = crate::reencrypt::help::REENCRYPT_AFTER
     )]
     Reencrypt(Box<Reencrypt>),
+    /// Serve the decrypted view of a volume by NBD
+    #[command(
+        long_about = crate::export::help::EXPORT,
+        after_long_help = crate::export::help::EXPORT_AFTER,
+        disable_help_subcommand = true
+    )]
+    Export(Box<Export>),
     /// Make, show and change LUKS headers: keyslots, tokens, backups
     #[command(
         subcommand,

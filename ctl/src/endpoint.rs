@@ -55,8 +55,10 @@ pub enum Access {
     Read,
     /// Changed in place, which a mapped device allows: the kernel read the header when it was mapped.
     Change,
-    /// Made anew, or all of it rewritten: a device in use is refused.
+    /// Made anew, or all of it rewritten, or served: a device in use is refused.
     Replace,
+    /// Only read, and nobody else may use a device meanwhile.
+    ReadAlone,
 }
 
 /// What the bytes behind a descriptor really are, to find the same thing under two names.
@@ -187,16 +189,17 @@ pub fn open_volume(path: &Path, role: &str, access: Access) -> Result<End> {
         return Err(wrong_kind(&name, kind));
     }
     let mut flags = OFlags::NOCTTY;
-    if kind.is_block_device() && access == Access::Replace {
+    let writes = matches!(access, Access::Change | Access::Replace);
+    if kind.is_block_device() && matches!(access, Access::Replace | Access::ReadAlone) {
         flags |= OFlags::EXCL;
     }
     let file = File::options()
         .read(true)
-        .write(access != Access::Read)
+        .write(writes)
         .custom_flags(flags.bits().cast_signed())
         .open(path)
         .map_err(|error| in_use(&name, error))?;
-    if kind.is_block_device() && access != Access::Read && is_read_only(metadata.rdev()) {
+    if kind.is_block_device() && writes && is_read_only(metadata.rdev()) {
         return Err(Error::new(ErrorKind::Denied, format!("{name} is read-only")));
     }
     let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;

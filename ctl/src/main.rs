@@ -14,6 +14,7 @@ mod amount;
 mod args;
 mod client;
 mod endpoint;
+mod export;
 mod help;
 mod launch;
 mod luks;
@@ -73,6 +74,7 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
             let opened = reencrypt::request::open(args, &mut ask)?;
             run::reencrypt_job(launch::reach_or_start(global)?, opened, global)
         }
+        Verb::Export(args) => export::run(args, global),
         Verb::Luks(verb) => luks::run(verb, global),
         Verb::Job(verb) => manage::job(verb, global),
         Verb::Stats { job } => manage::stats(*job, global),

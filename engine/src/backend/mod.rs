@@ -12,7 +12,7 @@
 //! Invariants every implementation keeps:
 //! 1. every accepted [`Op`] comes back exactly once as a [`Done`], with its buffer, also when cancelled or failed;
 //! 2. a transfer is finished when it comes back: short reads and writes, `EINTR` and `EAGAIN` are continued inside;
-//!    a read returns fewer bytes than asked only at the end of the file, a write never;
+//!    a read returns fewer bytes than asked only at the end of the file, a write never; only [`What::Receive`] takes what there is;
 //! 3. `push` makes no system call, `kick` at most one per batch (io_uring);
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
@@ -72,6 +72,22 @@ pub enum What {
         /// Which part of it.
         span: Span,
     },
+    /// Fill the beginning of `buf[span]` with what a stream has, as soon as it has any; 0 bytes: it has ended. The one transfer that
+    /// may come back short.
+    Receive {
+        /// Into which buffer; it comes back in the completion.
+        buf: Buf,
+        /// Which part of it.
+        span: Span,
+    },
+    /// Give space back (`fallocate` with `PUNCH_HOLE`): the extent reads as zeros. Files and block devices; what cannot says
+    /// `EOPNOTSUPP`.
+    Discard {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Make everything written through this file durable: data, and the metadata needed to read it back (`fdatasync`).
     Flush,
     /// Wait until the file is readable (`read`) or writable, without holding a buffer. For streams.
@@ -92,6 +108,16 @@ pub struct Op {
     pub what: What,
 }
 
+impl What {
+    /// The buffer lent with it, if it has one.
+    fn into_buf(self) -> Option<Buf> {
+        match self {
+            Self::Read { buf, .. } | Self::Write { buf, .. } | Self::Receive { buf, .. } => Some(buf),
+            Self::Flush | Self::Discard { .. } | Self::Ready { .. } => None,
+        }
+    }
+}
+
 /// A finished operation.
 #[derive(Debug)]
 pub struct Done {
@@ -99,7 +125,7 @@ pub struct Done {
     pub token: u64,
     /// The buffer lent with the operation, if it had one.
     pub buf: Option<Buf>,
-    /// Bytes transferred (0 for `Flush` and `Ready`), or the cause. A transfer that failed midway reports the error: how
+    /// Bytes transferred (0 for `Flush`, `Discard` and `Ready`), or the cause. A transfer that failed midway reports the error: how
     /// much arrived is not to be relied on. Cancelled: `ECANCELED`.
     pub result: std::io::Result<u32>,
 }

@@ -324,7 +324,9 @@ impl Registry {
         }
         match load {
             Load::Transfer(mut prepared) => run::run(job, &self.pipeline, &mut prepared),
-            Load::Reencrypt(prepared) => reencrypt::run(job, &self.pipeline, *prepared),
+            Load::Reencrypt(prepared) => {
+                reencrypt::run(job, &self.pipeline, *prepared, &|| self.start_waiting())
+            }
             Load::Bench(bench) => {
                 bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
             }
@@ -368,7 +370,7 @@ impl Registry {
     /// `NotFound`, or `Conflict` when final.
     pub fn pause(self: &Arc<Self>, job: JobId) -> Result<JobInfo> {
         let info = self.change(job, |job| job.set_paused(true))?;
-        // Its place is free.
+        // Its place is free, but for a re-encryption's: that one gives it up when it is at rest.
         self.start_waiting();
         Ok(info)
     }

@@ -29,6 +29,7 @@ use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, UNIT_BYTES_MAX, Work};
 use crate::units::round_up;
 use crate::volume::create::{self, Place};
+use crate::volume::held::Held;
 use crate::volume::{AreaCipher, DataArea, device};
 
 /// Chunk where both ends are memory or pipes, bytes: what is read is crypted and written while it is still in the L2 cache.
@@ -75,6 +76,8 @@ pub struct Prepared {
     pub volume_bytes: Option<u64>,
     /// Worth telling the user.
     pub warnings: Vec<String>,
+    /// Nobody serves the sink meanwhile.
+    _held: Option<Held>,
 }
 
 impl Prepared {
@@ -158,6 +161,8 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     if new_file || updates && is_file(&sink) {
         sink.lock()?;
     }
+    let is_written = action != Action::Verify && !sink.is_stream();
+    let held = is_written.then(|| Held::to_write(&sink)).transpose()?;
     let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning);
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
@@ -231,6 +236,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         total_bytes: sizes.total,
         volume_bytes: sizes.volume,
         warnings,
+        _held: held,
     })
 }
 
