@@ -1,7 +1,7 @@
 //! Who may do what: peer credentials in, verbs and jobs out.
 //!
 //! Credentials are the kernel's word about the process that connected, read once at accept. A user sees and touches its own
-//! jobs; root touches all; root and the daemon's own user may end the daemon. Nothing else is ever asked.
+//! jobs and exports; root touches all; root and the daemon's own user may end the daemon. Nothing else is ever asked.
 
 use proto::{Call, ErrorKind, JobInfo};
 
