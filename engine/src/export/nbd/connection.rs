@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::backend::Port;
 use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
+use crate::export::exported::Seat;
 use crate::export::nbd::hub::Admission;
 use crate::export::nbd::pool::WIRE_BYTES;
 use crate::format::nbd::reply::Style;
@@ -84,6 +85,8 @@ pub enum Sending {
 pub struct Connection {
     /// Its place among the export's clients; given back when it is dropped.
     pub admission: Admission,
+    /// Its place in the export, until nothing of it is left.
+    pub _seat: Seat,
     /// Its export on this worker.
     pub served: usize,
     /// Its socket.

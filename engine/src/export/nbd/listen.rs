@@ -29,7 +29,6 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustls::ServerConfig;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::exported::Seat;
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::caller::{Caller, Progress};
 use crate::export::nbd::haggle::Agreed;
@@ -454,8 +453,8 @@ impl Hall {
 
     fn hand_over(&self, (socket, tls): (OwnedFd, Option<Box<TlsStream>>), agreed: Agreed, shelf: &Shelf) {
         // Gone in the moment between: the client sees the connection end, as those before it do.
-        let Some(export) = shelf.get(agreed.id) else { return };
-        let seat = Seat::take(export.clone());
+        let Some(seat) = shelf.seat(agreed.id) else { return };
+        let export = seat.export().clone();
         let Agreed { style, allocation, early, .. } = agreed;
         (self.deliver)(Negotiated { socket, export, seat, style, allocation, early, tls });
     }

@@ -32,7 +32,7 @@ mod intake;
 mod moves;
 pub mod pool;
 mod replies;
-mod served;
+pub mod served;
 pub mod server;
 mod slot;
 

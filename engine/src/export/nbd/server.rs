@@ -115,7 +115,11 @@ impl Server {
     }
 
     fn connect(&mut self, negotiated: Negotiated, admission: Admission, queue: &mut dyn Queue) {
-        let Negotiated { socket, export, style, allocation, early } = negotiated;
+        let Negotiated { socket, export, seat, style, allocation, early, tls } = negotiated;
+        if tls.is_some() {
+            tracing::warn!("TLS is not spoken in the transmission phase yet: a client was disconnected");
+            return;
+        }
         // What fails here is for want of memory or places: the client sees a closed connection.
         let socket = Arc::new(socket);
         let Ok(port) = queue.attach(socket.clone()) else { return };
@@ -131,6 +135,7 @@ impl Server {
         self.served[served].connections += 1;
         let key = self.connections.insert(Connection {
             admission,
+            _seat: seat,
             served,
             socket,
             port,
