@@ -10,6 +10,7 @@ pub mod jobs;
 mod loop_device;
 pub mod luks;
 pub mod luks2;
+pub mod nbd_servers;
 pub mod nbd;
 mod place;
 pub mod reencrypt;

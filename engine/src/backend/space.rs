@@ -9,8 +9,13 @@ use crate::error::{Error, ErrorKind, Result};
 impl Device {
     /// Can it have holes that are worth asking for? Not where a file has as many blocks as bytes, nor where the question
     /// goes to another program or machine: a worker asks, and must not wait for either.
+    ///
+    /// An NBD server is asked here and now for the zeros of what is only read; [`Device::region_at`] never asks it.
     #[must_use]
     pub fn may_have_holes(&self) -> bool {
+        if let Some(volume) = self.remote() {
+            return !self.is_written() && volume.learn_zeros();
+        }
         if self.nature() != Nature::File || self.is_stream() || self.is_remote() {
             return false;
         }
