@@ -100,7 +100,7 @@ pub enum What {
 /// One operation. `token` is the caller's and comes back untouched.
 #[derive(Debug)]
 pub struct Op {
-    /// The caller's name for it.
+    /// The caller's name for it; the largest 65,536 numbers are the queues' own.
     pub token: u64,
     /// On which file.
     pub port: Port,
@@ -239,26 +239,32 @@ pub enum QueueChoice {
 /// Threads of a fallback queue: enough to keep an SSD busy, few enough for a core.
 const FALLBACK_THREADS_MAX: u32 = 16;
 
-/// The queue of one worker, made on the worker's own thread: `depth` operations in flight, buffers of `arena`.
+/// The queue of one worker, made on the worker's own thread: `depth` operations in flight, buffers of `arena`. Volumes that an
+/// NBD server exports are attached like files.
 ///
 /// # Errors
 /// io_uring was demanded and cannot be used, or no threads can be started.
 pub fn open_queue(choice: QueueChoice, arena: &Arena, depth: u32) -> Result<Box<dyn Queue>, Error> {
-    let threads = || threads::ThreadsQueue::new(depth.min(FALLBACK_THREADS_MAX), depth);
-    match choice {
-        QueueChoice::Threads => Ok(Box::new(threads()?)),
-        QueueChoice::IoUring => Ok(Box::new(uring::UringQueue::new(arena, depth)?)),
+    let below = depth + nbd::queue::EXTRA_DEPTH;
+    let threads = || threads::ThreadsQueue::new(depth.min(FALLBACK_THREADS_MAX), below);
+    let inner: Box<dyn Queue> = match choice {
+        QueueChoice::Threads => Box::new(threads()?),
+        QueueChoice::IoUring => Box::new(uring::UringQueue::new(arena, below)?),
+        // Simulated disks are no servers.
         #[cfg(feature = "sim")]
-        QueueChoice::Simulated(number) => Ok(sim::World::numbered(number)?.queue(arena, depth)),
-        QueueChoice::Auto => match uring::UringQueue::new(arena, depth) {
-            Ok(queue) => Ok(Box::new(queue)),
+        QueueChoice::Simulated(number) => return Ok(sim::World::numbered(number)?.queue(arena, depth)),
+        QueueChoice::Auto => match uring::UringQueue::new(arena, below) {
+            Ok(queue) => Box::new(queue),
             // Whatever is wrong with io_uring here, threads may still work; if they do not either, both causes count.
             Err(no_ring) => match threads() {
-                Ok(queue) => Ok(Box::new(queue.because(no_ring.chain()))),
+                Ok(queue) => Box::new(queue.because(no_ring.chain())),
                 Err(error) => {
-                    Err(Error::new(ErrorKind::Limit, format!("no I/O queue ({no_ring})")).because(error))
+                    return Err(
+                        Error::new(ErrorKind::Limit, format!("no I/O queue ({no_ring})")).because(error)
+                    );
                 }
             },
         },
-    }
+    };
+    Ok(Box::new(nbd::queue::RemoteQueue::new(inner, depth)))
 }

@@ -162,19 +162,25 @@ impl Exported {
         }
     }
 
+    /// Connections there are.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.counters.connections.load(Ordering::Acquire)
+    }
+
     /// Go on to `course`; there is no way back. Wake the workers afterwards.
     pub fn end(&self, course: Course) {
         self.course.fetch_max(course as u8, Ordering::SeqCst);
     }
 
     /// A connection comes.
-    pub fn enter(&self) {
+    fn enter(&self) {
         self.counters.connections.fetch_add(1, Ordering::SeqCst);
         self.counters.connections_total.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Nothing of a connection is left.
-    pub fn leave(&self) {
+    fn leave(&self) {
         let _guard = lock(&self.quiet.0);
         if self.counters.connections.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.quiet.1.notify_all();
@@ -207,5 +213,29 @@ impl Exported {
     #[must_use]
     pub fn kept(&self) -> (StageRecord, u64) {
         lock(&self.kept).clone()
+    }
+}
+
+/// A connection's place in an export. It is counted as long as this exists, and by nothing else: hold it as long as the socket.
+pub struct Seat(Arc<Exported>);
+
+impl Seat {
+    /// One more connection.
+    #[must_use]
+    pub fn take(export: Arc<Exported>) -> Self {
+        export.enter();
+        Self(export)
+    }
+
+    /// The export.
+    #[must_use]
+    pub fn export(&self) -> &Arc<Exported> {
+        &self.0
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
