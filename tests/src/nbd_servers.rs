@@ -117,15 +117,7 @@ impl Server {
     /// A remote for [`engine::backend::nbd::open`]: this export, without a way back after a break.
     #[must_use]
     pub fn remote(&self, export: &str) -> Remote {
-        Remote {
-            fd: 0,
-            more: Vec::new(),
-            export: export.to_owned(),
-            tls: None,
-            address: None,
-            reconnect_ms: None,
-            bitmap: None,
-        }
+        Remote { export: export.to_owned(), ..Remote::default() }
     }
 
     /// The same, with one.
