@@ -8,6 +8,7 @@ pub mod fio;
 pub mod libraries;
 pub mod nbd;
 pub mod ours;
+pub mod plan;
 pub mod rivals;
 pub mod rows;
 pub mod run;

@@ -144,8 +144,7 @@ const _: () = assert!(
 );
 const _: () = assert!(EXPORTS_PER_USER_MAX < EXPORTS_MAX);
 const _: () = assert!(
-    (EXPORTS_MAX + EXPORTS_REMEMBERED)
-        * (6 * (2 * LIST_TEXT + EXPORT_NAME_MAX + EXPORT_ADDRESS_MAX) + 2048)
+    (EXPORTS_MAX + EXPORTS_REMEMBERED) * (6 * (2 * LIST_TEXT + EXPORT_NAME_MAX + EXPORT_ADDRESS_MAX) + 2048)
         <= proto::MAX_RESPONSE,
     "all exports fit a list: volume and failure shortened, name and address whole, numbers of seven commands"
 );

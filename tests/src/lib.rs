@@ -10,6 +10,7 @@ pub mod jobs;
 mod loop_device;
 pub mod luks;
 pub mod luks2;
+pub mod nbd;
 pub mod nbd_servers;
 mod place;
 pub mod reencrypt;

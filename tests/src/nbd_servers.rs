@@ -31,7 +31,8 @@ impl Server {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // The path of a socket is short, wherever the tests run.
         let socket = std::env::temp_dir().join(format!("nbd-{}-{number}", std::process::id()));
-        let arguments = arguments.iter().map(|argument| argument.replace("SOCKET", &socket.to_string_lossy())).collect();
+        let arguments =
+            arguments.iter().map(|argument| argument.replace("SOCKET", &socket.to_string_lossy())).collect();
         let mut server = Self { child: None, program: program.to_owned(), arguments, socket };
         server.run().then_some(server)
     }
@@ -51,7 +52,11 @@ impl Server {
 
     fn run(&mut self) -> bool {
         let _ = std::fs::remove_file(&self.socket);
-        let spawned = Command::new(&self.program).args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        let spawned = Command::new(&self.program)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn();
         let mut child = match spawned {
             Ok(child) => child,
             Err(error) => {
@@ -61,7 +66,12 @@ impl Server {
         };
         let deadline = Instant::now() + PATIENCE;
         while UnixStream::connect(&self.socket).is_err() {
-            assert!(child.try_wait().expect("wait").is_none(), "{} {:?} leaves", self.program, self.arguments);
+            assert!(
+                child.try_wait().expect("wait").is_none(),
+                "{} {:?} leaves",
+                self.program,
+                self.arguments
+            );
             assert!(Instant::now() < deadline, "{} does not listen", self.program);
             std::thread::sleep(std::time::Duration::from_millis(5));
         }

@@ -16,7 +16,7 @@ const BOTH: Purpose = Purpose { read: true, write: true, stream: false };
 const READ: Purpose = Purpose { read: true, write: false, stream: false };
 
 fn open(server: &Server, connections: usize) -> Device {
-    nbd::open(server.connect(connections), &server.remote(""), "remote", BOTH).expect("opened")
+    nbd::open(server.connect(connections), &server.remote(""), None, "remote", BOTH).expect("opened")
 }
 
 /// Bytes that differ everywhere, from a seed.
@@ -203,22 +203,28 @@ fn an_error_of_the_server_is_the_operations_and_nobody_elses() {
     let done = bench.run(What::Write { position: Position::At(0), buf, span: 0..4096 });
     assert_eq!(done.result.expect_err("no room").raw_os_error(), Some(28));
     let buf = done.buf.expect("comes back");
-    assert_eq!(bench.run(What::Read { position: Position::At(0), buf, span: 0..4096 }).result.expect("read"), 4096);
+    assert_eq!(
+        bench.run(What::Read { position: Position::At(0), buf, span: 0..4096 }).result.expect("read"),
+        4096
+    );
 }
 
 #[test]
 fn an_export_that_is_not_there_or_may_not_be_written_is_refused() {
     let image = Image::of(&[0; 8192]);
     let Some(server) = Server::qemu(&image.0, &["-x", "one", "-r", "-e", "4"]) else { return };
-    let error = nbd::open(server.connect(1), &server.remote("two"), "remote", READ).expect_err("no such export");
+    let error = nbd::open(server.connect(1), &server.remote("two"), None, "remote", READ)
+        .expect_err("no such export");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert!(error.chain().contains("no export “two”"), "{}", error.chain());
-    let error = nbd::open(server.connect(1), &server.remote("one"), "remote", BOTH).expect_err("read-only");
+    let error =
+        nbd::open(server.connect(1), &server.remote("one"), None, "remote", BOTH).expect_err("read-only");
     assert_eq!(error.kind(), ErrorKind::Denied);
-    let device = nbd::open(server.connect(1), &server.remote("one"), "remote", READ).expect("opened");
+    let device = nbd::open(server.connect(1), &server.remote("one"), None, "remote", READ).expect("opened");
     assert_eq!(device.size(), Some(8192));
     let pipe = std::io::pipe().expect("pipe").0;
-    let error = nbd::open(vec![pipe.into()], &server.remote("one"), "remote", READ).expect_err("a pipe");
+    let error =
+        nbd::open(vec![pipe.into()], &server.remote("one"), None, "remote", READ).expect_err("a pipe");
     assert_eq!(error.kind(), ErrorKind::Invalid);
 }
 

@@ -68,12 +68,13 @@ impl Address {
     /// `Invalid`: a path that is no Unix socket's.
     pub fn whole(&self) -> Result<Self> {
         let Self::Unix(path) = self else { return Ok(self.clone()) };
-        let whole =
-            std::path::absolute(path).map_err(|error| Error::io("cannot listen", self, error))?;
+        let whole = std::path::absolute(path).map_err(|error| Error::io("cannot listen", self, error))?;
         let text = whole.to_str().ok_or_else(|| Error::usage(format!("{self} is not UTF-8")))?;
         if text.len() > PATH_MAX {
-            return Err(Error::usage(format!("{self}: the path of a Unix socket has at most {PATH_MAX} bytes"))
-                .hint("listen in a directory with a shorter name, such as $XDG_RUNTIME_DIR"));
+            return Err(Error::usage(format!(
+                "{self}: the path of a Unix socket has at most {PATH_MAX} bytes"
+            ))
+            .hint("listen in a directory with a shorter name, such as $XDG_RUNTIME_DIR"));
         }
         Ok(Self::Unix(whole))
     }
@@ -138,13 +139,9 @@ fn unix(address: &Address, path: &Path, mode: u32) -> Result<Listening> {
         .map_err(|error| failed("cannot listen", error))?;
     make_way(address, path)?;
     let listening = |errno: rustix::io::Errno| failed("cannot listen", errno.into());
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(listening)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(listening)?;
     // The kernel makes the name with the socket's own mode, less the umask.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode)).map_err(listening)?;
     let at = SocketAddrUnix::new(path).map_err(listening)?;
@@ -179,8 +176,11 @@ fn make_way(address: &Address, path: &Path) -> Result<()> {
         Err(error) => return Err(Error::io("cannot listen", address, error)),
     };
     if !found.file_type().is_socket() {
-        return Err(Error::new(ErrorKind::Conflict, format!("{} exists and is not a socket", path.display()))
-            .hint("only a socket that nobody listens on any more is replaced"));
+        return Err(Error::new(
+            ErrorKind::Conflict,
+            format!("{} exists and is not a socket", path.display()),
+        )
+        .hint("only a socket that nobody listens on any more is replaced"));
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(taken(address)),
@@ -247,7 +247,8 @@ mod tests {
     fn addresses_are_understood_or_refused_with_what_is_expected() {
         assert_eq!(Address::parse("unix:/a:b"), Ok(Address::Unix("/a:b".into())));
         assert_eq!(Address::parse("tcp:[::1]:10809"), Ok(Address::Tcp("[::1]:10809".into())));
-        for bad in ["", "unix:", "tcp:", "tcp:localhost", "tcp::10809", "tcp:x:70000", "/run/s", "vsock:2:1"] {
+        for bad in ["", "unix:", "tcp:", "tcp:localhost", "tcp::10809", "tcp:x:70000", "/run/s", "vsock:2:1"]
+        {
             assert!(Address::parse(bad).expect_err(bad).starts_with("expected "), "{bad}");
         }
         let long = Address::Unix(format!("/{}", "x".repeat(PATH_MAX)).into());

@@ -119,8 +119,12 @@ pub fn stats(stats: &Stats, colour: bool) -> String {
         stats.bottleneck.map(|stage| format!(", bottleneck {}", stage.name())).unwrap_or_default()
     );
     if !info.commands.is_empty() {
-        let heads =
-            [("COMMAND", Align::Left), ("COUNT", Align::Right), ("BYTES", Align::Right), ("MEAN", Align::Right)];
+        let heads = [
+            ("COMMAND", Align::Left),
+            ("COUNT", Align::Right),
+            ("BYTES", Align::Right),
+            ("MEAN", Align::Right),
+        ];
         let rows: Vec<_> = info.commands.iter().map(command).collect();
         text.push_str(&table(&heads, &rows, colour));
     }

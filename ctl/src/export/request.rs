@@ -64,13 +64,13 @@ pub fn open(args: &Serve) -> Result<Opened<'_>> {
         None => None,
     };
     let tls = match &args.access {
-        args::Access { tls_cert: Some(certificate), tls_key: Some(key), tls_clients: Some(clients), .. } => {
-            Some([
-                secret::pem(certificate, "--tls-cert", false)?,
-                secret::pem(key, "--tls-key", true)?,
-                secret::pem(clients, "--tls-clients", false)?,
-            ])
-        }
+        args::Access {
+            tls_cert: Some(certificate), tls_key: Some(key), tls_clients: Some(clients), ..
+        } => Some([
+            secret::pem(certificate, "--tls-cert", false)?,
+            secret::pem(key, "--tls-key", true)?,
+            secret::pem(clients, "--tls-clients", false)?,
+        ]),
         _ => None,
     };
     let mut keys = wanted.fetch(&volume.name, false)?;

@@ -205,6 +205,12 @@ impl Device {
         self.purpose.stream
     }
 
+    /// Opened to be written to?
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.purpose.write
+    }
+
     /// Bytes when it was opened, or last set; `None` for streams.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
@@ -317,6 +323,9 @@ impl Device {
     #[must_use]
     pub fn region_at(&self, offset: u64) -> Option<Region> {
         let size = self.size.filter(|&size| offset < size)?;
+        if let Some(volume) = self.remote() {
+            return Some(volume.region_at(offset));
+        }
         let all_data = Region::Data { until: size };
         if self.nature != Nature::File {
             return Some(all_data);

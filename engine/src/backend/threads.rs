@@ -416,7 +416,8 @@ impl Queue for ThreadsQueue {
         if self.in_flight >= self.depth {
             return Err((Refused::Full, op));
         }
-        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } | What::Receive { buf, span } = &op.what
+        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } | What::Receive { buf, span } =
+            &op.what
         {
             super::check_span(buf, span);
         }

@@ -59,9 +59,8 @@ impl Control {
     /// Statistics wait for workers.
     pub(super) fn export_stats(&mut self, key: u64, id: u64, export: ExportId) {
         let exports = self.service.exports.clone();
-        let work = move |_| {
-            Outcome::Answer(exports.stats(export).map(|stats| Reply::ExportStats(Box::new(stats))))
-        };
+        let work =
+            move |_| Outcome::Answer(exports.stats(export).map(|stats| Reply::ExportStats(Box::new(stats))));
         self.help(key, id, true, Vec::new(), work);
     }
 

@@ -80,14 +80,7 @@ impl Closed {
         let key = descriptors.secret(request.volume.key_fd, "key")?;
         let device = Arc::new(device);
         let held = Held::to_serve(&device, request.read_only)?;
-        Ok(Self {
-            device,
-            header,
-            format: request.volume.format.clone(),
-            key,
-            direct: request.direct,
-            held,
-        })
+        Ok(Self { device, header, format: request.volume.format.clone(), key, direct: request.direct, held })
     }
 
     /// Open it. `give_up`: nobody waits for it any more.
@@ -132,7 +125,8 @@ fn unlock_luks(
     let lock = store::lock(at.file(), at.name(), false)?;
     let header = Header::load(&mut blocking)?;
     drop(lock);
-    let geometry = encrypted::geometry_of(&header, detached.is_some()).map_err(|error| error.at(at.name()))?;
+    let geometry =
+        encrypted::geometry_of(&header, detached.is_some()).map_err(|error| error.at(at.name()))?;
     let unlocked = match open.secret {
         proto::luks::Secret::Passphrase => {
             unlock::with_passphrase(&mut blocking, &header, &secret, open.keyslot, give_up)

@@ -271,10 +271,7 @@ mod tests {
     fn a_name_goes_only_if_it_means_the_same_socket() {
         let scratch = Scratch::new("names");
         let path = scratch.0.join("s");
-        let wish = Bound {
-            entry: Some(proto::Entry { dir_fd: 1, name: "s".to_owned() }),
-            ..bound("unix:s")
-        };
+        let wish = Bound { entry: Some(proto::Entry { dir_fd: 1, name: "s".to_owned() }), ..bound("unix:s") };
         let listen = || {
             let socket = UnixListener::bind(&path).expect("bound");
             taken(&wish, vec![socket.into(), scratch.directory()])

@@ -171,7 +171,9 @@ mod tests {
     #[test]
     fn extents_are_widened_to_whole_steps_and_joined() {
         let mut marked = Marked::new(20_000, 4096);
-        for (start, end) in [(1, 2), (4095, 4096), (4097, 4098), (12_288, 12_289), (19_999, 25_000), (30_000, 40_000)] {
+        for (start, end) in
+            [(1, 2), (4095, 4096), (4097, 4098), (12_288, 12_289), (19_999, 25_000), (30_000, 40_000)]
+        {
             marked.add(start, end);
         }
         assert_eq!(pairs(&marked.extents), [(0, 8192), (12_288, 20_000)]);
@@ -216,7 +218,8 @@ mod tests {
         let source = Source { fd: 0, name: "src".to_owned(), stream: false };
         let sink = |stream| Sink { fd: 1, name: "dst".to_owned(), stream, commit: None };
         let tried = |remotes: &[Remote], stream, action, checkpoint| {
-            wish(remotes, &source, &sink(stream), action, checkpoint).map(|found| found.map(|remote| remote.fd))
+            wish(remotes, &source, &sink(stream), action, checkpoint)
+                .map(|found| found.map(|remote| remote.fd))
         };
         assert_eq!(tried(&[], false, Action::Encrypt, false).expect("none"), None);
         assert_eq!(tried(&[remote(0, false, false)], true, Action::Encrypt, true).expect("all"), None);

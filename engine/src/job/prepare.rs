@@ -333,9 +333,10 @@ fn open_volume(
             };
             Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None, warnings })
         }
-        Format::NewLuks(_) if exists => {
-            Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume, and only where it updates none"))
-        }
+        Format::NewLuks(_) if exists => Err(Error::new(
+            ErrorKind::Invalid,
+            "only encrypt makes a new volume, and only where it updates none",
+        )),
         Format::NewLuks(new) => {
             let is_resumed = checkpoint.is_some_and(|checkpoint| checkpoint.is_resumed());
             let new = new_luks(new, (side, key, owner), sent, is_resumed)?;
@@ -431,12 +432,7 @@ fn open_source(source: &Source, sent: &mut Sent<'_>) -> Result<Arc<Device>> {
 }
 
 /// `is_checked`: what is in it may be looked at before it is written.
-fn open_sink(
-    sink: &Sink,
-    action: Action,
-    is_checked: bool,
-    sent: &mut Sent<'_>,
-) -> Result<Arc<Device>> {
+fn open_sink(sink: &Sink, action: Action, is_checked: bool, sent: &mut Sent<'_>) -> Result<Arc<Device>> {
     let verify = action == Action::Verify;
     let purpose = Purpose { read: verify || is_checked && !sink.stream, write: !verify, stream: sink.stream };
     Ok(Arc::new(sent.open(sink.fd, ("sink", &sink.name), purpose)?))

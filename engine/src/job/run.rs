@@ -61,8 +61,7 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
 const GO_ON: &str = "what was done is kept: the same command with --resume goes on";
 
 /// What a user does about an update that ended before its time. There is nothing to undo it by.
-const AGAIN: &str =
-    "the sink is neither the earlier copy nor the new one now: keep the bitmap, and run the same command again";
+const AGAIN: &str = "the sink is neither the earlier copy nor the new one now: keep the bitmap, and run the same command again";
 
 fn carry(
     job: &Job,
@@ -92,6 +91,7 @@ fn carry(
         }
     };
     make_room(job, prepared)?;
+    [&prepared.source, &prepared.sink].into_iter().for_each(|end| end.learn_holes());
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = transfer.began_at();
     let tick = keeper.as_ref().map_or(TICK, |keeper| keeper.interval().min(TICK));

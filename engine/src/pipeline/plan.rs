@@ -87,7 +87,10 @@ impl Plan {
     /// If they overlap, touch or reach beyond `total`.
     #[must_use]
     pub fn only(extents: Vec<Extent>, total: u64, chunk_bytes: u32) -> Self {
-        assert!(extents.windows(2).all(|pair| pair[0].end() < pair[1].start()), "extents ascend, and are apart");
+        assert!(
+            extents.windows(2).all(|pair| pair[0].end() < pair[1].start()),
+            "extents ascend, and are apart"
+        );
         assert!(extents.last().is_none_or(|last| last.end() <= total), "extents lie in the volume");
         Self { only: Some(extents.into()), ..Self::new(Some(total), chunk_bytes) }
     }
@@ -189,7 +192,12 @@ impl Plan {
             let (start, until) = self.run_from(next).unwrap_or((end, end));
             if start >= end {
                 // What is left is not covered: done with, for who asks how far this has come.
-                match self.next.compare_exchange_weak(next, next.max(end), Ordering::AcqRel, Ordering::Relaxed) {
+                match self.next.compare_exchange_weak(
+                    next,
+                    next.max(end),
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                ) {
                     Ok(_) => return Claim::Exhausted,
                     Err(moved) => next = moved,
                 }

@@ -1,19 +1,24 @@
 //! The devices of a request: files as they are, connections to NBD servers as volumes.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use proto::remote::Remote;
+use proto::remote::{Remote, Tls};
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Purpose};
 use crate::backend::nbd;
+use crate::backend::nbd::tls::Credentials;
+use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
-use crate::key::Descriptors;
+use crate::key::{Descriptors, read_secret};
 
 /// Bytes at the end of a volume that are looked at before it is overwritten: there are signatures too (GPT, RAID).
 const END_BYTES: u64 = 1 << 20;
 /// Most bytes of its beginning.
 const BEGINNING_MAX: u64 = 64 << 20;
+/// Bytes of certificates: the authorities of a system are some 200 KiB.
+const PEM_MAX: usize = 1 << 20;
 /// Bytes looked at at a time.
 const PIECE: u64 = 1 << 20;
 
@@ -36,11 +41,52 @@ pub fn open(
     for more in &remote.more {
         connections.push(descriptors.take(*more, role)?);
     }
-    let device = nbd::open(connections, remote, name, purpose)?;
+    let tls = remote.tls.as_ref().map(|tls| credentials(descriptors, tls)).transpose()?;
+    let device = nbd::open(connections, remote, tls.as_ref(), name, purpose)?;
     if let Some(bytes) = remote.blank_bytes {
         check_blank(&device, bytes)?;
     }
     Ok(device)
+}
+
+/// What a request's descriptors hold for TLS.
+fn credentials(descriptors: &mut Descriptors, tls: &Tls) -> Result<Credentials> {
+    let authorities = match tls.authorities_fd {
+        Some(fd) => Some(pem(descriptors.take(fd, "TLS authorities")?)?.as_bytes().to_vec()),
+        None => None,
+    };
+    let identity = match tls.identity_fds {
+        Some((chain, key)) => {
+            let chain = pem(descriptors.take(chain, "TLS certificate")?)?.as_bytes().to_vec();
+            Some((chain, pem(descriptors.take(key, "TLS key")?)?))
+        }
+        None => None,
+    };
+    Ok(Credentials { server_name: tls.server_name.clone(), authorities, identity })
+}
+
+/// All of a file, which is short. A pipe is read like one that holds a key.
+fn pem(fd: OwnedFd) -> Result<Secret> {
+    let failed = |errno| Error::io("cannot read PEM", errno);
+    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        return read_secret(fd, PEM_MAX);
+    }
+    // A byte more than there should be: room to see that there is none.
+    let room = usize::try_from(stat.st_size).unwrap_or(0).min(PEM_MAX) + 1;
+    Secret::read_with(room, |into| {
+        let mut filled = 0;
+        while filled < into.len() {
+            match rustix::io::pread(&fd, &mut into[filled..], filled as u64).map_err(failed)? {
+                0 => break,
+                count => filled += count,
+            }
+        }
+        if filled > PEM_MAX {
+            return Err(Error::new(ErrorKind::Limit, format!("more than {PEM_MAX} bytes of PEM")));
+        }
+        Ok(filled)
+    })
 }
 
 /// Nothing is overwritten that somebody may miss. Reads at most some tens of MiB.

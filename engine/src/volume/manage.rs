@@ -11,8 +11,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use proto::remote::Remote;
 use proto::luks::{Done, File, New, NewFile, Operation, Reply, Request, Secret as Kind};
+use proto::remote::Remote;
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature, Purpose};

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 
 use crate::backend::nbd::session::{Bounds, printable};
+use crate::backend::nbd::tls::Means;
 use crate::backend::nbd::transport::Transport;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::nbd::option::{answer, info, number};
@@ -46,6 +47,8 @@ pub struct Wish {
     pub context: Option<String>,
     /// As the user calls the volume, for messages.
     pub name: String,
+    /// Demand TLS.
+    pub tls: Option<Means>,
 }
 
 /// What a server said of the export.
@@ -160,6 +163,24 @@ impl Talk<'_> {
             ));
         }
         // Without the fix of the new style, a server leaves on an option it does not know.
+        if !fixed && self.wish.tls.is_some() {
+            return Err(Error::new(ErrorKind::Unsupported, "the NBD server has no TLS"));
+        }
+        if let Some(means) = &self.wish.tls {
+            self.ask(number::STARTTLS, &[])?;
+            let reply = self.reply(number::STARTTLS)?;
+            if reply.kind != answer::ACK || !reply.bytes.is_empty() {
+                let text = printable(&reply.bytes);
+                let what = if text.is_empty() {
+                    "the NBD server does not offer TLS".to_owned()
+                } else {
+                    format!("the NBD server does not offer TLS; it says: {text}")
+                };
+                return Err(Error::new(ErrorKind::Unsupported, what));
+            }
+            // Nothing that was said so far is believed: all that matters is asked again under TLS.
+            self.transport = self.transport.under_tls(means)?;
+        }
         if !fixed {
             return self.export_name(no_zeroes, Style::Simple, Vec::new());
         }
@@ -367,7 +388,7 @@ impl Talk<'_> {
                 }
                 Ok(Some(count)) => into = &mut into[count..],
                 Ok(None) => self.ready(PollFlags::IN)?,
-                Err(cause) => return Err(Error::io("the connection to the NBD server broke", cause)),
+                Err(cause) => return Err(failed(cause)),
             }
         }
         Ok(())
@@ -378,13 +399,16 @@ impl Talk<'_> {
             match self.transport.send(&[IoSlice::new(bytes)]) {
                 Ok(Some(count)) => bytes = &bytes[count..],
                 Ok(None) => self.ready(PollFlags::OUT)?,
-                Err(cause) => return Err(Error::io("the connection to the NBD server broke", cause)),
+                Err(cause) => return Err(failed(cause)),
             }
         }
         Ok(())
     }
 
-    fn ready(&self, wanted: PollFlags) -> Result<()> {
+    fn ready(&self, mut wanted: PollFlags) -> Result<()> {
+        if self.transport.has_unsent() {
+            wanted |= PollFlags::OUT;
+        }
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
             let wait = Timespec::try_from(left).expect("seconds");
@@ -395,6 +419,17 @@ impl Talk<'_> {
                 Err(errno) => return Err(Error::io("cannot wait for the NBD server", errno)),
             }
         }
+    }
+}
+
+fn failed(cause: std::io::Error) -> Error {
+    match cause.kind() {
+        // rustls says so of alerts, and of certificates.
+        std::io::ErrorKind::InvalidData => {
+            let error = Error::new(ErrorKind::Denied, "TLS with the NBD server failed").because(cause);
+            error.hint("its certificate must be for the name in the address and from a trusted authority, and ours from one it trusts")
+        }
+        _ => Error::io("the connection to the NBD server broke", cause),
     }
 }
 

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::backend::What;
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
+use crate::backend::nbd::reconnect::{self, Again};
 use crate::backend::nbd::session::{Answer, Finished, Owner, SLICES_MAX, Session};
 use crate::backend::nbd::transport::Transport;
 use crate::format::nbd::flags;
@@ -35,6 +36,8 @@ pub struct Shared {
     pub facts: Facts,
     /// May be written to.
     pub writable: bool,
+    /// How to connect again, where that is allowed.
+    pub again: Option<Again>,
     /// Writes that were acknowledged.
     acknowledged: AtomicU64,
     /// Of them, the number that is durable.
@@ -48,15 +51,26 @@ pub struct Shared {
 impl Shared {
     /// Of a volume just opened.
     #[must_use]
-    pub fn new(wish: Wish, facts: Facts, writable: bool) -> Self {
+    pub fn new(wish: Wish, facts: Facts, writable: bool, again: Option<Again>) -> Self {
         let zero = || AtomicU64::new(0);
         let (acknowledged, flushed, outstanding) = (zero(), zero(), zero());
-        Self { wish, facts, writable, acknowledged, flushed, outstanding, doubt: AtomicBool::new(false) }
+        Self {
+            wish,
+            facts,
+            writable,
+            again,
+            acknowledged,
+            flushed,
+            outstanding,
+            doubt: AtomicBool::new(false),
+        }
     }
 }
 
 enum Link {
     Up(Transport),
+    /// Being connected again; what is asked waits.
+    Down,
     /// For good, and why.
     Dead(String),
 }
@@ -107,9 +121,12 @@ impl Connection {
     pub fn submit(&self, owner: Owner, what: What) {
         let mut state = self.lock();
         let refusal = match (&state.link, &what) {
-            (Link::Dead(why), What::Read { .. } | What::Write { .. } | What::Flush) => Some(dead(why)),
-            (_, What::Write { .. }) if !self.shared.writable => {
+            (Link::Dead(why), _) => Some(dead(why)),
+            (_, What::Write { .. } | What::Discard { .. }) if !self.shared.writable => {
                 Some(std::io::Error::from_raw_os_error(libc::EBADF))
+            }
+            (_, What::Discard { .. }) if !self.shared.facts.has(flags::SEND_WRITE_ZEROES) => {
+                Some(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
             }
             (_, What::Flush) if self.shared.doubt.load(Ordering::Acquire) => Some(lost()),
             _ => None,
@@ -134,19 +151,19 @@ impl Connection {
                 let error = dead(why);
                 state.session.refuse(owner, What::Flush, error);
             }
-            Link::Up(_) => state.session.push_status(owner, offset, length, answer),
+            Link::Up(_) | Link::Down => state.session.push_status(owner, offset, length, answer),
         }
         deliver(&mut state, None);
     }
 
     /// Send what can be sent and, if asked to, take what has arrived. Completions are in the inboxes afterwards; those who wait elsewhere
     /// are woken, `me` is not.
-    pub fn pump(&self, me: &Arc<Inbox>, receive: bool) -> Watch {
+    pub fn pump(self: &Arc<Self>, me: &Arc<Inbox>, receive: bool) -> Watch {
         let mut state = self.lock();
-        if let Err(why) = state.send() {
-            self.broke(&mut state, &why);
-        } else if receive && let Err(why) = state.receive().and_then(|()| state.send()) {
-            self.broke(&mut state, &why);
+        if let Err(broken) = state.send() {
+            self.broke(&mut state, broken);
+        } else if receive && let Err(broken) = state.receive().and_then(|()| state.send()) {
+            self.broke(&mut state, broken);
         }
         self.account(&mut state);
         deliver(&mut state, Some(me));
@@ -154,10 +171,10 @@ impl Connection {
     }
 
     /// See [`Session::cancel`].
-    pub fn cancel(&self, me: &Arc<Inbox>, port: u32, urgent: bool) {
+    pub fn cancel(self: &Arc<Self>, me: &Arc<Inbox>, port: u32, urgent: bool) {
         let mut state = self.lock();
         if !state.session.cancel(me, port, urgent) {
-            self.broke(&mut state, "given up in the middle of a request");
+            self.broke(&mut state, Broken::Cut("given up in the middle of a request".to_owned()));
         }
         self.account(&mut state);
         deliver(&mut state, Some(me));
@@ -194,22 +211,76 @@ impl Connection {
         state.counted = writes;
     }
 
-    fn broke(&self, state: &mut State, why: &str) {
+    fn broke(self: &Arc<Self>, state: &mut State, broken: Broken) {
         let Link::Up(transport) = &mut state.link else { return };
         transport.close();
+        let Shared { wish, again, .. } = &*self.shared;
+        let (why, again) = match broken {
+            Broken::Cut(why) => (why, again.clone()),
+            // It would do so again.
+            Broken::Violated(how) => (format!("the server breaks the protocol: {how}"), None),
+        };
+        // 1. What was acknowledged until now is counted, before it is judged.
         self.account(state);
-        // Writes under way on other connections may have been answered by the server that is gone now.
+        // 2. Writes under way on other connections may have been answered by the server that is gone now.
         let elsewhere = self.shared.outstanding.load(Ordering::Acquire) > state.counted;
         let unflushed =
             self.shared.acknowledged.load(Ordering::Acquire) > self.shared.flushed.load(Ordering::Acquire);
+        // 3. Doubt comes before any request on another connection, so no flush there can be taken for one that covers them.
         if elsewhere || unflushed {
             self.shared.doubt.store(true, Ordering::Release);
             state.session.fail(Some(Command::Flush), lost);
         }
-        tracing::warn!("{}: the connection to the NBD server is lost: {why}", self.shared.wish.name);
+        tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
+        state.session.restart(self.shared.facts.bounds());
+        state.link = Link::Down;
+        let started = again.is_some_and(|again| {
+            let started = reconnect::start(self, Arc::clone(&self.shared), again, why.clone());
+            started.inspect_err(|error| tracing::error!("{}", error.chain())).is_ok()
+        });
+        if !started {
+            state.session.fail(None, || dead(&why));
+            state.link = Link::Dead(why);
+        }
+    }
+
+    /// It was connected again: ask again for all that was not answered.
+    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts) {
+        let mut state = self.lock();
+        state.session.restart(facts.bounds());
+        state.generation += 1;
+        state.link = Link::Up(transport);
+        tracing::info!("{}: connected to the NBD server again", self.shared.wish.name);
+        if let Err(broken) = state.send() {
+            self.broke(&mut state, broken);
+        }
+        self.account(&mut state);
+        deliver(&mut state, None);
+        for inbox in state.session.inboxes() {
+            inbox.nudge();
+        }
+    }
+
+    /// It cannot be connected again.
+    pub fn give_up(&self, why: &str) {
+        let mut state = self.lock();
+        let waiting: Vec<Arc<Inbox>> = state.session.inboxes().cloned().collect();
         state.session.fail(None, || dead(why));
         state.link = Link::Dead(why.to_owned());
+        self.account(&mut state);
+        deliver(&mut state, None);
+        for inbox in waiting {
+            inbox.nudge();
+        }
     }
+}
+
+/// Why a connection cannot be used any more.
+enum Broken {
+    /// It ended.
+    Cut(String),
+    /// The server broke a rule: which.
+    Violated(&'static str),
 }
 
 fn dead(why: &str) -> std::io::Error {
@@ -241,11 +312,11 @@ impl State {
                 socket: Some((self.generation, Arc::clone(transport.socket()))),
                 write: self.session.wants_to_send() || transport.has_unsent(),
             },
-            Link::Dead(_) => Watch { socket: None, write: false },
+            Link::Down | Link::Dead(_) => Watch { socket: None, write: false },
         }
     }
 
-    fn send(&mut self) -> Result<(), String> {
+    fn send(&mut self) -> Result<(), Broken> {
         let Link::Up(transport) = &mut self.link else { return Ok(()) };
         while self.session.wants_to_send() || transport.has_unsent() {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
@@ -253,13 +324,13 @@ impl State {
             match transport.send(&slices[..count]) {
                 Ok(Some(sent)) => self.session.sent(sent),
                 Ok(None) => break,
-                Err(cause) => return Err(proto::errno::describe(&cause)),
+                Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             }
         }
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<(), String> {
+    fn receive(&mut self) -> Result<(), Broken> {
         let Link::Up(transport) = &mut self.link else { return Ok(()) };
         let mut total = 0;
         while total < RECEIVED_AT_ONCE {
@@ -269,13 +340,11 @@ impl State {
             let mut slices = [IoSliceMut::new(direct), IoSliceMut::new(room)];
             let count = match transport.receive(&mut slices[skipped..]) {
                 Ok(None) => break,
-                Ok(Some(0)) => return Err("the server has ended it".to_owned()),
+                Ok(Some(0)) => return Err(Broken::Cut("the server has ended it".to_owned())),
                 Ok(Some(count)) => count,
-                Err(cause) => return Err(proto::errno::describe(&cause)),
+                Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             };
-            self.session
-                .received(count)
-                .map_err(|violation| format!("the server breaks the protocol: {}", violation.0))?;
+            self.session.received(count).map_err(|violation| Broken::Violated(violation.0))?;
             // No more was there; asking again would only say so.
             if count < space && !transport.may_hold_more() {
                 break;

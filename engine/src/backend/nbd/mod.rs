@@ -7,8 +7,11 @@
 //! | `session` | requests and replies of one connection, as bytes |
 //! | `coverage` | which bytes of a reply have arrived |
 //! | `connection` | the socket, and what happens when it breaks |
+//! | `reconnect` | connecting again |
+//! | `extents` | block status: zeros, dirty bitmaps |
 //! | `queue` | a queue over a queue: operations on a remote port become requests |
 //! | `transport` | bytes of a connection, plain or under TLS |
+//! | `tls` | TLS: whom to trust, and bytes through it |
 //!
 //! Whatever carries a file (`Arc<OwnedFd>`) carries a remote volume as well, and where it is attached to a queue, the queue finds
 //! out ([`find`]). Why not an enum in place of the descriptor: a hundred places that only hand it on would have to know. The descriptor
@@ -19,14 +22,17 @@
 pub mod connect;
 mod connection;
 mod coverage;
+mod extents;
 pub mod queue;
+mod reconnect;
 mod session;
+pub mod tls;
 mod transport;
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use proto::remote::{Address, Remote};
@@ -35,11 +41,18 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use crate::backend::device::{Device, Purpose};
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::connection::{Connection, Shared};
+use crate::backend::nbd::reconnect::Again;
+use crate::backend::nbd::tls::{Credentials, Means};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::nbd::flags;
+use crate::units::Extent;
+
+pub use extents::marked;
 
 /// How long a server may take until an export can be used.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
+/// How long to try to connect again where nothing was said, milliseconds.
+const RECONNECT_MS: u32 = 10_000;
 /// Connections of one volume: workers enough for any machine.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -47,6 +60,8 @@ const CONNECTIONS_MAX: usize = 64;
 pub struct Volume {
     shared: Arc<Shared>,
     connections: Vec<Arc<Connection>>,
+    /// What may be something else than zeros, once somebody asked; `None`: it cannot be told.
+    data: OnceLock<Option<Vec<Extent>>>,
     /// What stands for the export in this process.
     _anchor: Arc<OwnedFd>,
 }
@@ -151,12 +166,19 @@ impl Drop for Lease {
 }
 
 /// Haggle with a server over connections the caller made (the first is the volume's, the others are used if the server allows several),
-/// and look at the export. Blocks for at most some seconds.
+/// and look at the export. Blocks for at most some seconds. Connections that break are made again if `remote` has an address, which
+/// is left in it for callers only who may go there. `tls` is what the descriptors of [`Remote::tls`] held.
 ///
 /// # Errors
 /// `Io`: the connection broke or the server does not answer; `NotFound`: no such export; `Denied`: by the server's policy, or it
 /// is read-only where it is to be written; `Unsupported`: it lacks what is needed.
-pub fn open(connections: Vec<OwnedFd>, remote: &Remote, name: &str, purpose: Purpose) -> Result<Device> {
+pub fn open(
+    connections: Vec<OwnedFd>,
+    remote: &Remote,
+    tls: Option<&Credentials>,
+    name: &str,
+    purpose: Purpose,
+) -> Result<Device> {
     let refuse = |kind, what: String| Err(Error::new(kind, what).at(name));
     if connections.len() > CONNECTIONS_MAX {
         return refuse(ErrorKind::Limit, format!("more than {CONNECTIONS_MAX} connections to one volume"));
@@ -165,7 +187,17 @@ pub fn open(connections: Vec<OwnedFd>, remote: &Remote, name: &str, purpose: Pur
         return refuse(ErrorKind::Invalid, "an NBD export is no stream".to_owned());
     }
     let deadline = Instant::now() + OPEN_WAIT;
-    let wish = Wish { export: remote.export.clone(), context: remote.bitmap.clone(), name: name.to_owned() };
+    if remote.tls.is_some() != tls.is_some() {
+        return refuse(ErrorKind::Internal, "TLS was demanded, and is not there".to_owned());
+    }
+    let tls = tls.map(Means::of).transpose().map_err(|error| error.at(name))?;
+    let wish =
+        Wish { export: remote.export.clone(), context: remote.bitmap.clone(), name: name.to_owned(), tls };
+    let within = Duration::from_millis(remote.reconnect_ms.unwrap_or(RECONNECT_MS).into());
+    let again = remote.address.clone().filter(|_| !within.is_zero()).map(|address| Again { address, within });
+    if let Some(again) = &again {
+        reconnect::check(&again.address).map_err(|error| error.at(name))?;
+    }
     let mut connections = connections.into_iter();
     let Some(first) = connections.next() else {
         return refuse(ErrorKind::Invalid, "no connection to the NBD server".to_owned());
@@ -178,7 +210,7 @@ pub fn open(connections: Vec<OwnedFd>, remote: &Remote, name: &str, purpose: Pur
     if purpose.write && !facts.has(flags::SEND_FLUSH) {
         tracing::warn!("{name}: the NBD server cannot flush: nothing says when what is written is durable");
     }
-    let shared = Arc::new(Shared::new(wish, facts.clone(), purpose.write));
+    let shared = Arc::new(Shared::new(wish, facts.clone(), purpose.write, again));
     let mut all = vec![Arc::new(Connection::new(Arc::clone(&shared), transport, &facts))];
     for more in connections {
         // One that does not allow several gets no second word; closing says enough.
@@ -193,7 +225,7 @@ pub fn open(connections: Vec<OwnedFd>, remote: &Remote, name: &str, purpose: Pur
     }
     let anchor = anchor(identity).map_err(|error| error.at(name))?;
     let file = Arc::new(handle(&anchor).map_err(|error| error.at(name))?);
-    let volume = Arc::new(Volume { shared, connections: all, _anchor: anchor });
+    let volume = Arc::new(Volume { shared, connections: all, data: OnceLock::new(), _anchor: anchor });
     register().open.push((Arc::downgrade(&file), Arc::clone(&volume)));
     Device::from_remote(file, Lease::of(volume), name, purpose)
 }

@@ -329,7 +329,9 @@ impl Queue for RemoteQueue {
         }
         let inbox = Arc::clone(&self.inbox);
         let Some(remote) = self.remote_of(op.port) else { return Err((Refused::UnknownPort, op)) };
-        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } = &op.what {
+        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } | What::Receive { buf, span } =
+            &op.what
+        {
             check_span(buf, span);
         }
         remote.in_flight += 1;

@@ -100,7 +100,9 @@ fn connect(address: &Address, deadline: Instant) -> std::io::Result<OwnedFd> {
 pub fn check(address: &Address) -> Result<()> {
     let what = match address {
         Address::Unix(path) if !path.starts_with('/') => "the path of a socket is absolute",
-        Address::Tcp(place) if place.parse::<SocketAddr>().is_err() => "the address of a server is a number and a port",
+        Address::Tcp(place) if place.parse::<SocketAddr>().is_err() => {
+            "the address of a server is a number and a port"
+        }
         _ => return Ok(()),
     };
     Err(Error::new(ErrorKind::Invalid, what))

@@ -30,6 +30,8 @@ pub const SLICES_MAX: usize = 16;
 const STAGING_BYTES: usize = 8192;
 /// The longest payload that is kept together: block status of 128 Ki extents.
 const COLLECTED_MAX: u64 = 8 + (16 << 17);
+/// Bytes of one request for zeros.
+const ZEROES_MAX: u32 = 1 << 30;
 /// Bits of a cookie that say which request; the others count.
 const INDEX_BITS: u32 = 24;
 
@@ -234,13 +236,11 @@ impl Session {
                 self.flights[flight].mark = mark;
                 self.part(flight, Command::Flush, 0, 0, 0);
             }
+            What::Discard { offset, len } => self.push_zeroes(owner, offset, len),
+            // A volume is no stream.
+            What::Receive { buf, .. } => self.settle(owner, Some(buf), Err(errno(libc::ESPIPE))),
             // Nothing needs to be waited for: requests are taken at any time.
             What::Ready { .. } => self.settle(owner, None, Ok(0)),
-            // Nobody receives from a volume, nor are its extents given back yet.
-            What::Receive { buf, .. } => {
-                self.settle(owner, Some(buf), Err(std::io::ErrorKind::Unsupported.into()));
-            }
-            What::Discard { .. } => self.settle(owner, None, Err(std::io::ErrorKind::Unsupported.into())),
         }
     }
 
@@ -254,8 +254,8 @@ impl Session {
     /// Fail an operation before anything was asked.
     pub fn refuse(&mut self, owner: Owner, what: What, error: std::io::Error) {
         let buf = match what {
-            What::Read { buf, .. } | What::Write { buf, .. } => Some(buf),
-            _ => None,
+            What::Read { buf, .. } | What::Write { buf, .. } | What::Receive { buf, .. } => Some(buf),
+            What::Discard { .. } | What::Flush | What::Ready { .. } => None,
         };
         self.settle(owner, buf, Err(error));
     }
@@ -328,6 +328,23 @@ impl Session {
         self.parts_of(flight, Command::Write, offset, length);
     }
 
+    /// Zeros without sending them; the server may give the space back.
+    fn push_zeroes(&mut self, owner: Owner, offset: u64, length: u64) {
+        let end = offset.checked_add(length).filter(|&end| end <= self.bounds.size);
+        let block = u64::from(self.bounds.block_min);
+        let Some(end) = end.filter(|end| offset.is_multiple_of(block) && end.is_multiple_of(block)) else {
+            return self.settle(owner, None, Err(errno(libc::EINVAL)));
+        };
+        if length == 0 {
+            return self.settle(owner, None, Ok(0));
+        }
+        let flight = self.flight(owner, Command::WriteZeroes, None, 0..0);
+        for start in (offset..end).step_by(ZEROES_MAX as usize) {
+            let count = u32::try_from((end - start).min(ZEROES_MAX.into())).expect("the smaller");
+            self.part(flight, Command::WriteZeroes, start, count, 0);
+        }
+    }
+
     fn parts_of(&mut self, flight: usize, command: Command, offset: u64, length: u32) {
         let mut at = 0;
         while at < length {
@@ -363,7 +380,7 @@ impl Session {
             covered: Coverage::default(),
             error: None,
         });
-        self.writes += u64::from(command == Command::Write);
+        self.writes += u64::from(changes(command));
         self.flights[flight].left += 1;
         self.unsent.push_back(key);
     }
@@ -679,7 +696,7 @@ impl Session {
         }
         let part = self.parts.remove(key);
         self.awaited -= 1;
-        if part.command == Command::Write {
+        if changes(part.command) {
             self.writes -= 1;
             self.acknowledged += u64::from(part.error.is_none());
         }
@@ -754,7 +771,7 @@ impl Session {
                     usable &= !begun || part.command != Command::Write;
                     part.flight = None;
                 } else {
-                    self.writes -= u64::from(part.command == Command::Write);
+                    self.writes -= u64::from(changes(part.command));
                     self.parts.remove(at);
                     self.unsent.retain(|&unsent| unsent != at);
                 }
@@ -771,7 +788,7 @@ impl Session {
         let abandoned: Vec<usize> =
             self.parts.iter().filter(|(_, part)| part.flight.is_none()).map(|(key, _)| key).collect();
         for key in abandoned {
-            self.writes -= u64::from(self.parts[key].command == Command::Write);
+            self.writes -= u64::from(changes(self.parts[key].command));
             self.parts.remove(key);
         }
         let mut all: Vec<usize> = self.parts.iter().map(|(key, _)| key).collect();
@@ -845,6 +862,11 @@ fn into<'a>(flights: &'a mut Slab<Flight>, part: &Part, at: u32, count: u32) -> 
         None => (flight.buf.as_mut()?, flight.span.start as usize + start),
     };
     Some(&mut bytes[start..start + count as usize])
+}
+
+/// Does it change what is durable?
+fn changes(command: Command) -> bool {
+    matches!(command, Command::Write | Command::WriteZeroes)
 }
 
 fn errno(code: i32) -> std::io::Error {

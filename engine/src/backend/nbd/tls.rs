@@ -28,7 +28,7 @@ pub struct Credentials {
     /// PEM of the authorities trusted; `None`: those of the system.
     pub authorities: Option<Vec<u8>>,
     /// PEM of our certificates and of their key.
-    pub identity: Option<(Vec<u8>, crate::crypto::secret::Secret)>,
+    pub identity: Option<(Vec<u8>, crate::crypto::Secret)>,
 }
 
 /// How connections to a server are made private. Cheap to clone.
@@ -61,7 +61,8 @@ impl Means {
             }
         };
         let mut roots = RootCertStore::empty();
-        let authorities: Vec<_> = CertificateDer::pem_slice_iter(pem).filter_map(std::result::Result::ok).collect();
+        let authorities: Vec<_> =
+            CertificateDer::pem_slice_iter(pem).filter_map(std::result::Result::ok).collect();
         if roots.add_parsable_certificates(authorities).0 == 0 {
             return Err(invalid("there is no certificate among the authorities"));
         }
@@ -77,7 +78,7 @@ impl Means {
                     .collect::<std::result::Result<_, _>>()
                     .map_err(|_| invalid("the client's certificates cannot be read"))?;
                 // Nothing of the key in the message.
-                let key = PrivateKeyDer::from_pem_slice(key.bytes())
+                let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
                     .map_err(|_| invalid("the client's private key cannot be read"))?;
                 builder
                     .with_client_auth_cert(chain, key)

@@ -7,10 +7,15 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
 
+use crate::backend::nbd::tls::{Means, Private};
+use crate::error::Result as Outcome;
+
 /// A connected stream socket, and what is on it.
 pub enum Transport {
     /// The protocol itself.
     Plain(Arc<OwnedFd>),
+    /// Under TLS.
+    Private(Private),
 }
 
 impl Transport {
@@ -19,7 +24,16 @@ impl Transport {
     pub fn socket(&self) -> &Arc<OwnedFd> {
         match self {
             Self::Plain(socket) => socket,
+            Self::Private(private) => private.socket(),
         }
+    }
+
+    /// The same socket, under TLS from here on.
+    ///
+    /// # Errors
+    /// It cannot be set up.
+    pub fn under_tls(&self, means: &Means) -> Outcome<Self> {
+        Private::new(Arc::clone(self.socket()), means).map(Self::Private)
     }
 
     /// Send what can be sent now; fewer bytes than given, where the other side does not take more. `None`: nothing now.
@@ -28,6 +42,7 @@ impl Transport {
     /// The connection is broken.
     pub fn send(&mut self, slices: &[IoSlice<'_>]) -> Result<Option<usize>, std::io::Error> {
         match self {
+            Self::Private(private) => private.send(slices),
             Self::Plain(socket) => {
                 let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
                 loop {
@@ -49,6 +64,7 @@ impl Transport {
     /// The connection is broken.
     pub fn receive(&mut self, slices: &mut [IoSliceMut<'_>]) -> Result<Option<usize>, std::io::Error> {
         match self {
+            Self::Private(private) => private.receive(slices),
             Self::Plain(socket) => loop {
                 let mut control = RecvAncillaryBuffer::default();
                 match rustix::net::recvmsg(
@@ -70,6 +86,7 @@ impl Transport {
     pub fn has_unsent(&self) -> bool {
         match self {
             Self::Plain(_) => false,
+            Self::Private(private) => private.has_unsent(),
         }
     }
 
@@ -78,11 +95,15 @@ impl Transport {
     pub fn may_hold_more(&self) -> bool {
         match self {
             Self::Plain(_) => false,
+            Self::Private(_) => true,
         }
     }
 
     /// End it, both ways.
     pub fn close(&mut self) {
+        if let Self::Private(private) = self {
+            private.close();
+        }
         let _ = rustix::net::shutdown(&**self.socket(), Shutdown::Both);
     }
 }

@@ -55,8 +55,7 @@ pub fn put_data_head(into: &mut [u8], style: Style, request: &Request, at: u64, 
     }
     let extended = style == Style::Extended;
     let flags = if last { FLAG_DONE } else { 0 };
-    let head =
-        put_chunk(into, extended, flags, kind::OFFSET_DATA, request.cookie, request.offset, len + 8);
+    let head = put_chunk(into, extended, flags, kind::OFFSET_DATA, request.cookie, request.offset, len + 8);
     into[head..head + 8].copy_from_slice(&at.to_be_bytes());
 }
 
@@ -113,8 +112,7 @@ pub fn put_status(
     } else {
         (kind::BLOCK_STATUS, 4 + 8 * extents.len())
     };
-    let mut at =
-        put_chunk(into, extended, FLAG_DONE, kind, request.cookie, request.offset, len as u64);
+    let mut at = put_chunk(into, extended, FLAG_DONE, kind, request.cookie, request.offset, len as u64);
     let mut put = |bytes: &[u8]| {
         into[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();

@@ -2,11 +2,11 @@
 
 use crate::export::exported::Exported;
 use crate::export::nbd::answer::Failure;
+use crate::format::nbd::PAYLOAD_MAX;
 use crate::format::nbd::command_flags as flag;
 use crate::format::nbd::errors;
 use crate::format::nbd::reply::Style;
 use crate::format::nbd::request::{Command, Request};
-use crate::format::nbd::PAYLOAD_MAX;
 
 /// Longest payload that is taken off the wire, to be refused with a reply; a longer one ends the connection. What clients can be made
 /// to send in one request.
@@ -77,9 +77,7 @@ pub fn check(
         Command::WriteZeroes if flags & flag::FAST_ZERO != 0 => {
             refuse(errors::ENOTSUP, "zeros are not faster than data here")
         }
-        Command::BlockStatus if allocation.is_none() => {
-            refuse(errors::EINVAL, "no context was asked for")
-        }
+        Command::BlockStatus if allocation.is_none() => refuse(errors::EINVAL, "no context was asked for"),
         _ => Ok(()),
     }
 }

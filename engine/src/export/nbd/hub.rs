@@ -110,7 +110,8 @@ impl Hub {
     pub fn hand_over(&self, negotiated: Negotiated) -> Result<()> {
         let export = negotiated.export.clone();
         if Served::block_of(&export).is_none() {
-            let what = format!("blocks of {} bytes, of which an export has at most {BLOCK_MAX}", export.align);
+            let what =
+                format!("blocks of {} bytes, of which an export has at most {BLOCK_MAX}", export.align);
             return Err(Error::new(ErrorKind::Unsupported, what).at(export.device.name()));
         }
         let load = |end: &&End| end.shared.connections.load(Ordering::Relaxed);

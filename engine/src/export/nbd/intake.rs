@@ -62,7 +62,10 @@ impl Server {
                         Self::stop_receiving(connection);
                     }
                     let room = connection.make_room();
-                    assert!(!room.is_empty(), "a header and a payload's rest are never as long as the buffer");
+                    assert!(
+                        !room.is_empty(),
+                        "a header and a payload's rest are never as long as the buffer"
+                    );
                     let span = position(room.start)..position(room.end);
                     let buf = connection.received.take().expect("not lent");
                     connection.receiving = true;
@@ -275,8 +278,7 @@ impl Server {
             let (block, total) = self.measure(key);
             let Some((buf, class)) = self.take_buffer(key, left + at % block) else { return };
             let cut = Cut::reading(at, left, block, class.bytes().into(), total);
-            let one_chunk =
-                self.connections[key].style == Style::Simple || request.flags & flag::DF != 0;
+            let one_chunk = self.connections[key].style == Style::Simple || request.flags & flag::DF != 0;
             let in_order = issued == 0 && one_chunk && cut.asks.end < request.offset + request.length;
             let piece = self.insert(key, asked, Work::Read, (buf, class), cut);
             let one = &mut self.asked[asked];
@@ -311,7 +313,9 @@ impl Server {
                 return;
             };
             let cut = match work {
-                Work::Discard => Cut::discarding(at, left, block, DISCARD_MAX, total).expect("looked at above"),
+                Work::Discard => {
+                    Cut::discarding(at, left, block, DISCARD_MAX, total).expect("looked at above")
+                }
                 _ => Cut::writing(at, left, block, buffer.1.bytes().into(), total),
             };
             let piece = self.insert(key, asked, work, buffer, cut);
@@ -330,14 +334,25 @@ impl Server {
         (served.block, served.export.view.total())
     }
 
-    fn insert(&mut self, key: usize, asked: usize, work: Work, (buf, class): (Buf, Class), cut: Cut) -> usize {
+    fn insert(
+        &mut self,
+        key: usize,
+        asked: usize,
+        work: Work,
+        (buf, class): (Buf, Class),
+        cut: Cut,
+    ) -> usize {
         let one = &mut self.asked[asked];
         one.issued = cut.asks.end - one.request.offset;
         one.pieces += 1;
         self.connections[key].pieces += 1;
         let block = self.served[self.connections[key].served].block;
         // What is changed in part is read beside the payload.
-        let base = if work == Work::Write && !cut.is_whole() { HEAD + u32::try_from(block).expect("small") } else { HEAD };
+        let base = if work == Work::Write && !cut.is_whole() {
+            HEAD + u32::try_from(block).expect("small")
+        } else {
+            HEAD
+        };
         self.pieces.insert(Piece {
             connection: key,
             asked,

@@ -77,8 +77,7 @@ impl Server {
             asked.request.length
         } else {
             asked.pieces -= 1;
-            piece.last =
-                asked.pieces == 0 && asked.issued == asked.request.length && asked.failure.is_none();
+            piece.last = asked.pieces == 0 && asked.issued == asked.request.length && asked.failure.is_none();
             u64::from(to - from)
         };
         if first {
@@ -185,7 +184,8 @@ impl Server {
         let failed = done.result.is_err();
         match sending {
             Sending::Gathered => {
-                let place = if connection.gather.is_none() { &mut connection.gather } else { &mut connection.spare };
+                let place =
+                    if connection.gather.is_none() { &mut connection.gather } else { &mut connection.spare };
                 *place = done.buf;
             }
             Sending::Piece(piece) => {
@@ -248,7 +248,8 @@ impl Server {
         let mut count = 0;
         let mut at = request.offset;
         // Structured replies tell lengths in 32 bits.
-        let longest = if connection.style == Style::Extended { u64::MAX } else { u64::from(u32::MAX) & !(block - 1) };
+        let longest =
+            if connection.style == Style::Extended { u64::MAX } else { u64::from(u32::MAX) & !(block - 1) };
         while at < end && count < most {
             let (mut until, mut flags) = (end, 0);
             if let Some(grant) = &grant
@@ -332,7 +333,10 @@ impl Server {
         let spent = self.now.saturating_duration_since(served.flush_since);
         served.record.record(&served.counters, Stage::Flush, spent, 0);
         let failure = done.result.err().map(|error| {
-            tracing::error!("export {}: flush failed: what was written may be lost: {error}", served.export.id);
+            tracing::error!(
+                "export {}: flush failed: what was written may be lost: {error}",
+                served.export.id
+            );
             LOST
         });
         // 1. Nobody is told of a flush that a failed one may have gone before: the failure is known to all workers first.

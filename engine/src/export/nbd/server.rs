@@ -190,7 +190,8 @@ impl Server {
                     let served = self.served.iter().find(|(_, served)| served.export.id == id);
                     if let Some((_, served)) = served {
                         // The asker may have given up waiting.
-                        let _ = reply.send((served.record.clone(), queue.syscalls() - served.syscalls_before));
+                        let _ =
+                            reply.send((served.record.clone(), queue.syscalls() - served.syscalls_before));
                     }
                 }
             }
@@ -253,9 +254,10 @@ impl Server {
         }
         // Those without pieces: their payload had not begun, or they waited for a flush.
         let flushing = &self.served[served].flush_running;
-        let rest = self.asked.iter().filter(|(one, asked)| {
-            asked.connection == key && asked.pieces == 0 && !flushing.contains(one)
-        });
+        let rest = self
+            .asked
+            .iter()
+            .filter(|(one, asked)| asked.connection == key && asked.pieces == 0 && !flushing.contains(one));
         let rest: Vec<usize> = rest.map(|(one, _)| one).collect();
         for one in rest {
             self.drop_asked(one);
@@ -352,7 +354,8 @@ impl Server {
         // A later connection may get the key.
         self.dirty.retain(|&dirty| dirty != key);
         queue.detach(connection.port);
-        let wires = [&mut connection.received, &mut connection.gather, &mut connection.spare, &mut connection.own];
+        let wires =
+            [&mut connection.received, &mut connection.gather, &mut connection.spare, &mut connection.own];
         self.pool.give_back_wires(wires.map(|wire| wire.take().expect("nothing is in flight")));
         let served = &mut self.served[connection.served];
         served.connections -= 1;
