@@ -19,7 +19,6 @@ use crate::job::checkpoint::Checkpoint;
 use crate::job::commit::Names;
 use crate::job::geometry::Geometry;
 use crate::job::state::Job;
-use crate::pipeline::segment::{Segment, Segments};
 use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, Transfer, UNIT_BYTES_MAX};
 use crate::volume::create::{self, NewHeader, Place};
@@ -97,8 +96,11 @@ pub fn own_uuid(device: &Device) -> Option<String> {
     Header::load(&mut blocking).ok().map(|header| header.uuid().to_owned())
 }
 
-/// Where the data lies by this header.
-fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
+/// Where the data lies by this header; `detached`: it is not in front of the data.
+///
+/// # Errors
+/// As [`Header::data_areas`] and [`Geometry::new`]; `Invalid`: a detached header that is taken for the volume.
+pub fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
     let geometry = header.data_areas().and_then(Geometry::new).map_err(Error::as_damage)?;
     if detached {
         return Ok(geometry);
@@ -369,15 +371,8 @@ fn fill(mut bytes: u64, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> 
 
 /// Ciphers for all areas of a volume under one key.
 fn set_segments(transfer: &Transfer, geometry: &Geometry, kernel: Kernel, key: &Secret) -> Result<()> {
-    let mut segments = Vec::new();
-    for (start, area) in geometry.placed() {
-        let cipher = match &area.cipher {
-            None => None,
-            Some(cipher) => Some(cipher.spec.build(kernel, key, cipher.unit_bytes, cipher.offset_sectors)?),
-        };
-        segments.push(Segment { start, offset: area.offset, unit_bytes: area.unit_bytes(), cipher });
-    }
+    let segments = geometry.segments(kernel, key)?;
     transfer.plan.cut_at(geometry.seams());
-    transfer.set_segments(Segments::new(segments));
+    transfer.set_segments(segments);
     Ok(())
 }

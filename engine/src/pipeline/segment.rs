@@ -10,7 +10,7 @@
 //! ```
 
 use crate::crypto::SectorCipher;
-use crate::units::DataUnit;
+use crate::units::{DataUnit, Extent};
 
 /// A run of plaintext under one cipher.
 pub struct Segment {
@@ -84,12 +84,59 @@ impl Segments {
         }
     }
 
+    /// Up to where the plaintext is in the same segment as byte `at`.
+    #[must_use]
+    pub fn until(&self, at: u64) -> u64 {
+        let next = self.0.partition_point(|segment| segment.start <= at);
+        self.0.get(next).map_or(u64::MAX, |segment| segment.start)
+    }
+
     /// Where plaintext byte `at` lies on the encrypted side.
     #[must_use]
     pub fn place(&self, at: u64) -> u64 {
         self.at(at).place(at)
     }
+
+    /// The largest data unit, bytes.
+    #[must_use]
+    pub fn unit_bytes(&self) -> u32 {
+        self.0.iter().map(|segment| segment.unit_bytes).max().expect("a volume has a segment")
+    }
+
+    /// The first part of an extent, in whole data units: up to the end of the segment it begins in, and not beyond `until`. `None`: that lies
+    /// in front of it.
+    #[must_use]
+    pub fn widen(&self, extent: Extent, until: u64) -> Option<Extent> {
+        let segment = self.at(extent.start());
+        let unit = u64::from(segment.unit_bytes);
+        let start = extent.start() - (extent.start() - segment.start) % unit;
+        let units = (extent.end() - start).div_ceil(unit);
+        let seam = self.0.iter().map(|segment| segment.start).find(|seam| *seam > start);
+        let end = units.checked_mul(unit).and_then(|bytes| start.checked_add(bytes)).unwrap_or(until);
+        Extent::new(start, end.min(until).min(seam.unwrap_or(until)))
+    }
+
+    /// Do both have the same bytes for the same plaintext of `total` bytes, in the same places? Ciphers cannot be compared, but what they
+    /// make of a block in each segment can.
+    #[must_use]
+    pub fn is_like(&self, other: &Self, total: u64) -> bool {
+        let probe = |segment: &Segment| {
+            let mut block = [0; PROBE_BYTES];
+            segment.encrypt(segment.start, &mut block);
+            block
+        };
+        let like = |one: &Segment, two: &Segment| {
+            (one.start, one.offset, one.unit_bytes) == (two.start, two.offset, two.unit_bytes)
+                && probe(one) == probe(two)
+        };
+        // Nothing lies in segments that begin behind the end.
+        let of = |segments: &Self| segments.0.partition_point(|segment| segment.start < total);
+        of(self) == of(other) && self.0[..of(self)].iter().zip(&other.0).all(|(one, two)| like(one, two))
+    }
 }
+
+/// Whole data units of every size.
+const PROBE_BYTES: usize = 4096;
 
 #[cfg(test)]
 mod tests {

@@ -15,7 +15,36 @@ use rustix::io::Errno;
 /// # Errors
 /// It cannot be locked: not opened for writing, no memory.
 pub fn try_lock(file: impl AsFd) -> Result<bool, Errno> {
-    match set(file, libc::F_WRLCK) {
+    tried(set(file, libc::F_WRLCK, 0, 0))
+}
+
+/// As [`try_lock`], of all but the first byte: keeps out the same, but whoever only changes the header, and asks [`is_taken`], is not
+/// kept from it.
+///
+/// # Errors
+/// As [`try_lock`].
+pub fn try_lock_data(file: impl AsFd) -> Result<bool, Errno> {
+    tried(set(file, libc::F_WRLCK, 1, 0))
+}
+
+/// As [`try_lock`], of the first byte only: what [`try_lock_data`] leaves, for another open file description.
+///
+/// # Errors
+/// As [`try_lock`].
+pub fn try_lock_first(file: impl AsFd) -> Result<bool, Errno> {
+    tried(set(file, libc::F_WRLCK, 0, 1))
+}
+
+/// Share a lock with others who read: keeps out who asks for [`try_lock`] or [`try_lock_data`], and nobody else.
+///
+/// # Errors
+/// As [`try_lock`]: not opened for reading.
+pub fn try_lock_reading(file: impl AsFd) -> Result<bool, Errno> {
+    tried(set(file, libc::F_RDLCK, 1, 1))
+}
+
+fn tried(result: Result<(), Errno>) -> Result<bool, Errno> {
+    match result {
         // One or the other, says the manual of this errno.
         Err(Errno::AGAIN | Errno::ACCESS) => Ok(false),
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK | Errno::INVAL) => Ok(true),
@@ -26,7 +55,7 @@ pub fn try_lock(file: impl AsFd) -> Result<bool, Errno> {
 /// Give back what [`try_lock`] took; for all who share the description.
 pub fn unlock(file: impl AsFd) {
     // It can fail only for a descriptor that is none, and then there is no lock either.
-    let _ = set(file, libc::F_UNLCK);
+    let _ = set(file, libc::F_UNLCK, 0, 0);
 }
 
 /// Has somebody else, through another open file description, locked the file's first byte for writing, as [`try_lock`] does? Locks
@@ -47,13 +76,13 @@ pub fn is_taken(file: impl AsFd) -> bool {
     result == 0 && i32::from(lock.l_type) == libc::F_WRLCK
 }
 
-fn set(file: impl AsFd, kind: libc::c_int) -> Result<(), Errno> {
+/// `len` 0: to the end, wherever that will be.
+fn set(file: impl AsFd, kind: libc::c_int, start: libc::off_t, len: libc::off_t) -> Result<(), Errno> {
     let lock = libc::flock {
         l_type: libc::c_short::try_from(kind).expect("a lock's kind is small"),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).expect("small"),
-        l_start: 0,
-        // To the end, wherever that will be.
-        l_len: 0,
+        l_start: start,
+        l_len: len,
         // Must be 0 for locks of this kind.
         l_pid: 0,
     };
@@ -90,6 +119,32 @@ mod tests {
         assert_eq!(try_lock(&one), Ok(true), "gone with the description");
         let reader = File::open(&path).expect("open");
         assert_eq!(try_lock(&reader), Err(Errno::BADF), "not opened for writing");
+        std::fs::remove_file(&path).expect("clean up");
+    }
+
+    #[test]
+    fn data_is_locked_beside_a_header_that_is_not() {
+        let path = std::env::temp_dir().join(format!("ofd-data-{}", std::process::id()));
+        let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let (one, other, reader) =
+            (open().expect("open"), open().expect("open"), File::open(&path).expect("open"));
+        assert_eq!((try_lock_data(&one), is_taken(&other)), (Ok(true), false));
+        assert_eq!(
+            (try_lock(&other), try_lock_data(&other), try_lock_reading(&reader)),
+            (Ok(false), Ok(false), Ok(false))
+        );
+        assert_eq!((try_lock_first(&other), is_taken(&one)), (Ok(true), true), "the header, beside it");
+        unlock(&other);
+        assert_eq!((is_taken(&one), try_lock_data(&other)), (false, Ok(false)));
+        unlock(&one);
+        assert_eq!(
+            (try_lock_reading(&reader), try_lock_reading(&other)),
+            (Ok(true), Ok(true)),
+            "readers share"
+        );
+        assert_eq!((try_lock(&one), try_lock_data(&one)), (Ok(false), Ok(false)));
+        drop((reader, other));
+        assert_eq!(try_lock(&one), Ok(true));
         std::fs::remove_file(&path).expect("clean up");
     }
 }

@@ -7,6 +7,7 @@
 //! | `area` | keyslot material: wrap and unwrap a volume key |
 //! | `capture` | the header of a volume that arrives in order |
 //! | `create` | a new header with its first keyslot, in memory, and the order in which it is written |
+//! | `held` | who has a volume: re-encryption, export, both |
 //! | `keep` | a new header kept aside while its data is written |
 //! | `plan` | a wish for a new volume checked and made complete |
 //! | `store` | write orders of header changes |
@@ -26,6 +27,7 @@ pub mod capture;
 pub mod create;
 pub mod device;
 pub mod doctor;
+pub mod held;
 pub mod keep;
 pub mod keyslots;
 pub mod manage;

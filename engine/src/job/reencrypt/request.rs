@@ -14,9 +14,13 @@ use crate::format::raw;
 use crate::job::Owner;
 use crate::job::commit::Names;
 use crate::job::prepare::{Means, width};
-use crate::job::reencrypt::alone::Alone;
 use crate::key::Descriptors;
 use crate::limits;
+use crate::volume::device;
+use crate::volume::held::{Held, Served};
+
+/// Percent of the time that a re-encryption takes while clients use the volume, unless asked otherwise.
+const BACKGROUND_SHARE: u32 = 50;
 
 /// A checked request, ready to run.
 pub struct Prepared {
@@ -44,6 +48,8 @@ pub struct Prepared {
     pub hotzone_bytes: Option<u64>,
     /// Read everything once more in the end.
     pub verify: bool,
+    /// Percent of the time that it takes while clients use the volume.
+    pub background_share: u32,
     /// Most bytes per second, as asked for when it was submitted.
     pub rate: Option<u64>,
     /// The kernel of its ciphers.
@@ -56,8 +62,10 @@ pub struct Prepared {
     pub chunk_bytes: u32,
     /// May transfers bypass the page cache?
     pub direct: bool,
+    /// The export it runs beside: then `direct` does not count, but what that one does.
+    pub beside_export: Option<Arc<Served>>,
     /// Nobody else re-encrypts it as long as these live.
-    _alone: Vec<Alone>,
+    _held: Vec<Held>,
     /// Locks of other programs.
     _locks: Vec<OwnedFd>,
 }
@@ -108,7 +116,18 @@ fn invalid<T>(what: &str) -> Result<T> {
 /// # Errors
 /// Whatever is wrong with it; nothing was changed. `Conflict`: somebody else is at the volume.
 pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
-    let Submit { source, sink, volume, bench, reencrypt, tuning, bytes_per_second, .. } = submit;
+    let Submit {
+        source,
+        sink,
+        volume,
+        bench,
+        reencrypt,
+        tuning,
+        bytes_per_second,
+        remotes,
+        background_share,
+        ..
+    } = submit;
     let Some(request) = reencrypt else { return invalid("the request has no reencrypt") };
     if source.is_some() || sink.is_some() || volume.is_some() || bench.is_some() {
         return invalid("reencrypt has one volume, and neither source nor sink");
@@ -116,11 +135,14 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     if bytes_per_second == Some(0) {
         return invalid("a rate of 0 bytes per second never ends; pause the job instead");
     }
+    let background_share = background_share.unwrap_or(BACKGROUND_SHARE);
+    if !(1..=100).contains(&background_share) {
+        return invalid(&format!("a background share of {background_share} percent: it is from 1 to 100"));
+    }
     let mut descriptors = Descriptors::new(descriptors);
     let open = |descriptors: &mut Descriptors, file: &proto::luks::File, what: &str| -> Result<Arc<Device>> {
         let purpose = Purpose { read: true, write: !request.dry_run, stream: false };
-        let fd = descriptors.take(file.fd, what)?;
-        Ok(Arc::new(Device::from_fd(fd, file.name.clone(), purpose)?))
+        Ok(Arc::new(device::open(descriptors, &remotes, file.fd, (what, &file.name), purpose)?))
     };
     let data = open(&mut descriptors, &request.volume, "volume")?;
     let (beside, commit) = match &request.format {
@@ -154,15 +176,15 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     descriptors.finish()?;
     check_keys(&request, &secrets, new_key.as_ref())?;
     // A dry run is in nobody's way, nor is anybody in its.
-    let alone = if request.dry_run {
+    let held = if request.dry_run {
         Vec::new()
     } else {
-        [Some(&data), beside.as_ref()]
-            .into_iter()
-            .flatten()
-            .map(|one| Alone::with(one))
-            .collect::<Result<_>>()?
+        [Some(&data), beside.as_ref()].into_iter().flatten().map(Held::to_rewrite).collect::<Result<_>>()?
     };
+    let beside_export = held.first().and_then(Held::beside).cloned();
+    if beside_export.is_some() {
+        check_online(&request).map_err(|error| error.at(data.name()))?;
+    }
     check_tuning(&request, &tuning)?;
     let (workers_max, depth) = width(&data, &data, &tuning, means)?;
     let Request { mode, format, resume_only, dry_run, resilience, hotzone_bytes, verify, .. } = *request;
@@ -178,6 +200,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         resilience,
         hotzone_bytes,
         verify,
+        background_share,
         rate: bytes_per_second,
         kernel: means.kernel,
         workers_max,
@@ -185,7 +208,8 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         chunk_bytes: chunk_bytes(&data, &tuning, means)?,
         direct: tuning.direct != Some(false),
         data,
-        _alone: alone,
+        beside_export,
+        _held: held,
         _locks: locks,
     })
 }
@@ -210,6 +234,36 @@ fn check_tuning(request: &Request, tuning: &Tuning) -> Result<()> {
             );
             Err(Error::new(ErrorKind::Limit, what).hint("32M is enough for a header and its keyslots"))
         }
+        _ => Ok(()),
+    }
+}
+
+/// What cannot be done while clients read and write the volume.
+fn check_online(request: &Request) -> Result<()> {
+    let refuse = |what: &str, hint: &str| Err(Error::new(ErrorKind::Unsupported, what).hint(hint));
+    let stop = "stop its export first: cryptctl export stop";
+    match (&request.format, request.mode) {
+        (_, Mode::Encrypt | Mode::Decrypt) => {
+            return refuse("the volume is exported, and only its key can be changed meanwhile", stop);
+        }
+        // The journal knows the volume it belongs to by bytes that clients would change.
+        (Format::Raw(_), Mode::Reencrypt) => {
+            return refuse(
+                "the volume is exported, and one without a header is not re-encrypted meanwhile",
+                stop,
+            );
+        }
+        (Format::Luks(_), Mode::Reencrypt) => {}
+    }
+    match request.resilience {
+        Some(Resilience::None) => refuse(
+            "the volume is exported, and without protection all of it would be out of reach until the end",
+            "use --resilience checksum or journal, or stop its export first",
+        ),
+        _ if request.verify => refuse(
+            "the volume is exported: what clients write meanwhile would be taken for damage",
+            "leave --verify out, or stop its export first",
+        ),
         _ => Ok(()),
     }
 }
