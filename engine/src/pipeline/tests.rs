@@ -233,6 +233,8 @@ impl Heard {
                 self.written.push(extent);
                 add(&mut self.proof, proof);
             }
+            // Nobody else is at these volumes.
+            News::Quiet => {}
         }
     }
 }
