@@ -94,7 +94,7 @@ pub fn run(options: &Options) -> Result<Ended> {
     };
     let registry = Registry::start(job_config, pipeline.clone(), Box::new(changed));
     let ended = Arc::clone(&mailbox);
-    let exports = Exports::start_serving(config.kernel, pipeline, Box::new(move || ended.export_ended()))?;
+    let exports = Exports::new(config.kernel, pipeline, Box::new(move || ended.export_ended()));
     home.set(Arc::downgrade(&registry)).expect("set once, before the first job");
 
     let listener = match (passed, reserved) {

@@ -47,6 +47,8 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long a starting daemon waits for the one that holds the lock to answer or to leave.
 pub const START_RACE_TIME: Duration = Duration::from_secs(30);
 
+/// Accepting a client of an export never waits; when it takes longer than this, the socket's owner has seen to that.
+pub const ACCEPT_STUCK: Duration = Duration::from_secs(1);
 /// Clients of exports that haggle at one time. With more, the oldest of whoever has most is disconnected: nobody else is kept out.
 pub const HAGGLERS_MAX: usize = 256;
 /// Those of one peer (a user on a Unix socket, an address on a TCP socket) of one listening socket: an honest one opens a few

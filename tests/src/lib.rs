@@ -17,6 +17,7 @@ pub mod reencrypt;
 pub mod rewrite;
 pub mod rewriting;
 pub mod scene;
+pub mod served;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;

@@ -110,9 +110,9 @@ impl Opened<'_> {
             .find(|info| info.uid == uid && info.address == text && info.state != State::Stopped);
         let mut passing = Passing::default();
         let key_fd = passing.secret(keys.key)?;
-        let file = passing.file(volume);
+        let file = passing.file(volume)?;
         if let (Format::Luks(open), Some(end)) = (&mut format, header) {
-            open.header = Some(passing.file(end));
+            open.header = Some(passing.file(end)?);
         }
         let (listen, name, encrypted, at) = match shared {
             Some(info) if args.access.is_typed() => {
@@ -160,7 +160,7 @@ impl Opened<'_> {
             file,
             volume: proto::Volume { format, key_fd },
             more_key_fds: Vec::new(),
-            remotes: Vec::new(),
+            remotes: passing.remotes(),
             listen,
             name: export,
             description: args.shown.description.clone(),

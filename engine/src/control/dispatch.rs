@@ -88,6 +88,7 @@ impl Service {
     /// `Denied`, `NotFound`, `Invalid`, or what the registry says.
     pub fn act(&self, peer: &Peer, call: Call, descriptors: usize) -> Result<Action> {
         peer.check(Verb::of(&call))?;
+        let call = peer.limit(call);
         if !matches!(call, Call::Submit(_) | Call::Luks(_) | Call::Export(_)) && descriptors > 0 {
             return Err(Error::new(
                 ErrorKind::Invalid,

@@ -174,13 +174,13 @@ impl Exported {
     }
 
     /// A connection comes.
-    pub fn enter(&self) {
+    fn enter(&self) {
         self.counters.connections.fetch_add(1, Ordering::SeqCst);
         self.counters.connections_total.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Nothing of a connection is left.
-    pub fn leave(&self) {
+    fn leave(&self) {
         let _guard = lock(&self.quiet.0);
         if self.counters.connections.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.quiet.1.notify_all();
@@ -223,8 +223,7 @@ impl Seat {
     /// One more connection.
     #[must_use]
     pub fn take(export: Arc<Exported>) -> Self {
-        export.counters.connections.fetch_add(1, Ordering::AcqRel);
-        export.counters.connections_total.fetch_add(1, Ordering::Relaxed);
+        export.enter();
         Self(export)
     }
 
@@ -237,6 +236,6 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.0.counters.connections.fetch_sub(1, Ordering::AcqRel);
+        self.0.leave();
     }
 }

@@ -44,6 +44,7 @@ pub struct Life {
     pub name: String,
     volume: String,
     read_only: bool,
+    tls: bool,
     began: Instant,
     inner: Mutex<Inner>,
     changed: Condvar,
@@ -75,9 +76,9 @@ struct Kept {
 }
 
 impl Life {
-    /// One that is being opened.
+    /// One that is being opened, behind the socket at `address`, which has `tls` or not.
     #[must_use]
-    pub fn new(id: ExportId, owner: &Owner, address: &str, request: &Request) -> Arc<Self> {
+    pub fn new(id: ExportId, owner: &Owner, (address, tls): (&str, bool), request: &Request) -> Arc<Self> {
         Arc::new(Self {
             id,
             owner: owner.clone(),
@@ -85,6 +86,7 @@ impl Life {
             name: request.name.clone(),
             volume: request.file.name.clone(),
             read_only: request.read_only,
+            tls,
             began: Instant::now(),
             inner: Mutex::new(Inner {
                 state: State::Opening,
@@ -243,6 +245,7 @@ impl Life {
             name: self.name.clone(),
             bytes: 0,
             read_only: self.read_only,
+            tls: self.tls,
             connections: 0,
             connections_total: 0,
             job: None,
@@ -253,7 +256,7 @@ impl Life {
         };
         if let Some(Served { exported, .. }) = &inner.served {
             info.bytes = exported.view.total();
-            info.connections = exported.counters.connections.load(Ordering::Relaxed);
+            info.connections = exported.connections();
             info.connections_total = exported.counters.connections_total.load(Ordering::Relaxed);
             info.errors = exported.counters.errors.load(Ordering::Relaxed);
             info.commands = commands(exported);

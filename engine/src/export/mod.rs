@@ -39,10 +39,10 @@ use proto::export::{ExportId, Info, Listen, Request, State, Stats};
 use crate::crypto::Kernel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::exported::{Course, Exported};
-use crate::export::front::{Front, Listener};
+use crate::export::front::{Entrance, Front};
 use crate::export::life::{End, Life};
 use crate::export::open::{Closed, Opened};
-use crate::export::socket::{Listening, Place};
+use crate::export::socket::{Offered, Place};
 use crate::job::Owner;
 use crate::key::Descriptors;
 use crate::limits;
@@ -74,15 +74,16 @@ struct Table {
 struct Socket {
     address: String,
     uid: u32,
-    entrance: Entrance,
+    tls: bool,
+    door: Door,
     place: Option<Place>,
     exports: BTreeSet<ExportId>,
 }
 
-enum Entrance {
+enum Door {
     /// Nobody is let in before the first export is open.
-    Shut(Option<Box<Listening>>),
-    Open(Listener),
+    Shut(Option<Box<Offered>>),
+    Open(Entrance),
 }
 
 impl Table {
@@ -102,19 +103,15 @@ impl Table {
     }
 
     /// The socket an export is to be behind.
-    fn socket(
-        &mut self,
-        owner: &Owner,
-        request: &Request,
-        listening: Option<Listening>,
-    ) -> Result<&mut Socket> {
-        match (&request.listen, listening) {
-            (Listen::Bound(bound), Some(mut listening)) => {
-                let place = listening.place.take();
+    fn socket(&mut self, owner: &Owner, request: &Request, offered: Option<Offered>) -> Result<&mut Socket> {
+        match (&request.listen, offered) {
+            (Listen::Bound(bound), Some(mut offered)) => {
+                let place = offered.place.take();
                 self.sockets.push(Socket {
                     address: bound.address.clone(),
                     uid: owner.uid,
-                    entrance: Entrance::Shut(Some(Box::new(listening))),
+                    tls: offered.tls.is_some(),
+                    door: Door::Shut(Some(Box::new(offered))),
                     place,
                     exports: BTreeSet::new(),
                 });
@@ -154,16 +151,8 @@ impl Table {
 
 impl Exports {
     /// `ended` is called from other threads whenever an export has ended.
-    ///
-    /// # Errors
-    /// A thread cannot be started.
-    pub fn start_serving(
-        kernel: Kernel,
-        pipeline: Arc<Pipeline>,
-        ended: Box<dyn Fn() + Send + Sync>,
-    ) -> Result<Arc<Self>> {
-        let front = Front::start(&pipeline)?;
-        Ok(Arc::new(Self { kernel, pipeline, front, ended, table: Mutex::default() }))
+    pub fn new(kernel: Kernel, pipeline: Arc<Pipeline>, ended: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
+        Arc::new(Self { kernel, pipeline, front: Front::default(), ended, table: Mutex::default() })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -187,12 +176,12 @@ impl Exports {
         self.table().check_room(owner)?;
         let mut descriptors = Descriptors::new(descriptors);
         let closed = Closed::new(request, &mut descriptors)?;
-        let listening = match &request.listen {
-            Listen::Bound(bound) => Some(Listening::new(bound, &mut descriptors, owner)?),
+        let offered = match &request.listen {
+            Listen::Bound(bound) => Some(Offered::new(bound, &mut descriptors, owner)?),
             Listen::Shared(_) => None,
         };
         descriptors.finish()?;
-        let life = self.register(owner, request, listening)?;
+        let life = self.register(owner, request, offered)?;
         let give_up = || gone.load(Ordering::Acquire) || life.is_ending();
         let served = closed.open(self.kernel, &give_up).and_then(|opened| self.serve(&life, request, opened));
         served.map(|warnings| (life.id, warnings)).inspect_err(|error| {
@@ -203,14 +192,14 @@ impl Exports {
         })
     }
 
-    fn register(&self, owner: &Owner, request: &Request, listening: Option<Listening>) -> Result<Arc<Life>> {
+    fn register(&self, owner: &Owner, request: &Request, offered: Option<Offered>) -> Result<Arc<Life>> {
         let mut table = self.table();
         // Again, under the lock that adds it: several may have got this far together.
         table.check_room(owner)?;
         let id = table.last + 1;
-        let socket = table.socket(owner, request, listening)?;
+        let socket = table.socket(owner, request, offered)?;
         socket.exports.insert(id);
-        let life = Life::new(id, owner, &socket.address, request);
+        let life = Life::new(id, owner, (&socket.address, socket.tls), request);
         table.last = id;
         table.lives.insert(id, life.clone());
         Ok(life)
@@ -218,33 +207,34 @@ impl Exports {
 
     fn serve(self: &Arc<Self>, life: &Arc<Life>, request: &Request, opened: Opened) -> Result<Vec<String>> {
         let Opened { device, align, view, warnings, held } = opened;
+        held.publish(&view, align);
         let exported = Exported::new(life.id, request, device, align, view);
-        let listener = self.entrance(life)?;
+        let entrance = self.entrance(life)?;
         life.serve(exported.clone(), held)?;
         let (exports, kept) = (self.clone(), life.clone());
         std::thread::Builder::new()
             .name(format!("export{}", life.id))
             .spawn(move || exports.keep(&kept))
             .map_err(|cause| Error::io("cannot start the export's thread", cause))?;
-        self.front.offer(listener, exported);
+        // Names were compared when it was registered, and are few.
+        entrance.offer(exported).expect("an export that was registered has a place of its own");
         tracing::info!(export = life.id, uid = life.owner.uid, address = life.address, "serving");
         Ok(warnings)
     }
 
-    /// The listener of its socket, which is listened on from now on.
-    fn entrance(&self, life: &Life) -> Result<Listener> {
+    /// Where its clients come in, from now on.
+    fn entrance(&self, life: &Life) -> Result<Entrance> {
         let mut table = self.table();
         let socket = table.socket_of(life.id).expect("an export that is being opened has a socket");
-        match &mut socket.entrance {
-            Entrance::Open(listener) => Ok(*listener),
-            Entrance::Shut(listening) => {
+        match &mut socket.door {
+            Door::Open(entrance) => Ok(entrance.clone()),
+            Door::Shut(offered) => {
                 let what = "the socket could not be listened on";
-                let listening = listening
-                    .take()
-                    .ok_or_else(|| Error::new(ErrorKind::Conflict, what).at(&life.address))?;
-                let listener = self.front.listen(*listening, socket.uid)?;
-                socket.entrance = Entrance::Open(listener);
-                Ok(listener)
+                let offered =
+                    offered.take().ok_or_else(|| Error::new(ErrorKind::Conflict, what).at(&life.address))?;
+                let entrance = self.front.open(&self.pipeline, *offered, &life.address)?;
+                socket.door = Door::Open(entrance.clone());
+                Ok(entrance)
             }
         }
     }
@@ -266,7 +256,7 @@ impl Exports {
                 End::Dropped => Course::Dropping,
             });
             self.front.wake();
-            if exported.counters.connections.load(Ordering::Acquire) == 0 {
+            if exported.connections() == 0 {
                 break;
             }
             end = life.end_within(DRAIN_POLL, end);
@@ -295,8 +285,8 @@ impl Exports {
     }
 
     fn withdraw(&self, life: &Life) {
-        if let Some(Socket { entrance: Entrance::Open(listener), .. }) = self.table().socket_of(life.id) {
-            self.front.withdraw(*listener, life.id);
+        if let Some(Socket { door: Door::Open(entrance), .. }) = self.table().socket_of(life.id) {
+            entrance.withdraw(life.id);
         }
     }
 
@@ -317,8 +307,8 @@ impl Exports {
         if let Some(place) = &left.place {
             place.remove();
         }
-        if let Entrance::Open(listener) = left.entrance {
-            self.front.close(listener);
+        if let Door::Open(entrance) = left.door {
+            self.front.close(&entrance);
         }
     }
 

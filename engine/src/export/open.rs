@@ -15,6 +15,7 @@ use crate::backend::device::{Device, Purpose};
 use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Secret};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::nbd::served::BLOCK_MAX;
 use crate::format::raw;
 use crate::job::encrypted;
 use crate::job::geometry::Geometry;
@@ -154,7 +155,9 @@ fn raw_geometry(raw: &proto::Raw, key: &Secret) -> Result<Geometry> {
 /// Bypass the page cache where every data unit can be reached that way: areas that begin on device blocks, and a device that
 /// ends on one (a write to an odd end would make a file longer).
 fn choose_direct(device: &Device, bytes: u64, geometry: &Geometry, wish: Option<bool>) -> u32 {
-    let fits = |align: &u32| bytes.is_multiple_of((*align).into()) && geometry.is_aligned(*align);
+    let fits = |align: &u32| {
+        *align <= BLOCK_MAX && bytes.is_multiple_of((*align).into()) && geometry.is_aligned(*align)
+    };
     match device.direct_alignment().filter(fits) {
         Some(align) if wish != Some(false) && device.enable_direct() => align,
         _ => {

@@ -7,48 +7,39 @@
 //! This module refuses TCP without TLS, unless it listens on a loopback address and the caller says that it is meant so.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use proto::export::Bound;
 use rustix::fs::{AtFlags, FileType, statat, unlinkat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType, sockopt};
+use rustls::ServerConfig;
 
-use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::nbd::listen::Access;
+use crate::export::nbd::tls;
 use crate::job::Owner;
 use crate::key::Descriptors;
 use crate::limits;
 use crate::sys::fsuid::as_user;
 
 /// A socket that may be listened on.
-#[derive(Debug)]
-pub struct Listening {
+pub struct Offered {
     /// The socket.
     pub socket: OwnedFd,
     /// Where a Unix socket is to be removed from.
     pub place: Option<Place>,
-    /// Users that may connect besides the owner and root; `None`: whoever the socket's mode admits, and over TCP everybody.
-    pub uids: Option<Vec<u32>>,
+    /// Who may connect to a Unix socket.
+    pub access: Access,
     /// TLS, demanded of every client.
-    pub tls: Option<Pem>,
-}
-
-/// TLS of a server, as PEM.
-#[derive(Debug)]
-pub struct Pem {
-    /// The server's certificate chain.
-    pub certificate: Secret,
-    /// Its private key.
-    pub key: Secret,
-    /// Authorities of client certificates.
-    pub clients: Secret,
+    pub tls: Option<Arc<ServerConfig>>,
 }
 
 fn invalid<T>(what: impl Into<String>, address: &str) -> Result<T> {
     Err(Error::new(ErrorKind::Invalid, what).at(address))
 }
 
-impl Listening {
+impl Offered {
     /// Take a socket and look at it.
     ///
     /// # Errors
@@ -59,14 +50,7 @@ impl Listening {
             return invalid("the address of the socket is too long", "the request");
         }
         let socket = descriptors.take(bound.fd, "listening socket")?;
-        let pem = |tls: &proto::export::Tls, descriptors: &mut Descriptors| -> Result<Pem> {
-            Ok(Pem {
-                certificate: descriptors.secret(tls.certificate_fd, "certificate")?,
-                key: descriptors.secret(tls.key_fd, "private key")?,
-                clients: descriptors.secret(tls.clients_fd, "authorities of clients")?,
-            })
-        };
-        let tls = bound.tls.as_ref().map(|tls| pem(tls, descriptors)).transpose()?;
+        let tls = bound.tls.as_ref().map(|tls| server_config(tls, descriptors)).transpose()?;
         let place = match &bound.entry {
             Some(entry) => {
                 let directory = descriptors.take(entry.dir_fd, "directory of the socket")?;
@@ -80,16 +64,25 @@ impl Listening {
             return invalid("the descriptor is not a socket that listens", address);
         }
         let family = sockopt::socket_domain(&socket);
-        let uids = match family {
-            Ok(AddressFamily::UNIX) => (!bound.any_uid).then(|| bound.uids.clone()),
-            Ok(AddressFamily::INET | AddressFamily::INET6) => {
-                check_tcp(bound, &socket)?;
-                None
+        match family {
+            Ok(AddressFamily::UNIX) if bound.insecure => {
+                return invalid("insecure is for TCP sockets, and this is none", address);
             }
+            Ok(AddressFamily::UNIX) => {}
+            Ok(AddressFamily::INET | AddressFamily::INET6) => check_tcp(bound, &socket)?,
             _ => return invalid("neither a Unix nor a TCP socket", address),
-        };
-        Ok(Self { socket, place, uids, tls })
+        }
+        let access = Access { owner: owner.uid, uids: bound.uids.clone(), any_uid: bound.any_uid };
+        Ok(Self { socket, place, access, tls })
     }
+}
+
+/// The texts are read now, and gone again before the volume's key is derived.
+fn server_config(wish: &proto::export::Tls, descriptors: &mut Descriptors) -> Result<Arc<ServerConfig>> {
+    let certificate = descriptors.secret(wish.certificate_fd, "certificate")?;
+    let key = descriptors.secret(wish.key_fd, "private key")?;
+    let clients = descriptors.secret(wish.clients_fd, "authorities of clients")?;
+    tls::server_config(certificate.as_bytes(), key.as_bytes(), clients.as_bytes())
 }
 
 fn check_tcp(bound: &Bound, socket: &OwnedFd) -> Result<()> {
@@ -226,12 +219,16 @@ mod tests {
         }
     }
 
-    fn take(bound: &Bound, descriptors: Vec<OwnedFd>) -> Result<Listening> {
-        Listening::new(bound, &mut Descriptors::new(descriptors), &us())
+    fn take(bound: &Bound, descriptors: Vec<OwnedFd>) -> Result<Offered> {
+        Offered::new(bound, &mut Descriptors::new(descriptors), &us())
+    }
+
+    fn taken(bound: &Bound, descriptors: Vec<OwnedFd>) -> Offered {
+        take(bound, descriptors).unwrap_or_else(|error| panic!("{}", error.chain()))
     }
 
     fn refused(bound: &Bound, descriptors: Vec<OwnedFd>) -> String {
-        let error = take(bound, descriptors).expect_err("refused");
+        let error = take(bound, descriptors).err().expect("refused");
         assert_eq!(error.kind(), ErrorKind::Invalid);
         error.chain()
     }
@@ -261,11 +258,12 @@ mod tests {
     #[test]
     fn users_are_those_named_unless_all_may() {
         let scratch = Scratch::new("users");
-        for (any, expected) in [(false, Some(vec![7])), (true, None)] {
+        for any in [false, true] {
             let name = scratch.0.join(format!("s{any}"));
             let socket = UnixListener::bind(name).expect("bound");
             let wish = Bound { uids: vec![7], any_uid: any, ..bound("unix:s") };
-            assert_eq!(take(&wish, vec![socket.into()]).expect("taken").uids, expected);
+            let access = Access { owner: us().uid, uids: vec![7], any_uid: any };
+            assert_eq!(taken(&wish, vec![socket.into()]).access, access);
         }
     }
 
@@ -276,7 +274,7 @@ mod tests {
         let wish = Bound { entry: Some(proto::Entry { dir_fd: 1, name: "s".to_owned() }), ..bound("unix:s") };
         let listen = || {
             let socket = UnixListener::bind(&path).expect("bound");
-            take(&wish, vec![socket.into(), scratch.directory()]).expect("taken")
+            taken(&wish, vec![socket.into(), scratch.directory()])
         };
         let place = listen().place.expect("a place");
         place.remove();
@@ -288,7 +286,7 @@ mod tests {
         assert!(path.exists(), "it means something else now");
         // Nor is a name taken that means no socket, or is none.
         let socket = UnixListener::bind(scratch.0.join("t")).expect("bound");
-        let error = take(&wish, vec![socket.into(), scratch.directory()]).expect_err("refused");
+        let error = take(&wish, vec![socket.into(), scratch.directory()]).err().expect("refused");
         assert_eq!(error.kind(), ErrorKind::Conflict);
         let socket = UnixListener::bind(scratch.0.join("u")).expect("bound");
         let up = Bound { entry: Some(proto::Entry { dir_fd: 1, name: "../s".to_owned() }), ..wish.clone() };

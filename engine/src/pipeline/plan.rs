@@ -15,7 +15,7 @@
 //! A [`Gate`] holds what a user may change while the transfer runs: pause, stop, and the rate limit.
 
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ pub struct Plan {
     open: AtomicU64,
     /// Where `open` stood before: no chunk crosses it.
     opened: AtomicU64,
+    /// What may be claimed is claimed whatever the gate says of pause and rate.
+    urgent: AtomicBool,
     /// One past the last byte that may be overwritten now.
     write: AtomicU64,
     /// The hotzone whose old bytes belong in the journal now.
@@ -69,6 +71,7 @@ impl Plan {
             end: AtomicU64::new(total.unwrap_or(u64::MAX)),
             open: AtomicU64::new(u64::MAX),
             opened: AtomicU64::new(u64::MAX),
+            urgent: AtomicBool::new(false),
             write: AtomicU64::new(u64::MAX),
             journal: Mutex::new(None),
             seams: OnceLock::new(),
@@ -247,6 +250,18 @@ impl Plan {
             self.opened.store(opened, Ordering::Release);
             self.open.store(order, Ordering::Release);
         }
+    }
+
+    /// From now on what the barrier lets pass is claimed without delay: others wait for it. Whoever moves the barrier keeps to pause and rate. To
+    /// be said before workers begin.
+    pub fn be_urgent(&self) {
+        self.urgent.store(true, Ordering::Release);
+    }
+
+    /// See [`Plan::be_urgent`].
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire)
     }
 
     /// Move the write barrier of a transfer that rewrites its source: chunks that end at or before `order` may be overwritten.

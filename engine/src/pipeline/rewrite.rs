@@ -44,6 +44,8 @@ pub enum News {
         /// With a journal: its plaintext's contribution to the digest, if that was asked for. The plaintext is not there sooner.
         proof: Option<[u8; 32]>,
     },
+    /// Foreign requests that were waited for have left (see [`crate::pipeline::view`]).
+    Quiet,
 }
 
 /// Hashes of blocks as they are on disk.

@@ -27,6 +27,14 @@ pub fn try_lock_data(file: impl AsFd) -> Result<bool, Errno> {
     tried(set(file, libc::F_WRLCK, 1, 0))
 }
 
+/// As [`try_lock`], of the first byte only: what [`try_lock_data`] leaves, for another open file description.
+///
+/// # Errors
+/// As [`try_lock`].
+pub fn try_lock_first(file: impl AsFd) -> Result<bool, Errno> {
+    tried(set(file, libc::F_WRLCK, 0, 1))
+}
+
 /// Share a lock with others who read: keeps out who asks for [`try_lock`] or [`try_lock_data`], and nobody else.
 ///
 /// # Errors
@@ -48,11 +56,6 @@ fn tried(result: Result<(), Errno>) -> Result<bool, Errno> {
 pub fn unlock(file: impl AsFd) {
     // It can fail only for a descriptor that is none, and then there is no lock either.
     let _ = set(file, libc::F_UNLCK, 0, 0);
-}
-
-/// Give back the first byte only: what is left is as by [`try_lock_data`].
-pub fn unlock_first(file: impl AsFd) {
-    let _ = set(file, libc::F_UNLCK, 0, 1);
 }
 
 /// Has somebody else, through another open file description, locked the file's first byte for writing, as [`try_lock`] does? Locks
@@ -130,9 +133,9 @@ mod tests {
             (try_lock(&other), try_lock_data(&other), try_lock_reading(&reader)),
             (Ok(false), Ok(false), Ok(false))
         );
-        assert_eq!((try_lock(&one), is_taken(&other)), (Ok(true), true), "the rest of its own");
-        unlock_first(&one);
-        assert_eq!((is_taken(&other), try_lock_data(&other)), (false, Ok(false)));
+        assert_eq!((try_lock_first(&other), is_taken(&one)), (Ok(true), true), "the header, beside it");
+        unlock(&other);
+        assert_eq!((is_taken(&one), try_lock_data(&other)), (false, Ok(false)));
         unlock(&one);
         assert_eq!(
             (try_lock_reading(&reader), try_lock_reading(&other)),

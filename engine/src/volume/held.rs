@@ -9,11 +9,12 @@
 //! | re-encryption | all of the file, for writing | read the header |
 //! | export | all but the first byte, for writing | read and change the header, as `luks add-key` does |
 //! | export that only reads | the second byte, shared | read everything, serve it to read |
-//! | re-encryption beside an export | all, on the export's open file | read the header |
+//! | re-encryption beside an export | the first byte, for writing; the rest is the export's | read the header |
 //! | sink of a job | none of these: a new file has its own | |
 //!
-//! A re-encryption beside an export works on the export's own open file: the lock is that file's, and both read and write in one manner,
-//! direct or through the page cache. Two manners would not agree about a page that is partly the one's and partly the other's.
+//! A re-encryption beside an export reads and writes in the export's manner, direct or through the page cache: two manners would not
+//! agree about a page that is partly the one's and partly the other's. But on an open file of its own: of a write-back that failed each open
+//! file is told once, and a flush of the one may not take from the other what clients must hear.
 //!
 //! What this cannot keep out is cryptsetup on a regular file, which asks for none of these locks; its lock of a re-encryption is taken by
 //! `cryptctl`, where it may. A block device is opened exclusively by who sends it.
@@ -33,8 +34,6 @@ use crate::sys::lock;
 pub struct Served {
     /// Where its plaintext lies, and who may touch what.
     pub view: Arc<View>,
-    /// Its data, opened by whoever asked for the export.
-    pub device: Arc<Device>,
     /// Its alignment for direct I/O, bytes; 1: it is buffered.
     pub align: u32,
 }
@@ -57,8 +56,8 @@ struct Uses {
     written: bool,
     readers: usize,
     served: Option<Arc<Served>>,
-    /// Of who rewrites or serves; readers have their own.
-    lock: Option<Arc<Locked>>,
+    /// Of who serves it: kept until a re-encryption beside that has ended, too.
+    lock: Option<Locked>,
 }
 
 /// The volumes of this process.
@@ -81,7 +80,7 @@ pub struct Held {
     device: Arc<Device>,
     uses: Use,
     beside: Option<Arc<Served>>,
-    lock: Option<Arc<Locked>>,
+    lock: Option<Locked>,
 }
 
 fn conflict<T>(device: &Device, what: &str, hint: &str) -> Result<T> {
@@ -130,22 +129,11 @@ impl Held {
             _ => known,
         };
         let beside = uses.as_ref().and_then(|uses| uses.served.clone());
-        // The rest of what the export has, by its own open file.
-        let device = beside.as_ref().map_or(device, |served| &served.device).clone();
-        check(&device, lock::try_lock(&**device.file()))?;
-        let lock = match uses {
-            Some(uses) => {
-                uses.rewritten = true;
-                uses.lock.clone()
-            }
-            None => {
-                let lock = Some(Arc::new(Locked(device.file().clone())));
-                let uses = Uses { rewritten: true, lock: lock.clone(), ..Uses::default() };
-                volumes.insert(device.identity(), uses);
-                lock
-            }
-        };
-        Ok(Self { device, uses: Use::Rewrite, beside, lock })
+        let file = &**device.file();
+        check(device, if uses.is_some() { lock::try_lock_first(file) } else { lock::try_lock(file) })?;
+        let lock = Some(Locked(device.file().clone()));
+        volumes.entry(device.identity()).or_default().rewritten = true;
+        Ok(Self { device: device.clone(), uses: Use::Rewrite, beside, lock })
     }
 
     /// To serve it. What is held keeps out re-encryptions until [`Held::publish`] says where they find the view.
@@ -173,14 +161,15 @@ impl Held {
         }
         let file = &**device.file();
         check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
-        let lock = Some(Arc::new(Locked(device.file().clone())));
+        let lock = Locked(device.file().clone());
         let uses = volumes.entry(device.identity()).or_default();
-        let kind = if read_only {
+        let (kind, lock) = if read_only {
             uses.readers += 1;
-            Use::Read
+            (Use::Read, Some(lock))
         } else {
-            (uses.serving, uses.lock) = (true, lock.clone());
-            Use::Serve
+            uses.serving = true;
+            uses.lock = Some(lock);
+            (Use::Serve, None)
         };
         Ok(Self { device: device.clone(), uses: kind, beside: None, lock })
     }
@@ -203,7 +192,7 @@ impl Held {
         Ok(Self { device: device.clone(), uses: Use::Write, beside: None, lock: None })
     }
 
-    /// The export of this process that the re-encryption runs beside: it works on its device, in its manner, and by its view.
+    /// The export of this process that the re-encryption runs beside: in its manner, and by its view.
     #[must_use]
     pub fn beside(&self) -> Option<&Arc<Served>> {
         self.beside.as_ref()
@@ -214,7 +203,7 @@ impl Held {
         if self.uses == Use::Serve
             && let Some(uses) = table().as_mut().and_then(|table| table.get_mut(&self.device.identity()))
         {
-            uses.served = Some(Arc::new(Served { view: view.clone(), device: self.device.clone(), align }));
+            uses.served = Some(Arc::new(Served { view: view.clone(), align }));
         }
     }
 }
@@ -231,12 +220,7 @@ impl Drop for Held {
         let Some(volumes) = table.as_mut() else { return };
         let Some(uses) = volumes.get_mut(&self.device.identity()) else { return };
         match self.uses {
-            Use::Rewrite => {
-                uses.rewritten = false;
-                if uses.serving {
-                    lock::unlock_first(&**self.device.file());
-                }
-            }
+            Use::Rewrite => uses.rewritten = false,
             Use::Serve => {
                 uses.serving = false;
                 uses.served = None;
@@ -312,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_re_encryption_runs_beside_a_published_export_on_its_open_file() {
+    fn a_re_encryption_runs_beside_a_published_export() {
         let path = scratch("beside");
         let exported = device(open(&path));
         let export = Held::to_serve(&exported, false).expect("free");
@@ -329,7 +313,7 @@ mod tests {
         export.publish(&view, 512);
         let held = Held::to_rewrite(&job).expect("beside it");
         let served = held.beside().expect("the export");
-        assert!(Arc::ptr_eq(&served.view, &view) && Arc::ptr_eq(&served.device, &exported));
+        assert!(Arc::ptr_eq(&served.view, &view));
         assert_eq!(served.align, 512);
         assert!(lock::is_taken(&other), "the header too");
         assert!(refusal(Held::to_rewrite(&job)).contains("another job"));

@@ -74,25 +74,32 @@ impl From<&Shape> for Data {
     }
 }
 
-/// Go on to the end.
+/// What does not follow from the volume.
 ///
 /// # Errors
-/// As the production code has them.
-pub fn finish(world: &World, data: Data, opened: Opened, wrap: Wrap<'_>) -> Result<()> {
-    let Data { disk, chunk, hotzone } = data;
-    let course_shape = CourseShape {
-        file: world.file(disk),
+/// No kernel.
+pub fn course_shape(world: &World, data: Data) -> Result<CourseShape> {
+    Ok(CourseShape {
+        file: world.file(data.disk),
         name: "data".to_owned(),
         align: 512,
         kernel: Kernel::best()?,
         workers: 1,
         workers_max: 1,
         depth: 8,
-        chunk_bytes: chunk,
+        chunk_bytes: data.chunk,
         memory: 1 << 20,
-        hotzone_bytes: Some(hotzone),
-    };
-    let course = course::lay(&opened, &course_shape, None)?;
+        hotzone_bytes: Some(data.hotzone),
+    })
+}
+
+/// Go on to the end.
+///
+/// # Errors
+/// As the production code has them.
+pub fn finish(world: &World, data: Data, opened: Opened, wrap: Wrap<'_>) -> Result<()> {
+    let disk = data.disk;
+    let course = course::lay(&opened, &course_shape(world, data)?, None)?;
     let mut carrier = Inline::new(world, &course.transfer, course.news.clone(), course.buffers)?;
     let mut ledger = wrap(opened.ledger);
     let mut data = world.blocking(disk, "data")?;
@@ -103,6 +110,7 @@ pub fn finish(world: &World, data: Data, opened: Opened, wrap: Wrap<'_>) -> Resu
         data: &mut data,
         wish: &mut || Go::Go,
         at_rest: &mut || (),
+        traffic: None,
     });
     match ended.failure {
         None => Ok(()),

@@ -7,12 +7,14 @@
 //! | `course` | the production code, from the beginning or from what was found to the end |
 //! | `judge` | what a disk holds, compared with the plaintext byte by byte |
 //! | `proof` | every cut of a whole re-encryption, of its recovery, and of that one's recovery |
+//! | `online` | clients that read and write meanwhile, and what they may find after a cut |
 //! | `raw` | the same of volumes without a header |
 //! | `same_boot` | failures that leave what is visible without being durable, and power cuts of what is resumed from that |
 //! | `wrong` | orders that lose data, to see that they are found |
 
 pub mod course;
 pub mod judge;
+pub mod online;
 pub mod proof;
 pub mod raw;
 pub mod same_boot;

@@ -116,7 +116,7 @@ pub struct Proof<'a> {
     pub wrap: WrapIn<'a>,
     /// What was tried.
     pub totals: &'a Totals,
-    judge: Judge<'a>,
+    pub(super) judge: Judge<'a>,
 }
 
 impl<'a> Proof<'a> {
@@ -167,7 +167,7 @@ impl<'a> Proof<'a> {
     }
 
     /// The new key, if there is one.
-    fn learn(&self, world: &World, opened: &Opened) -> Result<(), String> {
+    pub(super) fn learn(&self, world: &World, opened: &Opened) -> Result<(), String> {
         let Some((_, key)) = &opened.new.cipher else { return Ok(()) };
         let mut header = world.blocking(HEADER, "header").map_err(|error| error.chain())?;
         let loaded = Judge::load(&mut header)?;
@@ -232,7 +232,7 @@ impl<'a> Proof<'a> {
     }
 
     /// The same with keys that are known, without the derivations that would take most of the time.
-    fn recover(&self, found: &World) -> Result<(), String> {
+    pub(super) fn recover(&self, found: &World) -> Result<(), String> {
         let failed = |error: engine::error::Error| format!("cannot be recovered: {}", error.chain());
         if self.volume.shape.moves() {
             let mut data = found.blocking(self.volume.shape.data_disk(), "data").map_err(failed)?;
@@ -278,7 +278,7 @@ impl<'a> Proof<'a> {
     }
 
     /// Go on to the end.
-    fn resume(&self, found: &World, standing: Standing) -> Result<(), String> {
+    pub(super) fn resume(&self, found: &World, standing: Standing) -> Result<(), String> {
         Totals::count(&self.totals.resumed, 1);
         let done = match standing {
             Standing::Before => self.whole(found),
@@ -333,13 +333,13 @@ impl<'a> Proof<'a> {
 }
 
 /// All that distinguishes an ending.
-fn number_of(case: &Case) -> u64 {
+pub(super) fn number_of(case: &Case) -> u64 {
     let (event, phase) = case.cut.map_or((u64::MAX, Phase::After), |cut| (cut.event, cut.phase));
     mix(case.seed ^ mix(event ^ ((phase as u64) << 60) ^ (case.tear << 32)))
 }
 
 /// SplitMix64's last step.
-fn mix(number: u64) -> u64 {
+pub(super) fn mix(number: u64) -> u64 {
     let z = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)

@@ -16,9 +16,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::backend::Port;
+use crate::export::exported::Seat;
 use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
 use crate::export::nbd::hub::Admission;
 use crate::export::nbd::pool::WIRE_BYTES;
+use crate::export::nbd::sealed::Sealed;
 use crate::format::nbd::reply::Style;
 use crate::format::nbd::request::{COMPACT_BYTES, EXTENDED_BYTES, Request};
 use crate::sys::buffer::Buf;
@@ -78,12 +80,16 @@ pub enum Sending {
     Gathered,
     /// A piece's own buffer.
     Piece(usize),
+    /// What TLS has to say of its own.
+    Records,
 }
 
 /// See the module.
 pub struct Connection {
     /// Its place among the export's clients; given back when it is dropped.
     pub admission: Admission,
+    /// Its place in the export, until nothing of it is left.
+    pub _seat: Seat,
     /// Its export on this worker.
     pub served: usize,
     /// Its socket.
@@ -94,8 +100,10 @@ pub struct Connection {
     pub style: Style,
     /// The number it knows `base:allocation` by.
     pub allocation: Option<u32>,
-    /// What came with it.
+    /// What came with it; under TLS, whatever was received and opened.
     pub early: Vec<u8>,
+    /// TLS between all of this and the socket.
+    pub sealed: Option<Box<Sealed>>,
 
     /// The receive buffer, unless it is lent.
     pub received: Option<Buf>,

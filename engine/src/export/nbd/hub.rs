@@ -55,7 +55,7 @@ pub struct Shared {
     pub look: AtomicBool,
 }
 
-/// A connection's place: counted from when it is handed over until nothing of it is left on the worker.
+/// A connection's place on a worker: counted from when it is handed over until nothing of it is left there.
 pub struct Admission {
     /// Where to.
     pub export: Arc<Exported>,
@@ -65,7 +65,6 @@ pub struct Admission {
 impl Admission {
     fn new(export: Arc<Exported>, shared: Arc<Shared>) -> Self {
         shared.connections.fetch_add(1, Ordering::Relaxed);
-        export.enter();
         Self { export, shared }
     }
 }
@@ -73,7 +72,6 @@ impl Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
-        self.export.leave();
     }
 }
 

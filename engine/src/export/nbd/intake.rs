@@ -82,7 +82,11 @@ impl Server {
         connection.received = done.buf;
         connection.receiving = false;
         match done.result {
-            Ok(count) if count > 0 => connection.unread.end += count as usize,
+            Ok(count) if count > 0 => {
+                if !connection.take_received(count as usize) {
+                    self.hang_up(key, queue);
+                }
+            }
             Ok(_) if connection.draining && connection.intake == Intake::Request => {
                 connection.ending = connection.ending.max(Ending::Polite);
             }
@@ -212,7 +216,7 @@ impl Server {
             return Next::On;
         }
         connection.intake = Intake::Payload { asked, piece: Some((piece, got)) };
-        if want - got < DIRECT_MIN || !connection.early.is_empty() {
+        if want - got < DIRECT_MIN || !connection.early.is_empty() || connection.sealed.is_some() {
             return Next::Receive;
         }
         let buf = one.buf.take().expect("not lent");

@@ -25,15 +25,15 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustls::ServerConfig;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::exported::Seat;
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::caller::{Caller, Progress};
 use crate::export::nbd::haggle::Agreed;
 use crate::export::nbd::shelf::Shelf;
+use crate::export::nbd::stuck::Watch;
 use crate::export::nbd::tls::TlsStream;
 use crate::limits;
 
@@ -115,6 +115,7 @@ impl Haggler {
         let hall = Hall {
             epoll,
             mailbox: mailbox.clone(),
+            watch: Watch::start()?,
             deliver,
             doors: HashMap::new(),
             guests: BTreeMap::new(),
@@ -161,7 +162,6 @@ fn check(socket: &OwnedFd) -> Result<()> {
         let family = sockopt::socket_domain(socket)?;
         let known = [AddressFamily::UNIX, AddressFamily::INET, AddressFamily::INET6].contains(&family);
         let kind = sockopt::socket_type(socket)?;
-        rustix::io::ioctl_fionbio(socket, true)?;
         Ok(known && kind == SocketType::STREAM && sockopt::socket_acceptconn(socket)?)
     };
     match fits() {
@@ -201,7 +201,11 @@ impl Peer {
 
 /// A listening socket in the loop.
 struct Door {
-    listening: Listening,
+    socket: Arc<OwnedFd>,
+    address: String,
+    access: Access,
+    tls: Option<Arc<ServerConfig>>,
+    shelf: Arc<Shelf>,
     /// The kernel knows who comes.
     unix: bool,
     /// Refused since it was logged last.
@@ -222,6 +226,7 @@ struct Guest {
 struct Hall {
     epoll: OwnedFd,
     mailbox: Arc<Mailbox>,
+    watch: Watch,
     deliver: Deliver,
     doors: HashMap<ListenerId, Door>,
     guests: BTreeMap<u64, Guest>,
@@ -294,7 +299,7 @@ impl Hall {
                 News::Remove(id) => {
                     // Closing does not take it out of the set: others have the socket, too.
                     if let Some(door) = self.doors.remove(&id) {
-                        let _ = epoll::delete(&self.epoll, &door.listening.socket);
+                        let _ = epoll::delete(&self.epoll, &door.socket);
                     }
                     self.guests.retain(|_, guest| guest.door != id);
                 }
@@ -306,20 +311,19 @@ impl Hall {
 
     fn add(&mut self, id: ListenerId, listening: Listening) {
         let flags = if self.accept_again.is_some() { EventFlags::empty() } else { EventFlags::IN };
-        let unix = sockopt::socket_domain(&listening.socket) == Ok(AddressFamily::UNIX);
-        match epoll::add(&self.epoll, &listening.socket, EventData::new_u64(id | DOOR), flags) {
-            Ok(()) => {
-                self.doors.insert(id, Door { listening, unix, refused: 0, refused_logged: None });
-            }
-            Err(error) => {
-                tracing::error!(%error, address = listening.address, "cannot watch a listening socket");
-            }
+        let Listening { socket, address, access, tls, shelf } = listening;
+        let unix = sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX);
+        if let Err(error) = epoll::add(&self.epoll, &socket, EventData::new_u64(id | DOOR), flags) {
+            return tracing::error!(%error, address, "cannot watch a listening socket");
         }
+        let socket = Arc::new(socket);
+        let door = Door { socket, address, access, tls, shelf, unix, refused: 0, refused_logged: None };
+        self.doors.insert(id, door);
     }
 
     fn watch_doors(&self, flags: EventFlags) {
         for (id, door) in &self.doors {
-            let _ = epoll::modify(&self.epoll, &door.listening.socket, EventData::new_u64(id | DOOR), flags);
+            let _ = epoll::modify(&self.epoll, &door.socket, EventData::new_u64(id | DOOR), flags);
         }
     }
 
@@ -328,12 +332,8 @@ impl Hall {
     fn accept(&mut self, id: ListenerId, now: Instant) {
         for _ in 0..limits::ACCEPTS_PER_TURN {
             let Some(door) = self.doors.get(&id) else { return };
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            match rustix::net::acceptfrom_with(&door.listening.socket, flags) {
-                Ok((socket, address)) => {
-                    let address = address.and_then(|address| address.try_into().ok());
-                    self.admit(id, socket, address, now);
-                }
+            match self.watch.accept(&door.socket) {
+                Ok((socket, address)) => self.admit(id, socket, address, now),
                 Err(Errno::AGAIN) => return,
                 Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     tracing::warn!("no descriptors or memory for a client of an export; trying again soon");
@@ -343,9 +343,9 @@ impl Hall {
                 }
                 // It does not listen any more: its owner shut it down. Watching it would only keep this thread busy.
                 Err(error @ (Errno::INVAL | Errno::BADF | Errno::NOTSOCK | Errno::OPNOTSUPP)) => {
-                    let address = &door.listening.address;
+                    let address = &door.address;
                     tracing::warn!(%error, address, "a listening socket does not listen any more");
-                    let _ = epoll::delete(&self.epoll, &door.listening.socket);
+                    let _ = epoll::delete(&self.epoll, &door.socket);
                     return;
                 }
                 // Errors of the connection that would have been: the next one may be fine.
@@ -365,7 +365,7 @@ impl Hall {
         let peer = if door.unix {
             let uid = sockopt::socket_peercred(&socket).map(|credentials| credentials.uid.as_raw());
             match uid {
-                Ok(uid) if door.listening.access.admits(uid) => Peer::User(uid),
+                Ok(uid) if door.access.admits(uid) => Peer::User(uid),
                 Ok(uid) => return door.refuse(&format!("user {uid} may not connect"), now),
                 Err(error) => return door.refuse(&format!("a client without credentials: {error}"), now),
             }
@@ -376,7 +376,7 @@ impl Hall {
             }
             Peer::of(address.ip())
         };
-        let caller = Caller::new(socket, door.listening.tls.clone());
+        let caller = Caller::new(socket, door.tls.clone());
         if !self.make_room(id, peer, now) {
             return;
         }
@@ -429,7 +429,7 @@ impl Hall {
         // It may have been disconnected since the event.
         let Some(guest) = self.guests.get_mut(&key) else { return };
         let Some(door) = self.doors.get(&guest.door) else { return };
-        match guest.caller.drive(&*door.listening.shelf, &mut self.scratch) {
+        match guest.caller.drive(&*door.shelf, &mut self.scratch) {
             Progress::Waits(flags) => {
                 if flags != guest.waits_for {
                     guest.waits_for = flags;
@@ -444,7 +444,7 @@ impl Hall {
                 }
             }
             Progress::Agreed(agreed) => {
-                let shelf = door.listening.shelf.clone();
+                let shelf = door.shelf.clone();
                 let guest = self.guests.remove(&key).expect("it was just here");
                 let _ = epoll::delete(&self.epoll, &guest.caller);
                 self.hand_over(guest.caller.into_parts(), agreed, &shelf);
@@ -454,8 +454,8 @@ impl Hall {
 
     fn hand_over(&self, (socket, tls): (OwnedFd, Option<Box<TlsStream>>), agreed: Agreed, shelf: &Shelf) {
         // Gone in the moment between: the client sees the connection end, as those before it do.
-        let Some(export) = shelf.get(agreed.id) else { return };
-        let seat = Seat::take(export.clone());
+        let Some(seat) = shelf.seat(agreed.id) else { return };
+        let export = seat.export().clone();
         let Agreed { style, allocation, early, .. } = agreed;
         (self.deliver)(Negotiated { socket, export, seat, style, allocation, early, tls });
     }
@@ -467,7 +467,7 @@ impl Door {
         self.refused += 1;
         let lately = |at| now.saturating_duration_since(at) < limits::REFUSED_LOG_TIME;
         if !self.refused_logged.is_some_and(lately) {
-            let (address, refused) = (&self.listening.address, self.refused);
+            let (address, refused) = (&self.address, self.refused);
             tracing::warn!(address, refused, "a client of an export was refused: {why}");
             self.refused_logged = Some(now);
             self.refused = 0;

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `mod` | what goes from haggling to transmission |
 //! | `listen` | the thread that accepts and haggles, for all listening sockets; bounds on clients |
+//! | `stuck` | accepting on sockets whose owner may mean harm |
 //! | `shelf` | the exports behind one listening socket |
 //! | `caller` | one client that haggles: its socket, what waits to be sent, TLS |
 //! | `haggle` | haggling, without I/O: bytes in, bytes out |
@@ -32,7 +33,8 @@ mod intake;
 mod moves;
 pub mod pool;
 mod replies;
-mod served;
+pub mod sealed;
+pub mod served;
 pub mod server;
 mod slot;
 
@@ -47,6 +49,7 @@ mod caller;
 pub mod haggle;
 pub mod listen;
 pub mod shelf;
+mod stuck;
 pub mod tls;
 
 /// A client that may send requests now.

@@ -8,7 +8,7 @@
 //! | small | 32 KiB | shared |
 //! | large | 256 KiB | shared |
 //! | own | 60 KiB | one per connection, for when it gets no shared one |
-//! | wire | 64 KiB | three per connection: what was received, what is being sent, what is to be sent next |
+//! | wire | 64 KiB | three per connection: what was received, what is being sent, what is to be sent next; under TLS a fourth for its records |
 //!
 //! No client takes all: a connection gets a shared buffer only while as many are free as it holds. One alone gets half of them, two a
 //! third each, and those who come later always find some; and with its own buffer each gets on, whatever the others hold.
@@ -26,8 +26,6 @@ pub const LARGE_BYTES: u32 = 256 << 10;
 pub const OWN_BYTES: u32 = WIRE_BYTES - HEAD;
 /// Bytes of a buffer for the socket.
 pub const WIRE_BYTES: u32 = 64 << 10;
-/// Wire buffers of a connection, one of which is its own slot buffer.
-pub const WIRES: usize = 4;
 /// Small buffers of one worker.
 pub const SMALL_COUNT: u32 = 192;
 /// Large buffers of one worker.
@@ -97,12 +95,12 @@ impl Pool {
         }
     }
 
-    /// The wire buffers of a new connection.
+    /// The wire buffers of a new connection; under TLS it takes one more of them.
     ///
     /// # Errors
     /// No memory.
-    pub fn take_wires(&mut self) -> Result<[Buf; WIRES]> {
-        if self.wire.len() < WIRES {
+    pub fn take_wires<const COUNT: usize>(&mut self) -> Result<[Buf; COUNT]> {
+        if self.wire.len() < COUNT {
             self.wire.extend((self.make)(WIRE_BLOCK, WIRE_BYTES)?.take_all());
         }
         Ok(std::array::from_fn(|_| self.wire.pop().expect("made above")))

@@ -5,7 +5,7 @@
 //! begins. FUA is the same flush, after the write and before its reply.
 
 use crate::backend::device::Region;
-use crate::backend::{Done, Position, Queue, What};
+use crate::backend::{Done, Queue, What};
 use crate::export::nbd::answer::{Failure, Note, data_head_bytes, put_data_head, put_status};
 use crate::export::nbd::connection::{Ending, GATHER_MAX, Ready, Sending};
 use crate::export::nbd::moves::LOST;
@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 /// Extents in one reply to BLOCK_STATUS.
 const STATUS_MAX: usize = 64;
 /// Bytes of the longest such reply.
-const STATUS_BYTES: u32 = 32 + 8 + 16 * STATUS_MAX as u32;
+const STATUS_BYTES: u32 = 32 + 8 + 16 * 64;
 
 impl Server {
     /// Count a request that failed.
@@ -115,15 +115,15 @@ impl Server {
             let buf = connection.gather.take().expect("gathered into");
             let span = 0..std::mem::take(&mut connection.gathered);
             connection.gather = connection.spare.take();
-            connection.sending = Some(Sending::Gathered);
-            let what = What::Write { position: Position::Stream, buf, span };
-            push(queue, Whose::Send, key, connection.port, what);
+            self.transmit(key, Sending::Gathered, Some((buf, span)), queue);
             // There is room again.
             self.gather(key);
             return;
         } else if let Some(&Ready::Piece(piece)) = connection.ready.front() {
             connection.ready.pop_front();
             piece
+        } else if connection.sealed.as_ref().is_some_and(|sealed| sealed.has_to_speak()) {
+            return self.transmit(key, Sending::Records, None, queue);
         } else {
             return;
         };
@@ -132,10 +132,8 @@ impl Server {
             connection.stream = Some(piece);
         }
         one.in_flight = true;
-        connection.sending = Some(Sending::Piece(piece));
-        let buf = one.buf.take().expect("not lent");
-        let what = What::Write { position: Position::Stream, buf, span: one.out.clone() };
-        push(queue, Whose::Send, key, connection.port, what);
+        let lent = (one.buf.take().expect("not lent"), one.out.clone());
+        self.transmit(key, Sending::Piece(piece), Some(lent), queue);
         self.gather(key);
     }
 
@@ -179,6 +177,7 @@ impl Server {
 
     /// A send came back.
     pub(super) fn sent(&mut self, key: usize, done: Done, queue: &mut dyn Queue) {
+        let Some(done) = self.transmitted(key, done, queue) else { return };
         let connection = &mut self.connections[key];
         let sending = connection.sending.take().expect("this send");
         let failed = done.result.is_err();
@@ -188,6 +187,7 @@ impl Server {
                     if connection.gather.is_none() { &mut connection.gather } else { &mut connection.spare };
                 *place = done.buf;
             }
+            Sending::Records => {}
             Sending::Piece(piece) => {
                 let one = &mut self.pieces[piece];
                 one.buf = done.buf;

@@ -19,6 +19,7 @@
 //! | `intake` | from received bytes to requests |
 //! | `moves` | a piece between its extent, the device and the cipher |
 //! | `replies` | from finished pieces to sent bytes; flushes |
+//! | `sealed` | TLS between these and the socket |
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use crate::export::nbd::Negotiated;
 use crate::export::nbd::connection::{Connection, Ending, Intake};
 use crate::export::nbd::hub::{Admission, News, Shared};
 use crate::export::nbd::pool::{Class, Pool};
+use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
 use crate::export::nbd::slot::{Asked, Piece, Work};
 use crate::pipeline::service::{Service, TOKEN_BIT};
@@ -115,13 +117,22 @@ impl Server {
     }
 
     fn connect(&mut self, negotiated: Negotiated, admission: Admission, queue: &mut dyn Queue) {
-        let Negotiated { socket, export, style, allocation, early } = negotiated;
+        let Negotiated { socket, export, seat, style, allocation, early, tls } = negotiated;
         // What fails here is for want of memory or places: the client sees a closed connection.
         let socket = Arc::new(socket);
         let Ok(port) = queue.attach(socket.clone()) else { return };
         let Ok([received, gather, spare, own]) = self.pool.take_wires() else {
             queue.detach(port);
             return;
+        };
+        let sealed = match tls.map(|tls| self.pool.take_wires().map(|[staging]| Sealed::new(tls, staging))) {
+            None => None,
+            Some(Ok(sealed)) => Some(Box::new(sealed)),
+            Some(Err(_)) => {
+                queue.detach(port);
+                self.pool.give_back_wires([received, gather, spare, own]);
+                return;
+            }
         };
         let Some(served) = self.serve(&export, queue) else {
             queue.detach(port);
@@ -131,12 +142,14 @@ impl Server {
         self.served[served].connections += 1;
         let key = self.connections.insert(Connection {
             admission,
+            _seat: seat,
             served,
             socket,
             port,
             style,
             allocation,
             early,
+            sealed,
             received: Some(received),
             unread: 0..0,
             intake: Intake::Request,
@@ -352,6 +365,9 @@ impl Server {
         let wires =
             [&mut connection.received, &mut connection.gather, &mut connection.spare, &mut connection.own];
         self.pool.give_back_wires(wires.map(|wire| wire.take().expect("nothing is in flight")));
+        if let Some(sealed) = connection.sealed.take() {
+            self.pool.give_back_wires([sealed.close(&connection.socket)]);
+        }
         let served = &mut self.served[connection.served];
         served.connections -= 1;
         if served.connections == 0 {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use proto::export::ExportId;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::exported::{Course, Exported};
+use crate::export::exported::{Course, Exported, Seat};
 use crate::export::nbd::haggle::{Catalogue, Offer};
 use crate::limits;
 
@@ -44,10 +44,10 @@ impl Shelf {
         !exports.is_empty()
     }
 
-    /// By its number.
+    /// A place in an export. Whoever has taken it off the shelf knows of every place there will ever be.
     #[must_use]
-    pub fn get(&self, id: ExportId) -> Option<Arc<Exported>> {
-        self.exports().iter().find(|export| export.id == id).cloned()
+    pub fn seat(&self, id: ExportId) -> Option<Seat> {
+        self.exports().iter().find(|export| export.id == id).cloned().map(Seat::take)
     }
 }
 

@@ -241,7 +241,10 @@ fn too_small(most: u64, name: &str) -> Error {
 }
 
 /// The data of one side. `moved`: so many bytes from the first on lie there.
-fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Segments> {
+///
+/// # Errors
+/// No memory for keys; a kernel that cannot do it.
+pub fn segments(side: &Side, moved: Option<(u64, u64)>, kernel: Kernel) -> Result<Segments> {
     let segment = |start: u64, offset: u64| -> Result<Segment> {
         let Some((area, key)) = &side.cipher else {
             return Ok(Segment { start, offset, unit_bytes: 512, cipher: None });

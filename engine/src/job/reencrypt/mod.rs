@@ -6,6 +6,7 @@
 //! | `request` | the request checked: devices, secrets, locks |
 //! | `course` | from an opened re-encryption to what the workers carry |
 //! | `hotzone` | which chunks are here, and the next hotzone of them |
+//! | `online` | beside an export: manner, view, and how much of the time |
 //! | `memory` | what the buffers of all of them may take |
 //! | `steps` | the loop over hotzones: which barrier moves when |
 //! | `same` | whether what is asked for is what was begun |
@@ -16,6 +17,7 @@ pub mod course;
 pub mod dry;
 pub mod hotzone;
 pub mod memory;
+pub mod online;
 pub mod proof;
 pub mod request;
 pub mod same;
@@ -33,9 +35,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::luks2::reencrypt::{self as format, Direction, Mode as Becomes, Resilience, read};
 use crate::job::reencrypt::course::{Course, Shape};
 use crate::job::reencrypt::memory::Memory;
+use crate::job::reencrypt::online::Share;
 use crate::job::reencrypt::proof::Proving;
 use crate::job::reencrypt::request::Prepared;
-use crate::job::reencrypt::steps::{Ended, State, Steps, Wish};
+use crate::job::reencrypt::steps::{Ended, State, Steps, Traffic, Wish};
 use crate::job::run::Ending;
 use crate::job::state::Job;
 use crate::pipeline::Pipeline;
@@ -68,7 +71,7 @@ pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared, place_free: &
 
 fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &dyn Fn()) -> Result<Ending> {
     job.wait_while_paused()?;
-    let desk = Desk::new(pipeline, place_free, prepared);
+    let desk = Desk::new(pipeline, place_free, prepared)?;
     if prepared.dry_run {
         return dry::run(job, &desk, prepared);
     }
@@ -76,7 +79,11 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &d
     let opened = desk.open(job, prepared);
     job.unlocked();
     let Some(mut opened) = opened? else {
-        proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        // What clients use is all new, too, if they did not know.
+        prepared.beside_export.iter().for_each(|export| export.view.finish());
+        if matches!(prepared.format, Format::Luks(_)) {
+            proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        }
         job.report(Report { notes: vec![SWEPT.to_owned()], ..Report::default() });
         return Ok(Ending::default());
     };
@@ -88,6 +95,8 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &d
         job.detach();
         job.report(report.clone());
         result?;
+    } else if let Some(export) = &prepared.beside_export {
+        export.view.finish();
     } else if prepared.verify {
         report.notes.push("not verified: there was nothing left for this job to re-encrypt".to_owned());
     }
@@ -135,7 +144,11 @@ struct Desk<'a> {
 }
 
 impl<'a> Desk<'a> {
-    fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Self {
+    fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Result<Self> {
+        if let Some(export) = &prepared.beside_export {
+            let align = online::as_served(&prepared.data, prepared.beside.as_deref(), export)?;
+            return Ok(Self { pipeline, place_free, align });
+        }
         let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
         // A write to an odd end would make a file longer.
         let align = prepared.data.direct_alignment().filter(whole);
@@ -149,7 +162,7 @@ impl<'a> Desk<'a> {
         if let Some(beside) = &prepared.beside {
             beside.disable_direct();
         }
-        Self { pipeline, place_free, align }
+        Ok(Self { pipeline, place_free, align })
     }
 
     /// Nothing of the job is under way.
@@ -172,7 +185,7 @@ impl<'a> Desk<'a> {
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => return self.open_raw(prepared, pair, data).map(Some),
+            Format::Raw(pair) => return self.open_raw(prepared, pair, data),
         };
         if self.has_header(prepared)? {
             same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
@@ -246,7 +259,7 @@ impl<'a> Desk<'a> {
         prepared: &Prepared,
         pair: &proto::reencrypt::RawPair,
         data: Blocking,
-    ) -> Result<Opened> {
+    ) -> Result<Option<Opened>> {
         let beside = prepared.beside.as_ref().expect("a journal was opened");
         let ([old], Some(new)) = (prepared.keys.as_slice(), &prepared.new_key) else {
             return Err(Error::new(
@@ -255,16 +268,20 @@ impl<'a> Desk<'a> {
             ));
         };
         let data_bytes = prepared.data_bytes();
-        if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
-            if sidecar::was_over(&opened) {
+        match sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            sidecar::Found::Under(opened) => {
+                same::check_protection(opened.resilience, prepared)?;
+                return Ok(Some(*opened));
+            }
+            sidecar::Found::Swept => return Ok(None),
+            sidecar::Found::Over => {
                 let what =
                     "the re-encryption of this journal was finished: all of its volume is under the new key";
                 return Err(Error::new(ErrorKind::Invalid, what)
                     .at(beside.name())
                     .hint("remove the journal; another re-encryption begins with a new one"));
             }
-            same::check_protection(opened.resilience, prepared)?;
-            return Ok(opened);
+            sidecar::Found::None => {}
         }
         if prepared.resume_only {
             let what = "this journal knows of no re-encryption to go on with";
@@ -274,7 +291,7 @@ impl<'a> Desk<'a> {
             ));
         }
         let data = self.blocking(&prepared.data)?;
-        sidecar::begin(self.blocking(beside)?, data, &self.raw_wish(prepared, pair), old, new)
+        sidecar::begin(self.blocking(beside)?, data, &self.raw_wish(prepared, pair), old, new).map(Some)
     }
 
     fn raw_wish<'b>(&self, prepared: &Prepared, pair: &'b proto::reencrypt::RawPair) -> sidecar::Wish<'b> {
@@ -321,30 +338,45 @@ impl<'a> Desk<'a> {
     ) -> Result<()> {
         let memory = Memory::take();
         let mut align = self.align;
-        if align > 1 && !course::is_aligned(opened, align) {
+        let view = prepared.beside_export.as_ref().map(|export| &*export.view);
+        if view.is_some() {
+            online::check(opened, align, prepared.data.name())?;
+        } else if align > 1 && !course::is_aligned(opened, align) {
             // Its areas do not begin or end on device blocks. What is done in order is aligned as before.
             prepared.data.disable_direct();
             align = 1;
         }
-        let shape = self.shape(prepared, align, &memory);
+        let mut shape = self.shape(prepared, align, &memory);
+        if view.is_some() {
+            shape.hotzone_bytes = shape.hotzone_bytes.or(Some(online::HOTZONE_BYTES));
+        }
         let course = course::lay(opened, &shape, proving.map(Proving::key))?;
+        if let Some(view) = view {
+            steps::hold_back(&course);
+            online::begin(view, opened, &course, &shape)?;
+        }
         report.hotzone_bytes = course.hotzone_bytes;
         job.attach(course.transfer.clone(), Phase::Rewriting, opened.total, course.from);
         job.report(report.clone());
-        let mut data = self.blocking(&prepared.data)?;
-        let mut carrier = self.pipeline.carry(
-            &course.transfer,
-            course.news.clone(),
-            prepared.workers_max,
-            course.buffers,
-        )?;
+        let began = self.blocking(&prepared.data).and_then(|data| {
+            let (news, buffers) = (course.news.clone(), course.buffers);
+            Ok((data, self.pipeline.carry(&course.transfer, news, prepared.workers_max, buffers)?))
+        });
+        let (mut data, mut carrier) = match began {
+            Ok(began) => began,
+            Err(error) => {
+                view.iter().for_each(|view| view.stop(None));
+                return Err(error);
+            }
+        };
+        let mut share = view.map(|view| (view, Share::new(view, prepared.background_share)));
         let (mut ticked, mut dropped) = (Instant::now(), 0);
         let mut wish = || {
             let now = Instant::now();
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
                 job.tick(now);
-                if shape.align == 1 && !prepared.data.is_memory() {
+                if shape.align == 1 && view.is_none() && !prepared.data.is_memory() {
                     dropped = drop_passed(&prepared.data, &course, dropped);
                 }
             }
@@ -357,10 +389,15 @@ impl<'a> Desk<'a> {
             data: &mut data,
             wish: &mut wish,
             at_rest: &mut || self.rests(job),
+            traffic: share.as_mut().map(|(view, share)| Traffic { view, pace: share }),
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
-        verdict(job, prepared, opened, ended, self.standing(prepared))?;
+        let standing = self.standing(prepared);
+        if standing == Standing::Unswept {
+            view.iter().for_each(|view| view.finish());
+        }
+        verdict(job, prepared, opened, ended, standing)?;
         let Some(proving) = proving else { return Ok(()) };
         drop((course, memory));
         if align == 1 {

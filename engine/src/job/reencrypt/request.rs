@@ -19,6 +19,9 @@ use crate::limits;
 use crate::volume::device;
 use crate::volume::held::{Held, Served};
 
+/// Percent of the time that a re-encryption takes while clients use the volume, unless asked otherwise.
+const BACKGROUND_SHARE: u32 = 50;
+
 /// A checked request, ready to run.
 pub struct Prepared {
     /// Which way.
@@ -45,6 +48,8 @@ pub struct Prepared {
     pub hotzone_bytes: Option<u64>,
     /// Read everything once more in the end.
     pub verify: bool,
+    /// Percent of the time that it takes while clients use the volume.
+    pub background_share: u32,
     /// Most bytes per second, as asked for when it was submitted.
     pub rate: Option<u64>,
     /// The kernel of its ciphers.
@@ -57,7 +62,7 @@ pub struct Prepared {
     pub chunk_bytes: u32,
     /// May transfers bypass the page cache?
     pub direct: bool,
-    /// The export it runs beside: then `data` is that one's, and `direct` does not count.
+    /// The export it runs beside: then `direct` does not count, but what that one does.
     pub beside_export: Option<Arc<Served>>,
     /// Nobody else re-encrypts it as long as these live.
     _held: Vec<Held>,
@@ -111,13 +116,28 @@ fn invalid<T>(what: &str) -> Result<T> {
 /// # Errors
 /// Whatever is wrong with it; nothing was changed. `Conflict`: somebody else is at the volume.
 pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
-    let Submit { source, sink, volume, bench, reencrypt, tuning, bytes_per_second, remotes, .. } = submit;
+    let Submit {
+        source,
+        sink,
+        volume,
+        bench,
+        reencrypt,
+        tuning,
+        bytes_per_second,
+        remotes,
+        background_share,
+        ..
+    } = submit;
     let Some(request) = reencrypt else { return invalid("the request has no reencrypt") };
     if source.is_some() || sink.is_some() || volume.is_some() || bench.is_some() {
         return invalid("reencrypt has one volume, and neither source nor sink");
     }
     if bytes_per_second == Some(0) {
         return invalid("a rate of 0 bytes per second never ends; pause the job instead");
+    }
+    let background_share = background_share.unwrap_or(BACKGROUND_SHARE);
+    if !(1..=100).contains(&background_share) {
+        return invalid(&format!("a background share of {background_share} percent: it is from 1 to 100"));
     }
     let mut descriptors = Descriptors::new(descriptors);
     let open = |descriptors: &mut Descriptors, file: &proto::luks::File, what: &str| -> Result<Arc<Device>> {
@@ -162,7 +182,6 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         [Some(&data), beside.as_ref()].into_iter().flatten().map(Held::to_rewrite).collect::<Result<_>>()?
     };
     let beside_export = held.first().and_then(Held::beside).cloned();
-    let data = beside_export.as_ref().map_or(data, |export| export.device.clone());
     if beside_export.is_some() {
         check_online(&request).map_err(|error| error.at(data.name()))?;
     }
@@ -181,6 +200,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         resilience,
         hotzone_bytes,
         verify,
+        background_share,
         rate: bytes_per_second,
         kernel: means.kernel,
         workers_max,

@@ -73,8 +73,10 @@ impl Worker {
         if own.free.is_empty() || own.reads >= share.min(transfer.depth) || self.own_reads >= limit {
             return Attempt::Idle;
         }
+        let urgent = transfer.plan.is_urgent();
         match transfer.gate.admit() {
             Admission::Open => {}
+            Admission::NotBefore(_) | Admission::Paused if urgent => {}
             Admission::NotBefore(when) => return Attempt::Later(when),
             Admission::Paused | Admission::Stopped => return Attempt::Idle,
         }
