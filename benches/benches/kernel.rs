@@ -8,54 +8,13 @@
 //! `--small` takes a second or two and proves that the bench works, not that anything is fast; `cargo test` runs it so. All results of a group are
 //! compared: a contestant that computes something else fails the bench.
 
-use std::time::Duration;
-
 use benches::facts::Facts;
 use benches::libraries::rivals;
+use benches::plan::Plan;
 use benches::turns::{Contestant, Row, digest, ratio, spread, take_turns};
 use engine::crypto::Kernel;
 use engine::crypto::limit::spin;
 use engine::crypto::measure::{AlignedBuffer, Operation, SEED, median, test_key, work};
-
-struct Plan {
-    buffer_bytes: usize,
-    millis: u64,
-    rounds: u32,
-    json: bool,
-}
-
-fn plan() -> Plan {
-    const SMALL: Plan = Plan { buffer_bytes: 64 << 10, millis: 1, rounds: 3, json: false };
-    const FULL: Plan = Plan { buffer_bytes: 1 << 20, millis: 20, rounds: 11, json: false };
-    // `cargo bench` says so; `cargo test` runs the same program without a word.
-    let mut plan = if std::env::args().any(|argument| argument == "--bench") { FULL } else { SMALL };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut number = || {
-            let value = arguments.next().and_then(|value| value.parse::<u32>().ok());
-            value.unwrap_or_else(|| usage(&format!("{argument} takes a number")))
-        };
-        match argument.as_str() {
-            "--small" => plan = Plan { json: plan.json, ..SMALL },
-            "--buffer" => plan.buffer_bytes = number() as usize / 4096 * 4096,
-            "--millis" => plan.millis = u64::from(number()),
-            "--rounds" => plan.rounds = number(),
-            "--json" => plan.json = true,
-            // What `cargo bench` and `cargo test` say to every harness.
-            "--bench" | "--show-output" | "--nocapture" => {}
-            other => usage(&format!("unknown argument {other}")),
-        }
-    }
-    if plan.buffer_bytes == 0 || plan.rounds == 0 {
-        usage("a buffer has at least 4096 bytes, a run at least one round");
-    }
-    plan
-}
-
-fn usage(problem: &str) -> ! {
-    eprintln!("kernel: {problem}");
-    std::process::exit(2)
-}
 
 /// Everybody who can do this key size and data unit.
 fn contestants(key_bits: u32, unit_bytes: u32) -> Vec<Contestant> {
@@ -116,7 +75,7 @@ fn digests(contestants: &mut [Contestant], bytes: usize) -> Vec<String> {
 }
 
 fn main() {
-    let plan = plan();
+    let plan = Plan::typed("kernel", true);
     let machine = Facts::collect();
     if !plan.json {
         println!("{} · {} · {} · {}", machine.cpu, machine.cpu_flags.join(" "), machine.kernel, machine.git);
@@ -132,8 +91,7 @@ fn main() {
         for unit_bytes in [512, 4096] {
             let mut all = contestants(key_bits, unit_bytes);
             let digests = digests(&mut all, plan.buffer_bytes);
-            let time = Duration::from_millis(plan.millis);
-            let rates = take_turns(&mut all, buffer.as_mut_slice(), time, plan.rounds);
+            let rates = take_turns(&mut all, buffer.as_mut_slice(), plan.time(), plan.rounds);
             report(&plan, &machine, (key_bits, unit_bytes), &all, &rates, &digests);
         }
     }

@@ -9,52 +9,15 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Duration;
 
 use benches::facts::Facts;
+use benches::plan::Plan;
 use benches::turns::{Contestant, digest, ratio, spread, take_turns};
 use engine::crypto::Secret;
 use engine::crypto::measure::{AlignedBuffer, median};
 use engine::crypto::proof::Proof;
 use engine::crypto::sha256::{HashKernel, checksums_by};
 use sha2::Digest;
-
-struct Plan {
-    buffer_bytes: usize,
-    millis: u64,
-    rounds: u32,
-}
-
-fn plan() -> Plan {
-    const SMALL: Plan = Plan { buffer_bytes: 64 << 10, millis: 1, rounds: 3 };
-    const FULL: Plan = Plan { buffer_bytes: 1 << 20, millis: 20, rounds: 11 };
-    let mut plan = if std::env::args().any(|argument| argument == "--bench") { FULL } else { SMALL };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut number = || {
-            let value = arguments.next().and_then(|value| value.parse::<u32>().ok());
-            value.unwrap_or_else(|| usage(&format!("{argument} takes a number")))
-        };
-        match argument.as_str() {
-            "--small" => plan = SMALL,
-            "--buffer" => plan.buffer_bytes = number() as usize / 4096 * 4096,
-            "--millis" => plan.millis = u64::from(number()),
-            "--rounds" => plan.rounds = number(),
-            // What `cargo bench` and `cargo test` say to every harness.
-            "--bench" | "--show-output" | "--nocapture" => {}
-            other => usage(&format!("unknown argument {other}")),
-        }
-    }
-    if plan.buffer_bytes == 0 || plan.rounds == 0 {
-        usage("a buffer has at least 4096 bytes, a run at least one round");
-    }
-    plan
-}
-
-fn usage(problem: &str) -> ! {
-    eprintln!("sha256: {problem}");
-    std::process::exit(2)
-}
 
 /// Where a contestant leaves its digests.
 type Digests = Rc<RefCell<Vec<[u8; 32]>>>;
@@ -92,19 +55,18 @@ fn contestants(block_bytes: usize, count: usize) -> Vec<(Contestant, Digests)> {
 }
 
 fn main() {
-    let plan = plan();
+    let plan = Plan::typed("sha256", false);
     let machine = Facts::collect();
     println!("{} · {} · {} · {}", machine.cpu, machine.cpu_flags.join(" "), machine.kernel, machine.git);
     println!("one core, {} KiB, {} rounds of {} ms", plan.buffer_bytes >> 10, plan.rounds, plan.millis);
     let mut buffer = AlignedBuffer::patterned(plan.buffer_bytes);
-    let time = Duration::from_millis(plan.millis);
     for block_bytes in [512, 4096] {
         let (mut all, digests): (Vec<_>, Vec<_>) =
             contestants(block_bytes, plan.buffer_bytes / block_bytes).into_iter().unzip();
         // No block, so no digests to compare: its own tests hold it to its definition.
         let proof = Proof::new(Secret::copy_of(&[7; 64]).expect("memory"));
         all.push(contestant("proof", 1, move |buf, out| out[0] = proof.contribution(0, buf)).0);
-        let rates = take_turns(&mut all, buffer.as_mut_slice(), time, plan.rounds);
+        let rates = take_turns(&mut all, buffer.as_mut_slice(), plan.time(), plan.rounds);
         println!("\nblocks of {block_bytes} bytes");
         println!("{:10} {:>8} {:>15} {:>8}  digest", "subject", "GB/s", "spread", "÷ sha2");
         for (at, (contestant, rates_of)) in all.iter().zip(&rates).enumerate() {

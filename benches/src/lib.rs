@@ -6,9 +6,12 @@
 pub mod facts;
 pub mod fio;
 pub mod libraries;
+pub mod nbd;
 pub mod ours;
+pub mod plan;
 pub mod rivals;
 pub mod rows;
 pub mod run;
+pub mod scratch;
 pub mod source;
 pub mod turns;

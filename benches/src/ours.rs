@@ -157,6 +157,20 @@ impl Daemon {
         command
     }
 
+    /// `cryptctl export` of a volume made by [`Daemon::command`] on a Unix socket, until it is ended; `direct`: past the page cache.
+    #[must_use]
+    pub fn export(&self, volume: &Path, direct: bool, at: &Path) -> Command {
+        let mut command = Command::new(&self.programs.cryptctl);
+        command.arg("export").arg(volume).arg("--nbd").arg(format!("unix:{}", at.display()));
+        if !direct {
+            command.arg("--no-direct");
+        }
+        command.args(["--quiet", "--key", &format!("file:{}", self.key.display())]);
+        command.arg("--socket").arg(&self.socket);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
+    }
+
     /// CPU time of the daemon so far, all threads.
     ///
     /// # Errors

@@ -54,6 +54,34 @@ pub fn qemu(encrypt: bool, wide: bool, passphrase: &Path, source: &Path, sink: &
     command
 }
 
+/// What `qemu-nbd` serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QemuNbd {
+    /// The file as it is.
+    Raw,
+    /// The plaintext of a LUKS1 volume.
+    Luks,
+}
+
+/// `qemu-nbd` of a file on a Unix socket, by io_uring, for up to 16 clients, until it is ended; `direct`: past the page cache.
+#[must_use]
+pub fn qemu_nbd(what: QemuNbd, direct: bool, passphrase: &Path, file: &Path, socket: &Path) -> Command {
+    let mut command = Command::new("qemu-nbd");
+    command.args(["--persistent", "--shared=16", "--aio=io_uring"]);
+    command.arg(if direct { "--cache=none" } else { "--cache=writeback" });
+    command.arg("--socket").arg(socket);
+    match what {
+        QemuNbd::Raw => command.args(["--format=raw"]).arg(file),
+        QemuNbd::Luks => {
+            command.arg("--object").arg(secret(passphrase)).arg("--image-opts");
+            command
+                .arg(format!("driver=luks,key-secret=pass,file.driver=file,file.filename={}", option(file)))
+        }
+    };
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
 /// `openssl enc` as a filter. It has no XTS: AES-256-CTR is the nearest and the cheaper cipher.
 #[must_use]
 pub fn openssl(encrypt: bool, passphrase: &Path) -> Command {

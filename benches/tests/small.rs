@@ -1,4 +1,4 @@
-//! The sweep, the stage bench, the unlock bench and the one of re-encryption in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
+//! The sweep, the stage bench, the unlock bench, the one of re-encryption and the one of NBD servers in their small modes: each runs, checks what it moved, and its rows can be read. Rates are not judged.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -124,4 +124,36 @@ fn re_encryption_is_measured_beside_its_limit_and_cryptsetup_and_keeps_the_plain
         assert_eq!(ours.filter(|row| row["sha256"].is_string()).count(), 1, "{case}");
     }
     assert!(rows.iter().all(|row| row["rss_peak_bytes"].as_u64().is_some_and(|bytes| bytes > 0)));
+}
+
+#[test]
+fn nbd_servers_are_measured_beside_each_other_and_serve_the_plaintext() {
+    let cases = "rand-read,lat-write,stream-write,copy-read,copy-write,conns-read";
+    let arguments = ["--cases", cases, "--media", "disk,cache", "--sides", "limit,rival"];
+    let (rows, said) = small(env!("CARGO_BIN_EXE_nbd"), "nbd", &arguments);
+    let servers: BTreeSet<&str> = rows.iter().filter_map(|row| row["server"].as_str()).collect();
+    for (server, tool) in [("qemu-nbd raw", "qemu-nbd"), ("qemu-nbd LUKS1", "qemu-nbd")] {
+        let skipped = said.contains(&format!("SKIP {server}: {tool}"));
+        assert!(servers.contains(server) || skipped, "{servers:?}\n{said}");
+    }
+    for medium in ["disk", "cache"] {
+        for case in cases.split(',') {
+            let of = rows.iter().filter(|row| row["medium"] == medium && row["case"] == case).count();
+            assert!(of == servers.len() || said.contains(&format!("SKIP {case}:")), "{medium} {case}: {of}");
+        }
+    }
+    for row in &rows {
+        assert!(row["rate"].as_f64().is_some_and(|rate| rate > 0.0), "{row}");
+        assert!(
+            row["server_cpu_seconds_per_gib"].is_number() && row["rss_peak_bytes"].as_u64() > Some(0),
+            "{row}"
+        );
+        let counted = row["percentiles_us"][1].as_f64().is_some_and(|micros| micros > 0.0);
+        let copied = row["case"].as_str().is_some_and(|case| case.starts_with("copy"));
+        assert_eq!(
+            (counted, row["server_cpu_seconds_per_1000_ios"].is_number()),
+            (!copied, !copied),
+            "{row}"
+        );
+    }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::amount::{parse_bytes, parse_rate};
+use crate::export::args::Export;
 use crate::help;
 use crate::luks::args::{Luks, NewArgs, parse_keyslot};
 use crate::reencrypt::args::Reencrypt;
@@ -69,6 +70,13 @@ pub enum Verb {
         after_long_help = crate::reencrypt::help::REENCRYPT_AFTER
     )]
     Reencrypt(Box<Reencrypt>),
+    /// Serve the decrypted view of a volume by NBD
+    #[command(
+        long_about = crate::export::help::EXPORT,
+        after_long_help = crate::export::help::EXPORT_AFTER,
+        disable_help_subcommand = true
+    )]
+    Export(Box<Export>),
     /// Make, show and change LUKS headers: keyslots, tokens, backups
     #[command(
         subcommand,
@@ -120,6 +128,10 @@ pub struct Encrypt {
     #[command(flatten)]
     pub sink: SinkArgs,
     #[command(flatten)]
+    pub update: Update,
+    #[command(flatten)]
+    pub nbd: Nbd,
+    #[command(flatten)]
     pub moving: Moving,
 }
 
@@ -139,6 +151,10 @@ pub struct Decrypt {
     #[command(flatten)]
     pub sink: SinkArgs,
     #[command(flatten)]
+    pub update: Update,
+    #[command(flatten)]
+    pub nbd: Nbd,
+    #[command(flatten)]
     pub moving: Moving,
 }
 
@@ -153,16 +169,18 @@ pub struct Verify {
     #[command(flatten)]
     pub holes: Holes,
     #[command(flatten)]
+    pub nbd: Nbd,
+    #[command(flatten)]
     pub moving: Moving,
 }
 
 /// The two ends, as typed.
 #[derive(Debug, Args)]
 pub struct Ends {
-    /// Where sectors come from: a file, a block device or `-`
+    /// Where sectors come from: a file, a block device, an NBD URI or `-`
     #[arg(value_name = "SRC")]
     pub source: PathBuf,
-    /// Where they go: a file, a block device or `-`
+    /// Where they go: a file, a block device, an NBD URI or `-`
     #[arg(value_name = "DST")]
     pub sink: PathBuf,
 }
@@ -170,12 +188,43 @@ pub struct Ends {
 /// The two ends of `verify`, as typed.
 #[derive(Debug, Args)]
 pub struct Compared {
-    /// The plaintext: a file, a block device or `-`
+    /// The plaintext: a file, a block device, an NBD URI or `-`
     #[arg(value_name = "SRC")]
     pub source: PathBuf,
-    /// The encrypted volume: a file, a block device or `-`
+    /// The encrypted volume: a file, a block device, an NBD URI or `-`
     #[arg(value_name = "DST")]
     pub sink: PathBuf,
+}
+
+/// What is said of volumes that NBD servers have.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "NBD servers")]
+pub struct Nbd {
+    /// Only what this bitmap of SRC marks, such as qemu:dirty-bitmap:NAME
+    ///
+    /// SRC is an NBD URI whose server offers that context of block status: QEMU offers its dirty bitmaps so
+    /// (`qemu-nbd --bitmap`). All else is neither read nor written: a new DST file has holes there, and is no whole copy
+    /// by itself; with --update DST is an earlier copy, and becomes a whole one.
+    #[arg(long, value_name = "CONTEXT", value_parser = parse_context)]
+    pub bitmap: Option<String>,
+    /// Seconds to try to connect again when a connection to a server breaks; 0: not at all [default: 10]
+    ///
+    /// Requests that were not answered are sent again. It takes a daemon that may do what you may: your own, or root's for
+    /// root. Others end with the connection.
+    #[arg(long, value_name = "SECONDS", value_parser = parse_reconnect)]
+    pub reconnect: Option<u32>,
+}
+
+/// An earlier copy is brought up to date.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sink")]
+pub struct Update {
+    /// With --bitmap: DST is an earlier copy of SRC, of the same size; overwrite in place what was marked since
+    ///
+    /// A LUKS volume is opened, not made. When it fails midway DST is a mixture until the same command has succeeded: keep
+    /// the bitmap until then.
+    #[arg(long, requires = "bitmap", conflicts_with_all = ["force", "keep_partial", "resumable", "checkpoint", "resume", "checkpoint_every"])]
+    pub update: bool,
 }
 
 /// The encrypted side of `encrypt`.
@@ -317,6 +366,22 @@ fn parse_millis(text: &str) -> Result<u32, String> {
         .and_then(|time| u32::try_from(time.as_millis()).ok());
     let bounded = millis.filter(|millis| (1..=3_600_000).contains(millis));
     bounded.ok_or_else(|| "not a number of seconds between 0.001 and 3600".to_owned())
+}
+
+/// Seconds as typed, 0 too, in milliseconds.
+pub fn parse_reconnect(text: &str) -> Result<u32, String> {
+    if text == "0" { Ok(0) } else { parse_millis(text) }
+}
+
+/// The name of a context of block status, which has a colon in it (NBD protocol, "Metadata querying").
+fn parse_context(text: &str) -> Result<String, String> {
+    match text.split_once(':') {
+        Some(("base", _)) => Err("what base: contexts say is where data is, not what was changed".to_owned()),
+        Some((space, leaf)) if !space.is_empty() && !leaf.is_empty() && text.len() <= 4096 => {
+            Ok(text.to_owned())
+        }
+        _ => Err("not the name of a context, such as qemu:dirty-bitmap:NAME".to_owned()),
+    }
 }
 
 impl SinkArgs {
@@ -482,6 +547,18 @@ mod tests {
         assert_eq!(Limit::parse("none"), Ok(Limit(None)));
         assert_eq!(Limit::parse("1M"), Ok(Limit(Some(1 << 20))));
         assert!(Limit::parse("0").is_err());
+    }
+
+    #[test]
+    fn a_bitmap_has_a_name_and_a_space_for_it() {
+        assert!(parse_context("qemu:dirty-bitmap:b0").is_ok());
+        for bad in ["b0", ":b0", "qemu:", "base:allocation", ""] {
+            assert!(parse_context(bad).is_err(), "{bad}");
+        }
+        assert_eq!((parse_reconnect("0"), parse_reconnect("2.5")), (Ok(0), Ok(2500)));
+        assert!(parse_reconnect("-1").is_err() && parse_reconnect("x").is_err());
+        let words = ["cryptctl", "encrypt", "a", "b", "--key", "prompt", "--update"];
+        assert!(Cli::try_parse_from(words).is_err(), "without a bitmap all is copied");
     }
 
     #[test]

@@ -347,7 +347,7 @@ mod tests {
         let (_dir, path, thread) = canned(&[&hello, answer]);
         let mut client = connect(&path).expect("hello");
         let (reply, text) = client.call(Call::Shutdown { now: false }, &[]).expect("answer");
-        assert_eq!(reply, Reply::ShuttingDown { jobs: 4 });
+        assert_eq!(reply, Reply::ShuttingDown { jobs: 4, exports: 0 });
         assert!(text.starts_with("{\"v\":1,\"id\":2,"), "the line is kept as it came: {text}");
         let asked = thread.join().expect("daemon");
         assert_eq!(asked[1], "{\"v\":1,\"id\":2,\"call\":{\"shutdown\":{\"now\":false}}}\n");

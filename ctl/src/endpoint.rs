@@ -2,6 +2,9 @@
 //!
 //! Everything that can be refused is refused here, before anything is written: the same file at both ends, a terminal,
 //! a device in use, an existing file, a device that holds something. Whether the sink is large enough is the daemon's to say.
+//!
+//! A volume that an NBD server has is only named here, and connected to when it is passed on (see `remote`). What it holds and
+//! whether it can be written the daemon finds out; whether somebody else uses it, nobody.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -13,18 +16,28 @@ use proto::ErrorKind;
 use rustix::fs::OFlags;
 
 use crate::partial::Place;
+use crate::remote::Remote;
 use crate::report::{Error, Result};
 use crate::signature;
+use crate::uri;
 
 /// One end, open.
 pub struct End {
     /// What the daemon gets.
-    pub fd: OwnedFd,
+    pub handle: Handle,
     /// Read or written in order, not by offset.
     pub stream: bool,
     /// As typed, for messages.
     pub name: String,
     identity: Identity,
+}
+
+/// An open file, or where to connect to.
+pub enum Handle {
+    /// A file, a device or a stream.
+    File(OwnedFd),
+    /// A volume of an NBD server.
+    Remote(Box<Remote>),
 }
 
 /// The sink of `encrypt` and `decrypt`: open already, or a file still to be created.
@@ -42,17 +55,24 @@ pub enum Access {
     Read,
     /// Changed in place, which a mapped device allows: the kernel read the header when it was mapped.
     Change,
-    /// Made anew, or all of it rewritten: a device in use is refused.
+    /// Made anew, or all of it rewritten, or served: a device in use is refused.
     Replace,
+    /// Only read, and nobody else may use a device meanwhile.
+    ReadAlone,
 }
 
 /// What the bytes behind a descriptor really are, to find the same thing under two names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Identity {
     File { dev: u64, ino: u64 },
     Device { rdev: u64 },
+    Remote(String),
     Other,
 }
+
+/// How much of a volume on a server must be zeros for it to be overwritten without `--force`, bytes from its beginning: signatures lie
+/// there, and in its last mebibyte.
+const BLANK_BYTES: u64 = 1 << 20;
 
 /// A bare header or a backup is for its owner: it is small, outlives the passphrases that were removed since, and has no
 /// other use than to open the volume. The header inside a volume is as readable as the volume, which is copied and backed
@@ -64,19 +84,59 @@ impl End {
     pub fn device(&self) -> Option<u64> {
         match self.identity {
             Identity::Device { rdev } => Some(rdev),
-            Identity::File { .. } | Identity::Other => None,
+            Identity::File { .. } | Identity::Remote(_) | Identity::Other => None,
+        }
+    }
+
+    /// A volume of an NBD server?
+    pub fn remote(&self) -> Option<&Remote> {
+        match &self.handle {
+            Handle::Remote(remote) => Some(remote),
+            Handle::File(_) => None,
+        }
+    }
+
+    /// As [`End::remote`], to say more about it.
+    pub fn remote_mut(&mut self) -> Option<&mut Remote> {
+        match &mut self.handle {
+            Handle::Remote(remote) => Some(remote),
+            Handle::File(_) => None,
+        }
+    }
+
+    /// What it holds, to be looked at.
+    ///
+    /// # Errors
+    /// No descriptor is to be had. `Internal`: it is remote, and cannot be looked at from here.
+    pub fn file(&self) -> Result<File> {
+        match &self.handle {
+            Handle::File(fd) => {
+                fd.try_clone().map(File::from).map_err(|error| Error::io("cannot inspect", &self.name, error))
+            }
+            Handle::Remote(_) => {
+                Err(Error::new(ErrorKind::Internal, format!("{} was taken for a file", self.name)))
+            }
         }
     }
 
     /// Is this what `metadata` is of, under whatever name?
     pub fn is(&self, metadata: &std::fs::Metadata) -> bool {
-        same(self.identity, identity_of(metadata))
+        same(&self.identity, &identity_of(metadata))
     }
 
     /// Is it a regular file?
     pub fn is_file(&self) -> bool {
         matches!(self.identity, Identity::File { .. })
     }
+}
+
+/// The volume of a server, if `path` names one.
+fn remote(path: &Path) -> Result<Option<End>> {
+    let Some(uri) = uri::parse(path) else { return Ok(None) };
+    let remote = Remote::new(uri?);
+    let identity = Identity::Remote(remote.identity());
+    let name = path.display().to_string();
+    Ok(Some(End { handle: Handle::Remote(Box::new(remote)), stream: false, name, identity }))
 }
 
 /// Open the readable end: SRC, and for `verify` both. `role` names it in messages.
@@ -91,7 +151,9 @@ pub fn open_readable(path: &Path, role: &str) -> Result<End> {
         }
         return stream(stdin.as_fd(), name);
     }
-    refuse_url(path)?;
+    if let Some(end) = remote(path)? {
+        return Ok(end);
+    }
     let kind = std::fs::metadata(path).map_err(|error| Error::io("cannot open", &name, error))?.file_type();
     if !(kind.is_file() || kind.is_block_device() || kind.is_fifo()) {
         return Err(wrong_kind(&name, kind));
@@ -106,11 +168,11 @@ pub fn open_readable(path: &Path, role: &str) -> Result<End> {
         .open(path)
         .map_err(|error| in_use(&name, error))?;
     let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
-    Ok(End { fd: file.into(), stream: kind.is_fifo(), name, identity })
+    Ok(End { handle: Handle::File(file.into()), stream: kind.is_fifo(), name, identity })
 }
 
-/// Open what holds a LUKS header, or the data that belongs to one: an existing file or block device. `role` names it in
-/// messages.
+/// Open what holds a LUKS header, or the data that belongs to one: an existing file, block device or volume of a server. `role`
+/// names it in messages.
 pub fn open_volume(path: &Path, role: &str, access: Access) -> Result<End> {
     let name = path.display().to_string();
     if is_dash(path) {
@@ -118,27 +180,47 @@ pub fn open_volume(path: &Path, role: &str, access: Access) -> Result<End> {
             "{role} cannot be `-`: a header is not read or changed in a stream"
         )));
     }
-    refuse_url(path)?;
+    if let Some(end) = remote(path)? {
+        return Ok(end);
+    }
     let metadata = std::fs::metadata(path).map_err(|error| Error::io("cannot open", &name, error))?;
     let kind = metadata.file_type();
     if !(kind.is_file() || kind.is_block_device()) {
         return Err(wrong_kind(&name, kind));
     }
     let mut flags = OFlags::NOCTTY;
-    if kind.is_block_device() && access == Access::Replace {
+    let writes = matches!(access, Access::Change | Access::Replace);
+    if kind.is_block_device() && matches!(access, Access::Replace | Access::ReadAlone) {
         flags |= OFlags::EXCL;
     }
     let file = File::options()
         .read(true)
-        .write(access != Access::Read)
+        .write(writes)
         .custom_flags(flags.bits().cast_signed())
         .open(path)
         .map_err(|error| in_use(&name, error))?;
-    if kind.is_block_device() && access != Access::Read && is_read_only(metadata.rdev()) {
+    if kind.is_block_device() && writes && is_read_only(metadata.rdev()) {
         return Err(Error::new(ErrorKind::Denied, format!("{name} is read-only")));
     }
     let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
-    Ok(End { fd: file.into(), stream: false, name, identity })
+    Ok(End { handle: Handle::File(file.into()), stream: false, name, identity })
+}
+
+/// Open DST that holds an earlier copy, to change it in place.
+pub fn open_copy(path: &Path, source: &End) -> Result<Sink> {
+    if is_dash(path) || std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+        return Err(Error::usage("--update: DST cannot be a stream: what is not written again stays"));
+    }
+    let end = open_volume(path, "DST", Access::Replace).map_err(|error| {
+        if error.failure.kind == ErrorKind::NotFound {
+            error.hint("--update changes a copy that is there; leave it out for a new one")
+        } else {
+            error
+        }
+    })?;
+    refuse_attached(&end)?;
+    refuse_same(source, &end.identity, &end.name)?;
+    Ok(Sink::Open(end))
 }
 
 /// As [`inspect_sink`], for what must be a file or a block device: a header. `role` names it in messages.
@@ -161,10 +243,14 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
             );
         }
         let end = stream(stdout.as_fd(), name)?;
-        refuse_same(source, end.identity, &end.name)?;
+        refuse_same(source, &end.identity, &end.name)?;
         return Ok(Sink::Open(end));
     }
-    refuse_url(path)?;
+    if let Some(mut end) = remote(path)? {
+        refuse_same(source, &end.identity, &end.name)?;
+        be_blank(&mut end, force, BLANK_BYTES);
+        return Ok(Sink::Open(end));
+    }
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -178,7 +264,7 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
     };
     let kind = metadata.file_type();
     if kind.is_file() || kind.is_block_device() {
-        refuse_same(source, identity_of(&metadata), &name)?;
+        refuse_same(source, &identity_of(&metadata), &name)?;
     }
     if kind.is_file() {
         if metadata.len() > 0 && !force {
@@ -205,13 +291,22 @@ pub fn inspect_sink(path: &Path, source: &End, force: bool, mode: u32) -> Result
             return Err(Error::new(ErrorKind::Denied, format!("{name} is read-only")));
         }
         let identity = identify(&file).map_err(|error| Error::io("cannot inspect", &name, error))?;
-        Ok(Sink::Open(End { fd: file.into(), stream: false, name, identity }))
+        Ok(Sink::Open(End { handle: Handle::File(file.into()), stream: false, name, identity }))
     } else if kind.is_fifo() {
         let file =
             File::options().write(true).open(path).map_err(|error| Error::io("cannot open", &name, error))?;
-        Ok(Sink::Open(End { fd: file.into(), stream: true, name, identity: Identity::Other }))
+        let (handle, identity) = (Handle::File(file.into()), Identity::Other);
+        Ok(Sink::Open(End { handle, stream: true, name, identity }))
     } else {
         Err(wrong_kind(&name, kind))
+    }
+}
+
+/// A volume of a server that is to be overwritten: without `--force` the daemon looks whether its first `bytes` are zeros. Others
+/// are looked at here.
+pub fn be_blank(end: &mut End, force: bool, bytes: u64) {
+    if let Some(remote) = end.remote_mut() {
+        remote.blank_bytes = (!force).then_some(bytes);
     }
 }
 
@@ -226,7 +321,7 @@ pub fn again(sink: Sink, force: bool) -> Result<Sink> {
 /// Refuse a header that would be written where the data is.
 pub fn refuse_same_sinks(one: &Sink, other: &Sink) -> Result<()> {
     let (same, name) = match (one, other) {
-        (Sink::Open(one), Sink::Open(other)) => (same(one.identity, other.identity), other.name.as_str()),
+        (Sink::Open(one), Sink::Open(other)) => (same(&one.identity, &other.identity), other.name.as_str()),
         (Sink::New(one), Sink::New(other)) => (one.is(other), other.typed()),
         (Sink::Open(end), Sink::New(_)) | (Sink::New(_), Sink::Open(end)) => (false, end.name.as_str()),
     };
@@ -235,7 +330,7 @@ pub fn refuse_same_sinks(one: &Sink, other: &Sink) -> Result<()> {
 
 /// Refuse two names for the same bytes: the same inode, the same device, or a loop device and the file behind it.
 pub fn refuse_same_ends(source: &End, other: &End) -> Result<()> {
-    refuse_same(source, other.identity, &other.name)
+    refuse_same(source, &other.identity, &other.name)
 }
 
 /// Refuse a file that is attached to a loop device: what is written to it past the device stays unseen there, and what the
@@ -260,8 +355,8 @@ pub fn refuse_attached(end: &End) -> Result<()> {
     Ok(())
 }
 
-fn refuse_same(source: &End, other: Identity, name: &str) -> Result<()> {
-    if same(source.identity, other) {
+fn refuse_same(source: &End, other: &Identity, name: &str) -> Result<()> {
+    if same(&source.identity, other) {
         let message = if source.name == name {
             format!("{name} is both source and sink")
         } else {
@@ -272,15 +367,15 @@ fn refuse_same(source: &End, other: Identity, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn same(a: Identity, b: Identity) -> bool {
+fn same(a: &Identity, b: &Identity) -> bool {
     match (a, b) {
         (Identity::Other, _) | (_, Identity::Other) => false,
         (Identity::Device { rdev }, file @ Identity::File { .. })
-        | (file @ Identity::File { .. }, Identity::Device { rdev }) => backing(rdev) == Some(file),
+        | (file @ Identity::File { .. }, Identity::Device { rdev }) => backing(*rdev).as_ref() == Some(file),
         (a, b) => {
             a == b
                 || matches!((a, b), (Identity::Device { rdev: x }, Identity::Device { rdev: y })
-            if backing(x).is_some() && backing(x) == backing(y))
+            if backing(*x).is_some() && backing(*x) == backing(*y))
         }
     }
 }
@@ -322,25 +417,13 @@ fn stream(fd: impl AsFd, name: String) -> Result<End> {
     if metadata.is_dir() {
         return Err(wrong_kind(&name, metadata.file_type()));
     }
-    Ok(End { fd: file.into(), stream: true, name, identity: identity_of(&metadata) })
+    let identity = identity_of(&metadata);
+    Ok(End { handle: Handle::File(file.into()), stream: true, name, identity })
 }
 
 /// Is it `-`?
 pub fn is_dash(path: &Path) -> bool {
     path.as_os_str() == "-"
-}
-
-fn refuse_url(path: &Path) -> Result<()> {
-    const SCHEMES: [&str; 5] = ["nbd://", "nbd+unix://", "rbd:", "s3://", "swift://"];
-    let text = path.to_string_lossy();
-    if SCHEMES.iter().any(|scheme| text.starts_with(scheme)) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("{text} is not supported yet by this version"),
-        )
-        .hint("files, block devices, named pipes and `-` are; write ./ before a file of that name"));
-    }
-    Ok(())
 }
 
 fn wrong_kind(name: &str, kind: std::fs::FileType) -> Error {
@@ -442,7 +525,41 @@ mod tests {
         let dangling = dir.path().join("d");
         std::os::unix::fs::symlink("nowhere", &dangling).expect("symlink");
         assert!(refused(inspect_sink(&dangling, &source, true, 0o666)).to_string().contains("to nothing"));
-        let error = refused(inspect_sink(Path::new("nbd://h/x"), &source, true, 0o666));
+        let error = refused(inspect_sink(Path::new("rbd:pool/image"), &source, true, 0o666));
         assert_eq!(error.failure.kind, ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn a_volume_of_a_server_is_named_and_not_yet_connected_to() {
+        let uri = Path::new("nbd+unix:///x?socket=/nowhere/sock");
+        let source = open_readable(uri, "SRC").unwrap_or_else(|error| panic!("{error}"));
+        assert!(
+            source.remote().is_some() && !source.stream && source.device().is_none() && !source.is_file()
+        );
+        assert!(source.file().is_err());
+        let error = refused(inspect_sink(uri, &source, true, 0o666));
+        assert!(error.to_string().contains("both source and sink"), "{error}");
+        let blank = |force| {
+            let sink = inspect_sink(Path::new("nbd+unix:///y?socket=/nowhere/sock"), &source, force, 0o666);
+            let Ok(Sink::Open(end)) = sink else { panic!("not taken") };
+            end.remote().and_then(|remote| remote.blank_bytes)
+        };
+        assert_eq!((blank(false), blank(true)), (Some(1 << 20), None), "--force needs no look");
+        assert!(open_volume(Path::new("nbd://h"), "VOLUME", Access::Replace).is_ok());
+    }
+
+    #[test]
+    fn an_update_needs_a_copy_that_is_there() {
+        let dir = tempfile::tempdir().expect("dir");
+        let (file, copy) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&file, "x").expect("write");
+        let source = open_readable(&file, "SRC").expect("open");
+        let error = refused(open_copy(&copy, &source));
+        assert!(error.to_string().contains("leave it out for a new one"), "{error}");
+        assert!(refused(open_copy(&file, &source)).to_string().contains("both source and sink"));
+        assert!(refused(open_copy(Path::new("-"), &source)).to_string().contains("stream"));
+        fs::write(&copy, "y").expect("write");
+        assert!(open_copy(&copy, &source).is_ok());
+        assert_eq!(fs::read_to_string(&copy).expect("read"), "y");
     }
 }

@@ -12,14 +12,30 @@ plain.";
 /// The end of `cryptctl --help`.
 pub const TOP_AFTER: &str = "\
 ENDS
-  SRC and DST are files, block devices, named pipes or `-` (standard input or
-  output). A new or replaced file is written as DST.partial beside its final
+  SRC and DST are files, block devices, named pipes, NBD URIs or `-` (standard
+  input or output). A new or replaced file is written as DST.partial beside its final
   place and takes its name only when it is whole and durable. A job that
   fails or is cancelled removes it, unless it is resumable: then it leaves
   DST.partial.checkpoint beside it. An existing file that is not empty is
   refused without --force, and so is a block device that holds a filesystem,
   a LUKS volume or a partition table. Block devices are opened exclusively:
   one that is mounted is always refused.
+
+NBD
+  A volume that an NBD server has is named by its URI wherever a file or block
+  device can be: as SRC, DST, VOLUME or --header.
+    nbd://HOST[:PORT]/NAME             TCP, port 10809
+    nbd+unix:///NAME?socket=PATH       a Unix socket
+    nbds://…  nbds+unix://…            with TLS, or not at all
+  NAME is the server's export; none is its default. With TLS the server must
+  show a certificate that the system trusts, or one that is trusted by
+  DIR/ca-cert.pem with `?tls-certificates=DIR`, where client-cert.pem and
+  client-key.pem may lie as well; `&tls-hostname=NAME` is whose it must be.
+  cryptctl connects, with your rights; cryptd speaks the protocol, over several
+  connections where the server allows that. To be overwritten without --force
+  the first and the last MiB must be zeros. Nobody keeps others from using the
+  volume meanwhile: NBD has no locks, and cryptsetup's do not reach a server. A
+  server is asked twice by some verbs, so qemu-nbd needs --persistent.
 
 SIZES
   64k, 1M, 1MiB, 1.5G are powers of 1024; 1MB is a power of 1000.
@@ -108,6 +124,13 @@ EXAMPLES
   The same to a device, which needs a place for the checkpoint:
     cryptctl encrypt disk.img /dev/vdb --key file:vol.key \\
       --checkpoint vdb.checkpoint
+
+  The disk of a virtual machine, and later what has changed since:
+    qemu-nbd -r -t -x disk -k /run/vm.sock -f qcow2 -B since disk.qcow2 &
+    cryptctl encrypt 'nbd+unix:///disk?socket=/run/vm.sock' vol.luks \\
+      --key file:vol.key
+    cryptctl encrypt 'nbd+unix:///disk?socket=/run/vm.sock' vol.luks \\
+      --key file:vol.key --bitmap qemu:dirty-bitmap:since --update
 
   With a key that never touches the disk, at no more than 200 MiB/s:
     fetch-key | cryptctl encrypt disk.img vol.luks --key fd:0 --throttle 200M

@@ -14,6 +14,7 @@ mod amount;
 mod args;
 mod client;
 mod endpoint;
+mod export;
 mod help;
 mod launch;
 mod luks;
@@ -23,6 +24,7 @@ mod passing;
 mod progress;
 mod prompt;
 mod reencrypt;
+mod remote;
 mod render;
 mod report;
 mod request;
@@ -30,6 +32,7 @@ mod run;
 mod secret;
 mod signals;
 mod signature;
+mod uri;
 mod volume;
 
 use std::ffi::OsString;
@@ -67,9 +70,11 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Verb::Decrypt(args) => volume_job(request::decrypt(args)?),
         Verb::Verify(args) => volume_job(request::verify(args)?),
         Verb::Reencrypt(args) => {
-            let opened = reencrypt::request::open(args)?;
+            let mut ask = |end: &endpoint::End| luks::summary(&mut launch::reach_or_start(global)?, end);
+            let opened = reencrypt::request::open(args, &mut ask)?;
             run::reencrypt_job(launch::reach_or_start(global)?, opened, global)
         }
+        Verb::Export(args) => export::run(args, global),
         Verb::Luks(verb) => luks::run(verb, global),
         Verb::Job(verb) => manage::job(verb, global),
         Verb::Stats { job } => manage::stats(*job, global),

@@ -55,7 +55,7 @@ pub fn daemon(verb: &Daemon, global: &Global) -> Result<Exit> {
 
 fn stop(mut client: Client, now: bool, global: &Global) -> Result<Exit> {
     let (reply, text) = client.call(Call::Shutdown { now }, &[])?;
-    let Reply::ShuttingDown { jobs } = reply else { return Err(out_of_turn()) };
+    let Reply::ShuttingDown { jobs, .. } = reply else { return Err(out_of_turn()) };
     let mut output = Output::new(false);
     if global.json {
         output.line(&text);

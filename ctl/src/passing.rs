@@ -4,8 +4,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use proto::Commit;
 
-use crate::endpoint::{End, Sink};
+use crate::endpoint::{End, Handle, Sink};
 use crate::partial::{Partial, Place};
+use crate::remote::{CONNECTIONS, Remote};
 use crate::report::{Error, Result};
 use crate::secret::Secret;
 
@@ -14,6 +15,7 @@ use crate::secret::Secret;
 pub struct Passing {
     descriptors: Vec<OwnedFd>,
     partials: Vec<PartialFile>,
+    remotes: Vec<proto::remote::Remote>,
     /// There is a checkpoint: what was done stays, to be gone on with.
     is_resumable: bool,
 }
@@ -63,16 +65,54 @@ impl Passing {
         Ok(self.fd(secret.into_fd()?))
     }
 
-    /// An open file.
-    pub fn file(&mut self, end: End) -> proto::luks::File {
-        proto::luks::File { fd: self.fd(end.fd), name: end.name }
+    /// An open file, or a volume that is connected to now.
+    pub fn file(&mut self, end: End) -> Result<proto::luks::File> {
+        Ok(proto::luks::File { fd: self.end(end.handle, &end.name)?, name: end.name })
+    }
+
+    /// The index of one end. `name`: for messages.
+    pub fn end(&mut self, handle: Handle, name: &str) -> Result<u32> {
+        match handle {
+            Handle::File(fd) => Ok(self.fd(fd)),
+            Handle::Remote(remote) => self.remote(&remote, name),
+        }
+    }
+
+    /// Connect to a volume. What is said of it goes into the request by [`Passing::remotes`].
+    pub fn remote(&mut self, remote: &Remote, name: &str) -> Result<u32> {
+        let connections = std::thread::available_parallelism().map_or(CONNECTIONS, usize::from);
+        let connected = remote.connect(name, connections.min(CONNECTIONS))?;
+        let mut fds = connected.connections.into_iter().map(|fd| self.fd(fd)).collect::<Vec<_>>().into_iter();
+        let fd = fds.next().expect("one connection at least");
+        let tls = remote.uri.tls.as_ref().map(|tls| proto::remote::Tls {
+            server_name: tls.server_name.clone(),
+            authorities_fd: connected.authorities.map(|file| self.fd(file)),
+            identity_fds: connected.identity.map(|(certificate, key)| (self.fd(certificate), self.fd(key))),
+        });
+        self.remotes.push(proto::remote::Remote {
+            fd,
+            more: fds.collect(),
+            export: remote.uri.export.clone(),
+            tls,
+            address: connected.address,
+            reconnect_ms: remote.reconnect_ms,
+            bitmap: remote.bitmap.clone(),
+            update: remote.update,
+            blank_bytes: remote.blank_bytes,
+        });
+        Ok(fd)
+    }
+
+    /// Which of the descriptors so far are connections.
+    pub fn remotes(&mut self) -> Vec<proto::remote::Remote> {
+        std::mem::take(&mut self.remotes)
     }
 
     /// Where something is written; a new file is created now. `keep`: it stays behind when the job fails.
     pub fn sink(&mut self, sink: Sink, keep: bool) -> Result<Passed> {
         let place = match sink {
-            Sink::Open(End { fd, stream, name, .. }) => {
-                return Ok(Passed { fd: self.fd(fd), name, stream, commit: None });
+            Sink::Open(End { handle, stream, name, .. }) => {
+                return Ok(Passed { fd: self.end(handle, &name)?, name, stream, commit: None });
             }
             Sink::New(place) => place,
         };

@@ -4,7 +4,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use proto::{Action, BenchRow, JobInfo, JobState, Stats, Status};
+use proto::{Action, BenchRow, JobInfo, JobState, StageStats, Stats, Status};
 
 use crate::amount;
 use crate::progress::{describe, percent};
@@ -276,17 +276,21 @@ pub fn stats(stats: &Stats, colour: bool) -> String {
         stats.syscalls,
         stats.bottleneck.map(|stage| format!(", bottleneck {}", stage.name())).unwrap_or_default()
     );
-    if stats.stages.is_empty() {
-        return text;
+    if !stats.stages.is_empty() {
+        text.push_str(&stages(&stats.stages, colour));
     }
+    text
+}
+
+/// Where the time goes, stage by stage.
+pub fn stages(stages: &[StageStats], colour: bool) -> String {
     let heads = ["STAGE", "COUNT", "BYTES", "SHARE", "P50", "P90", "P99", "P99.9", "MAX"];
     let heads: Vec<_> = heads
         .iter()
         .enumerate()
         .map(|(at, head)| (*head, if at == 0 { Align::Left } else { Align::Right }))
         .collect();
-    let rows: Vec<_> = stats
-        .stages
+    let rows: Vec<_> = stages
         .iter()
         .map(|stage| {
             vec![
@@ -302,8 +306,7 @@ pub fn stats(stats: &Stats, colour: bool) -> String {
             ]
         })
         .collect();
-    text.push_str(&table(&heads, &rows, colour));
-    text
+    table(&heads, &rows, colour)
 }
 
 /// `bench`
@@ -359,6 +362,7 @@ pub fn status(status: &Status, colour: bool) -> String {
     let forced = if status.kernel_forced { " (forced by the configuration)" } else { "" };
     rows.push(("kernel", format!("{}{forced}", printable(&status.kernel))));
     rows.push(("active jobs", status.active_jobs.to_string()));
+    rows.push(("exports", status.active_exports.to_string()));
     rows.push((
         "memory",
         format!(

@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use linux_keyutils::{Key, KeyError, KeyRing, KeyRingIdentifier};
 use proto::{ErrorKind, MAX_SECRET};
@@ -144,6 +144,9 @@ pub enum Purpose<'a> {
     New(&'a str),
 }
 
+/// Longest PEM file, bytes: what a pipe holds without being made larger.
+const MAX_PEM: usize = 64 << 10;
+
 /// Volume keys this program knows, bytes: AES-128-XTS and AES-256-XTS.
 pub const VOLUME_KEY_BYTES: [usize; 2] = [32, 64];
 
@@ -221,6 +224,25 @@ pub fn passphrase(at: &KeyRef, option: &'static str, purpose: Purpose<'_>) -> Re
         }
     }
     Ok(Secret { bytes: text, warnings, doubt })
+}
+
+/// A PEM file, all of it. `is_private`: others should not read it.
+pub fn pem(path: &Path, option: &str, is_private: bool) -> Result<Secret> {
+    let at = KeyRef::File(path.to_owned());
+    let mut warnings = Vec::new();
+    let Located::Stream(file) = locate(&at, option, &mut warnings)? else {
+        unreachable!("a file is a stream")
+    };
+    let mut bytes = room(MAX_PEM + 1);
+    read(file, &mut bytes).map_err(|error| Error::io("cannot read", path.display(), error))?;
+    if bytes.is_empty() || bytes.len() > MAX_PEM {
+        let why = if bytes.is_empty() { "is empty" } else { "is too long for certificates" };
+        return Err(Error::usage(format!("{option}: {} {why}", path.display())));
+    }
+    if !is_private {
+        warnings.clear();
+    }
+    Ok(Secret { bytes, warnings, doubt: None })
 }
 
 /// A buffer that will not grow, kept from swap as far as the limit allows.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use proto::{Format, Raw, TweakKind, luks};
 
 use crate::args::{FormatName, FoundFormat, Iv, NewVolumeArgs, RawArgs, VolumeArgs};
-use crate::luks::args::Version;
+use crate::luks::args::{NewArgs, Version};
 use crate::luks::new;
 use crate::report::{Error, Result};
 use crate::secret::{self, KeyRef, Purpose, Secret, VOLUME_KEY_BYTES};
@@ -49,9 +49,37 @@ pub fn to_make(args: &NewVolumeArgs) -> Result<Wanted> {
     })
 }
 
-fn raw_to_make(args: &NewVolumeArgs) -> Result<Wanted> {
+/// `encrypt --update`: a volume there is, whose key alone is asked for.
+pub fn to_update(args: &NewVolumeArgs) -> Result<Wanted> {
     let new = &args.new;
-    let luks_only = [
+    if args.format == FormatName::Raw {
+        return raw_to_make(args);
+    }
+    refuse_raw_options(&args.raw)?;
+    let made = ["--header", "--key-slot"];
+    let of_new = luks_options(new)
+        .into_iter()
+        .filter(|(option, _)| !made.contains(option))
+        .chain([("--key-size", new.key_size.is_some()), ("--sector-size", new.sector_size.is_some())]);
+    if let Some((option, _)) = of_new.into_iter().find(|(_, typed)| *typed) {
+        let what = format!("{option} is of a new volume, and --update writes into the one there is");
+        return Err(Error::usage(what).hint("leave it out: the header of DST tells"));
+    }
+    Ok(Wanted {
+        format: Format::Luks(luks::Open {
+            header: None,
+            keyslot: new.key_slot,
+            secret: luks::Secret::Passphrase,
+        }),
+        key: Some((args.key.parse("--key")?, "--key")),
+        volume_key: None,
+        header: new.header.clone(),
+    })
+}
+
+/// What is said of a new LUKS volume alone, and whether it was typed.
+fn luks_options(new: &NewArgs) -> [(&'static str, bool); 16] {
+    [
         ("--header", new.header.is_some()),
         ("--volume-key", new.volume_key.is_some()),
         ("--cipher", new.cipher.is_some()),
@@ -68,8 +96,12 @@ fn raw_to_make(args: &NewVolumeArgs) -> Result<Wanted> {
         ("--pbkdf-force-iterations", new.kdf.pbkdf_force_iterations.is_some()),
         ("--pbkdf-memory", new.kdf.pbkdf_memory.is_some()),
         ("--pbkdf-parallel", new.kdf.pbkdf_parallel.is_some()),
-    ];
-    refuse_luks_options(&luks_only)?;
+    ]
+}
+
+fn raw_to_make(args: &NewVolumeArgs) -> Result<Wanted> {
+    let new = &args.new;
+    refuse_luks_options(&luks_options(new))?;
     Ok(Wanted {
         format: Format::Raw(raw(&args.raw, new.key_size.as_deref(), new.sector_size.as_deref())),
         key: Some((args.key.parse("--key")?, "--key")),

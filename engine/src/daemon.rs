@@ -2,8 +2,9 @@
 //!
 //! Start order, each step before the next can matter: 0. `main` closes what it inherited; 1. harden the process, before anything secret can be in it; 2. read the
 //! configuration; 3. take the socket's lock, so that the loser of a start race leaves before it costs anything; 4. start
-//! workers and jobs; 5. listen: who can connect is served by a daemon that is ready. The end is the reverse: no new jobs,
-//! active jobs finish (or are cancelled), the socket goes, the workers are joined, the lock is released.
+//! workers, jobs and exports; 5. listen: who can connect is served by a daemon that is ready. The end is the reverse: nothing new,
+//! exports are drained (or dropped) and active jobs finish (or are cancelled), the socket goes, the workers are joined, the lock is
+//! released.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use crate::control::dispatch::{About, Service, memlock_needed};
 use crate::control::listener::{self, Listener};
 use crate::control::{Control, ControlConfig, Mailbox};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::Exports;
 use crate::job::{JobConfig, Registry};
 use crate::limits;
 use crate::pipeline::Pipeline;
@@ -90,7 +92,9 @@ pub fn run(options: &Options) -> Result<Ended> {
         let info = jobs.get().and_then(Weak::upgrade).and_then(|registry| registry.show(job));
         notify.job_changed(job, info);
     };
-    let registry = Registry::start(job_config, pipeline, Box::new(changed));
+    let registry = Registry::start(job_config, pipeline.clone(), Box::new(changed));
+    let ended = Arc::clone(&mailbox);
+    let exports = Exports::new(config.kernel, pipeline, Box::new(move || ended.export_ended()));
     home.set(Arc::downgrade(&registry)).expect("set once, before the first job");
 
     let listener = match (passed, reserved) {
@@ -119,7 +123,7 @@ pub fn run(options: &Options) -> Result<Ended> {
         client_stall: config.client_stall,
         connections_max,
     };
-    let service = Service { registry, about };
+    let service = Service { registry, exports, about };
     let control = Control::new(control_config, service, listener, signals, mailbox)?;
     // systemd, if it is there, starts what waits for us. Not being there is not an error.
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {

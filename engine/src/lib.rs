@@ -14,11 +14,12 @@
 //! | 0 | `units` `error` `limits` `telemetry` `telemetry::record` (and the wire crate `proto`) |
 //! | 1 | `sys` `crypto` |
 //! | 2 | `backend` `format` `key` |
-//! | 3 | `pipeline` `volume` |
-//! | 4 | `job` `export` |
-//! | 5 | `telemetry::prometheus` `config` |
-//! | 6 | `control` |
-//! | 7 | `daemon` `main` |
+//! | 3 | `pipeline` |
+//! | 4 | `volume` |
+//! | 5 | `job` |
+//! | 6 | `export` `telemetry::prometheus` `config` |
+//! | 7 | `control` |
+//! | 8 | `daemon` `main` |
 
 pub mod backend;
 pub mod config;

@@ -47,6 +47,28 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How long a starting daemon waits for the one that holds the lock to answer or to leave.
 pub const START_RACE_TIME: Duration = Duration::from_secs(30);
 
+/// Accepting a client of an export never waits; when it takes longer than this, the socket's owner has seen to that.
+pub const ACCEPT_STUCK: Duration = Duration::from_secs(1);
+/// Clients of exports that haggle at one time. With more, the oldest of whoever has most is disconnected: nobody else is kept out.
+pub const HAGGLERS_MAX: usize = 256;
+/// Those of one peer (a user on a Unix socket, an address on a TCP socket) of one listening socket: an honest one opens a few
+/// connections, and is done with each in milliseconds.
+pub const HAGGLERS_PER_PEER_MAX: usize = 64;
+/// A peer that has as many is let in again when its oldest has haggled for longer than this: then it is that one that hangs.
+pub const HAGGLE_GRACE: Duration = Duration::from_secs(3);
+/// Haggling must be over within this time, all of it.
+pub const HAGGLE_TIME: Duration = Duration::from_secs(30);
+/// Bytes a client may send while it haggles: hundreds of options of usual length, or thirty of the longest.
+pub const HAGGLE_BYTES_MAX: usize = 1 << 20;
+/// Options of one client: a listing of all exports of a socket, each with what is to be known of it.
+pub const HAGGLE_OPTIONS_MAX: u32 = 1024;
+/// Connections of one export: sixteen clients with sixteen connections each.
+pub const CONNECTIONS_PER_EXPORT_MAX: u32 = 256;
+/// Exports on one listening socket.
+pub const EXPORTS_PER_SOCKET_MAX: usize = 256;
+/// A listening socket's clients that were refused are logged once in this time, by number.
+pub const REFUSED_LOG_TIME: Duration = Duration::from_secs(60);
+
 /// `watch`: shortest, default and longest interval between progress events, milliseconds.
 pub const WATCH_INTERVAL_MS: (u32, u32, u32) = (100, 500, 60_000);
 
@@ -58,6 +80,21 @@ pub const JOBS_PER_USER: u32 = 256;
 pub const JOBS_MAX: u32 = 1024;
 /// Finished jobs remembered.
 pub const REMEMBERED_JOBS: u32 = 1024;
+
+/// Exports being opened, served or ended at one time: each has a thread that sleeps.
+pub const EXPORTS_MAX: usize = 256;
+/// Exports of one user. Below the total, so that no user can keep all others from exporting.
+pub const EXPORTS_PER_USER_MAX: usize = 64;
+/// Ended exports remembered.
+pub const EXPORTS_REMEMBERED: usize = 64;
+/// Longest name of an export, bytes.
+pub const EXPORT_NAME_MAX: usize = 1024;
+/// Longest description of an export, bytes: what the protocol allows of any text.
+pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
+/// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
+pub const EXPORT_ADDRESS_MAX: usize = 512;
+/// How long an export that ends waits for clients to take what they have asked for; then they are dropped.
+pub const EXPORT_DRAIN: Duration = Duration::from_secs(15);
 
 /// Longest name and failure message in a `list`, bytes; `show` has them whole. Enough for nearly every path.
 pub const LIST_TEXT: usize = 128;
@@ -96,6 +133,8 @@ pub const WORKERS_MAX: usize = 1024;
 const _: () = assert!(CONNECTIONS_PER_USER_MAX < CONNECTIONS_MAX);
 const _: () =
     assert!(CONNECTIONS_PER_USER_MAX >= 1024, "a thousand idle connections of one user are promised");
+const _: () = assert!(2 * HAGGLERS_PER_PEER_MAX < HAGGLERS_MAX, "no two peers fill the place");
+const _: () = assert!(3 * EXPORTS_PER_SOCKET_MAX < HAGGLE_OPTIONS_MAX as usize);
 const _: () = assert!(UNSENT_HIGH <= proto::MAX_RESPONSE);
 const _: () = assert!(HELPERS_PER_USER_MAX < HELPERS_MAX);
 const _: () =
@@ -104,6 +143,12 @@ const _: () = assert!(UNSENT_PER_USER_MAX <= UNSENT_ALL_MAX);
 const _: () = assert!(
     (REMEMBERED_JOBS + JOBS_MAX) as usize * (LIST_ENTRY_MAX + 1) + 64 <= proto::MAX_RESPONSE,
     "all remembered jobs and all that one user may have waiting fit a list"
+);
+const _: () = assert!(EXPORTS_PER_USER_MAX < EXPORTS_MAX);
+const _: () = assert!(
+    (EXPORTS_MAX + EXPORTS_REMEMBERED) * (6 * (2 * LIST_TEXT + EXPORT_NAME_MAX + EXPORT_ADDRESS_MAX) + 2048)
+        <= proto::MAX_RESPONSE,
+    "all exports fit a list: volume and failure shortened, name and address whole, numbers of seven commands"
 );
 const _: () =
     assert!(REWRITE_MEMORY_MIN <= REWRITE_MEMORY && ALL_WORKERS_MEMORY + REWRITE_MEMORY < 256 << 20);

@@ -70,12 +70,22 @@ pub fn registry(queue: QueueChoice) -> Arc<Registry> {
 /// The same with so many buffers per worker.
 #[must_use]
 pub fn registry_with(queue: QueueChoice, buffers_per_worker: u32) -> Arc<Registry> {
+    start_registry(queue, buffers_per_worker, 4)
+}
+
+/// The same with so many places for running jobs.
+#[must_use]
+pub fn registry_of_places(running_max: u32) -> Arc<Registry> {
+    start_registry(QueueChoice::Auto, 16, running_max)
+}
+
+fn start_registry(queue: QueueChoice, buffers_per_worker: u32, running_max: u32) -> Arc<Registry> {
     let config =
         PipelineConfig { cpus: vec![0, 1], pin: false, queue, buffer_bytes: 1 << 20, buffers_per_worker };
     let pipeline = Arc::new(Pipeline::start(&config).expect("pipeline"));
     let config = JobConfig {
         kernel: Kernel::best().expect("a kernel"),
-        running_max: 4,
+        running_max,
         per_user_max: 16,
         remembered_max: 100,
     };

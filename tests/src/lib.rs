@@ -10,11 +10,14 @@ pub mod jobs;
 mod loop_device;
 pub mod luks;
 pub mod luks2;
+pub mod nbd_servers;
+pub mod nbd;
 mod place;
 pub mod reencrypt;
 pub mod rewrite;
 pub mod rewriting;
 pub mod scene;
+pub mod served;
 
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;

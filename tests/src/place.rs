@@ -330,6 +330,11 @@ impl Running {
         rustix::process::kill_process(pid, signal).expect("signal sent");
     }
 
+    /// Is it still running?
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.try_wait().expect("child").is_none())
+    }
+
     /// What it has said on standard error so far.
     #[must_use]
     pub fn said(&self) -> String {

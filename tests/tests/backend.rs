@@ -565,6 +565,72 @@ fn ready_says_when_a_stream_can_move(make: Make) {
     assert_eq!(bench.read(source, Position::Stream, 0..1), [0_u8; 0]);
 }
 
+fn a_receive_takes_what_there_is(make: Make) {
+    let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
+    let port = bench.attach(ours);
+    let mut receive = |bench: &mut Bench, span: std::ops::Range<u32>| {
+        let buf = bench.buf();
+        let start = span.start as usize;
+        let done = bench.run(port, What::Receive { buf, span });
+        let count = done.result.expect("received") as usize;
+        let buf = done.buf.expect("the buffer comes back");
+        let bytes = buf[start..start + count].to_vec();
+        bench.free.push(buf);
+        bytes
+    };
+    theirs.write_all(b"some").expect("sent");
+    assert_eq!(receive(&mut bench, 100..65_536), b"some");
+    theirs.write_all(b"more than fits").expect("sent");
+    assert_eq!(receive(&mut bench, 0..4), b"more");
+    assert_eq!(receive(&mut bench, 0..65_536), b" than fits");
+    // One that waits is ended by what comes, and not before.
+    let buf = bench.buf();
+    bench.push(5, port, What::Receive { buf, span: 0..65_536 });
+    bench.queue.wait(Some(Instant::now() + Duration::from_millis(20))).expect("wait");
+    let mut none = Vec::new();
+    bench.queue.reap(&mut none);
+    assert!(none.is_empty(), "nothing was sent");
+    theirs.write_all(b"x").expect("sent");
+    let mut done = bench.next();
+    assert_eq!((done.len(), done[0].token, done[0].result.as_ref().expect("received")), (1, 5, &1));
+    bench.free.extend(done.remove(0).buf);
+    // One can be cancelled, and the connection is as good as before.
+    let buf = bench.buf();
+    bench.push(6, port, What::Receive { buf, span: 0..65_536 });
+    bench.queue.kick().expect("kick");
+    bench.queue.cancel(port);
+    let mut done = bench.next();
+    assert_eq!((done.len(), errno(&done[0])), (1, Some(ECANCELED)));
+    bench.free.extend(done.remove(0).buf);
+    theirs.write_all(b"end").expect("sent");
+    drop(theirs);
+    assert_eq!(receive(&mut bench, 0..65_536), b"end");
+    assert_eq!(receive(&mut bench, 0..65_536), b"");
+}
+
+fn discarded_space_reads_as_zeros(make: Make) {
+    const EOPNOTSUPP: i32 = 95;
+    let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
+    let (_scratch, file) = (make.file)();
+    let port = bench.attach(file.try_clone().expect("clone"));
+    bench.write(port, Position::At(0), &[7; 65_536]).expect("written");
+    let done = bench.run(port, What::Discard { offset: 4096, len: 8192 });
+    if errno(&done) == Some(EOPNOTSUPP) {
+        eprintln!("SKIPPED: this file makes no holes");
+        return;
+    }
+    assert_eq!(done.result.expect("discarded"), 0);
+    let bytes = bench.read(port, Position::At(0), 0..65_536);
+    assert!(bytes.iter().enumerate().all(|(at, &byte)| (byte == 0) == (4096..12_288).contains(&at)));
+    // The size stays.
+    let done = bench.run(port, What::Discard { offset: 61_440, len: 1 << 20 });
+    assert_eq!(done.result.expect("discarded"), 0);
+    assert_eq!(file.metadata().expect("stat").len(), 65_536);
+    let done = bench.run(port, What::Discard { offset: 0, len: 0 });
+    assert_eq!(errno(&done), Some(22), "EINVAL");
+}
+
 /// Ten thousand random operations beside a model: a byte array, with reads compared against it. Operations in flight at
 /// the same time touch different chunks, because the order of completion is nobody's promise.
 fn random_operations_match_a_model(make: Make) {
@@ -687,6 +753,8 @@ macro_rules! contract {
             a_wake_ends_a_wait_before_it_and_during_it,
             a_deadline_ends_a_wait,
             ready_says_when_a_stream_can_move,
+            a_receive_takes_what_there_is,
+            discarded_space_reads_as_zeros,
             random_operations_match_a_model,
             buffers_of_another_arena_work_too,
             the_same_file_can_be_attached_twice

@@ -9,12 +9,15 @@ use engine::backend::QueueChoice;
 use engine::backend::sim::image::Image;
 use engine::backend::sim::{DiskOptions, Effect, Fault, On, When, World};
 use engine::crypto::{Kernel, Layout, VolumeKey, cipher};
-use engine::job::Registry;
+use engine::job::{Owner, Registry};
 use engine::units::{DataUnit, Extent};
 use proto::reencrypt::{Mode, Phase, Resilience};
-use proto::{ErrorKind, JobState, TweakKind};
+use proto::{Action, ErrorKind, JobState, TweakKind};
 use tests::Scratch;
-use tests::jobs::{MIB, QUEUES, assert_done, encrypted, failure, noise, registry, wait, wait_for};
+use tests::jobs::{
+    self, MIB, QUEUES, assert_done, encrypted, failure, me, noise, registry, registry_of_places, wait,
+    wait_for,
+};
 use tests::rewriting::{PASS, Rewrite, plaintext, report, volume};
 
 const IN_PLACE: [Resilience; 3] = [Resilience::Checksum, Resilience::Journal, Resilience::None];
@@ -157,6 +160,36 @@ fn a_pause_is_durable_and_what_was_paused_goes_on_here_or_from_the_volume_alone(
         scene.registry.resume(job).expect("resumed");
         assert_done(&wait(&scene.registry, job));
         assert!(scene.has_its_plaintext(&scene.path), "{resilience:?}: here");
+    }
+}
+
+#[test]
+fn a_paused_one_gives_its_place_to_who_waits_for_it() {
+    // One place, and a bench of somebody else that waits for it: nobody has it twice.
+    let registry = registry_of_places(1);
+    let scratch = Scratch::new();
+    let path = volume(&registry, &scratch, &noise(16 * MIB, 77), 4096, None);
+    let other = Owner { uid: me().uid + 1, ..me() };
+    for phase in [Phase::Rewriting, Phase::Verifying] {
+        let verified = Rewrite::of(&path).with(|request| {
+            request.hotzone_bytes = Some(1 << 20);
+            request.verify = true;
+        });
+        let job = verified.rate(8 << 20).start(&registry).expect("accepted");
+        wait_for(&registry, job, "the phase", |info| info.progress.phase == Some(phase));
+        let bench = jobs::Request::new(Action::Bench, 512);
+        let mut bench = proto::Submit { volume: None, ..bench.submit };
+        bench.bench =
+            Some(proto::Bench { kernel: None, buffer_bytes: Some(4096), millis: Some(1), rounds: Some(1) });
+        let (bench, _) = registry.submit(&other, bench, Vec::new()).expect("accepted");
+        assert_eq!(registry.show(bench).expect("known").state, JobState::Queued);
+        registry.pause(job).expect("paused");
+        wait_for(&registry, job, "its rest", |info| info.state == JobState::Paused);
+        assert_done(&wait(&registry, bench));
+        assert_eq!(registry.show(job).expect("known").progress.phase, Some(phase));
+        registry.throttle(job, None).expect("lifted");
+        registry.resume(job).expect("resumed");
+        assert_done(&wait(&registry, job));
     }
 }
 
@@ -305,6 +338,9 @@ fn a_volume_without_a_header_goes_by_its_journal() {
         assert_eq!(stopped.state, JobState::Cancelled, "{:?}", stopped.outcome);
         let info = rewrite().with(|request| request.verify = true).run(&registry);
         assert_done(&info);
+        // What holds until it is done is said until then.
+        let said = |info| report(info).notes.iter().any(|note| note.contains("journal is needed"));
+        assert_eq!((said(&stopped), said(&info)), (resilience != Resilience::None, false));
         assert_eq!(report(&info).done_before_bytes, stopped.progress.done_bytes, "{resilience:?}");
         assert!(report(&info).digest_after.is_some());
         let layout = Layout { unit_bytes: 512, kind: TweakKind::Plain64, large: false, offset_sectors: 0 };

@@ -20,6 +20,7 @@ use benches::ours::{Daemon, Format, Programs, Tuning};
 use benches::rivals;
 use benches::rows::{self, Row, Side, Spread};
 use benches::run::{self, Cost};
+use benches::scratch::Scratch;
 use benches::source::{self, Content};
 use clap::{Parser, ValueEnum};
 
@@ -115,37 +116,6 @@ impl Contender {
     }
 }
 
-/// A directory that goes with its owner.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path, room: u64) -> io::Result<Self> {
-        let stat = rustix::fs::statvfs(parent)?;
-        let free = stat.f_bavail * stat.f_frsize;
-        if free < room {
-            let (need, free) = (room >> 20, free >> 20);
-            let what = format!("{} has {free} MiB free of {need} MiB needed", parent.display());
-            return Err(io::Error::other(what));
-        }
-        let path = std::path::absolute(parent)?.join(format!("reencrypt-{}", std::process::id()));
-        // Private, because a passphrase and a socket live in it too.
-        std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700).create(&path)?;
-        Ok(Self(path))
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("reencrypt: {} stays behind: {error}", self.0.display());
-        }
-    }
-}
-
 struct Bench {
     arguments: Arguments,
     programs: Programs,
@@ -179,7 +149,7 @@ fn bench(arguments: Arguments) -> io::Result<()> {
     let facts = Facts::collect();
     println!("{}; data unit {} bytes, {} MiB", facts.line(), arguments.sector_size, arguments.size);
     let size = arguments.size << 20;
-    let scratch = Scratch::new(&arguments.dir, 2 * size + (64 << 20))?;
+    let scratch = Scratch::new(&arguments.dir, "reencrypt", 2 * size + (64 << 20))?;
     let digest = source::digest_of(Content::LoopedPlain, size)?;
     let mut bench =
         Bench { arguments, programs, scratch, size, digest, daemons: Cell::new(0), rows: Vec::new() };

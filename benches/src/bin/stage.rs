@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use benches::facts::Facts;
 use benches::rows::Spread;
+use benches::scratch::Scratch;
 use benches::source::{self, Content, Pattern};
 use clap::Parser;
 use engine::backend::threads::ThreadsQueue;
@@ -164,8 +165,8 @@ impl Bench {
     }
 
     fn ring(&mut self, dir: &Path, bytes: u64, depth: u32) -> io::Result<()> {
-        let scratch = Scratch::new(dir)?;
-        let (from, to) = (scratch.0.join("source"), scratch.0.join("sink"));
+        let scratch = Scratch::new(dir, "stage", 2 * bytes)?;
+        let (from, to) = (scratch.at("source"), scratch.at("sink"));
         let digest = source::write_file(&from, Content::Plain, bytes)?;
         source::write_file(&to, Content::Cipher(source::DATA_UNIT), 0)?;
         let direct = |path: &Path, write: bool| {
@@ -407,24 +408,6 @@ impl CopyQueue {
         queue.detach(source);
         queue.detach(sink);
         Ok(told)
-    }
-}
-
-/// A directory that vanishes with the bench.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(dir: &Path) -> io::Result<Self> {
-        let path = dir.join(format!("stage-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Best effort: what is left is named after this program.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

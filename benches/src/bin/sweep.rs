@@ -13,7 +13,6 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -23,6 +22,7 @@ use benches::ours::{Daemon, Format, Programs, Tuning};
 use benches::rivals;
 use benches::rows::{self, Row, Side};
 use benches::run::{self, Cost};
+use benches::scratch::Scratch;
 use benches::source::{self, Content};
 use clap::{Parser, ValueEnum};
 
@@ -207,35 +207,6 @@ fn sweep(arguments: Arguments) -> io::Result<()> {
     outcome
 }
 
-/// A directory that goes with its owner.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path, room: u64) -> io::Result<Self> {
-        let stat = rustix::fs::statvfs(parent)?;
-        let free = stat.f_bavail * stat.f_frsize;
-        if free < room {
-            let (need, free) = (room >> 20, free >> 20);
-            return Err(io::Error::other(format!(
-                "{} has {free} MiB free of {need} MiB needed",
-                parent.display()
-            )));
-        }
-        let path = std::path::absolute(parent)?.join(format!("sweep-{}", std::process::id()));
-        // Private, because a key and a socket live in it too.
-        fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("sweep: {} stays behind: {error}", self.0.display());
-        }
-    }
-}
-
 /// A loop device that is detached with its owner.
 struct LoopDevice(PathBuf);
 
@@ -279,8 +250,8 @@ impl Sweep {
             Case::DiskDecrypt => 7,
             Case::Pipe => 0,
         };
-        let scratch = Scratch::new(&parent, copies * size + (64 << 20))?;
-        let at = |name: &str| scratch.0.join(name);
+        let scratch = Scratch::new(&parent, "sweep", copies * size + (64 << 20))?;
+        let at = |name: &str| scratch.at(name);
         let passphrase = at("passphrase");
         rivals::write_passphrase(&passphrase)?;
         if case == Case::Pipe {
@@ -411,7 +382,7 @@ impl Sweep {
     fn daemon(&self, contenders: &[Contender], scratch: &Scratch) -> io::Result<Option<Daemon>> {
         let wanted = contenders.iter().any(|contender| contender.side() == Side::Ours);
         let programs = self.programs.as_ref().filter(|_| wanted);
-        programs.map(|programs| Daemon::start(programs, &scratch.0)).transpose()
+        programs.map(|programs| Daemon::start(programs, scratch.path())).transpose()
     }
 
     fn data_unit(&self) -> usize {
@@ -532,7 +503,7 @@ impl Sweep {
         scratch: &Scratch,
         size: u64,
     ) -> io::Result<()> {
-        let passphrase = scratch.0.join("passphrase");
+        let passphrase = scratch.at("passphrase");
         let daemon = self.daemon(contenders, scratch)?;
         let tuning = self.tuning(Format::Raw);
         let own = std::env::current_exe()?.with_file_name("pipeloop");
@@ -551,7 +522,7 @@ impl Sweep {
         // Hashing would slow the consumer and so flatter everybody: what the filters make is checked once, untimed.
         let checked = size.min(1 << 30);
         let digest = |commands: Vec<Command>| -> io::Result<String> {
-            let path = scratch.0.join("digest");
+            let path = scratch.at("digest");
             let mut last = end(&["digest"]);
             last.stdout(fs::File::create(&path)?);
             let mut commands: Vec<Command> =

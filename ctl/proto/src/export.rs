@@ -126,6 +126,9 @@ pub struct Info {
     pub bytes: u64,
     /// Nothing is written.
     pub read_only: bool,
+    /// Clients must speak TLS.
+    #[serde(default)]
+    pub tls: bool,
     /// Clients there are now.
     pub connections: u32,
     /// Clients there have been.

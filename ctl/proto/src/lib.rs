@@ -128,9 +128,10 @@ pub enum Call {
     },
     /// The daemon itself: workers, kernel, buffers, limits.
     Status {},
-    /// End the daemon: refuse new jobs, then leave when running jobs are done, or cancel them with `now`.
+    /// End the daemon: refuse new jobs and exports, drain exports, then leave when running jobs are done; with `now` cancel them, and
+    /// drop clients.
     Shutdown {
-        /// Cancel running jobs instead of waiting for them.
+        /// Cancel running jobs and drop clients instead of waiting for them.
         #[serde(default)]
         now: bool,
     },
@@ -436,10 +437,13 @@ pub enum Reply {
     Exports(Vec<export::Info>),
     /// To `export_stats`.
     ExportStats(Box<export::Stats>),
-    /// To `shutdown`: how many jobs it waits for.
+    /// To `shutdown`: what it waits for.
     ShuttingDown {
         /// Jobs still running.
         jobs: u32,
+        /// Exports that are drained.
+        #[serde(default)]
+        exports: u32,
     },
 }
 
@@ -704,6 +708,9 @@ pub struct Status {
     pub workers: Vec<WorkerStatus>,
     /// Jobs running or queued.
     pub active_jobs: u32,
+    /// Exports being opened, served or ended.
+    #[serde(default)]
+    pub active_exports: u32,
     /// Exit after this many idle seconds; absent: never.
     pub idle_exit_seconds: Option<u64>,
     /// Soft `RLIMIT_MEMLOCK`, bytes; absent: unlimited.

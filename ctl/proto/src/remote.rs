@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A descriptor that is a connection to an NBD server on which nothing was said yet.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Remote {
     /// Descriptor index: the connection, as the request names it elsewhere as a source, sink or volume.
@@ -26,9 +26,17 @@ pub struct Remote {
     /// How long to try to connect again, milliseconds; 0: not at all. Default 10000.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reconnect_ms: Option<u32>,
-    /// Copy only what this context of block status marks (`qemu:dirty-bitmap:NAME`). Of a source.
+    /// Copy, or compare, only what this context of block status marks (`qemu:dirty-bitmap:NAME`). Of a source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    /// With `bitmap`: the sink holds an earlier copy, a volume of the same size, and is changed in place. An encrypted one is opened
+    /// ([`crate::Format::Luks`]), not made.
+    #[serde(default)]
+    pub update: bool,
+    /// Of what is to be overwritten: refuse it unless so many bytes at its beginning, and its last mebibyte, are zeros. The caller, who
+    /// looks at files and devices itself, cannot look at this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blank_bytes: Option<u64>,
 }
 
 /// Where a server listens.

@@ -57,17 +57,17 @@ pub enum Luks {
 /// The volume, and where its header is.
 #[derive(Debug, Args)]
 pub struct At {
-    /// A file or block device with a LUKS header
+    /// A file, block device or NBD URI with a LUKS header
     #[arg(value_name = "VOLUME")]
     pub volume: PathBuf,
-    /// The header is in this file or block device, not in VOLUME
+    /// The header is in this file, block device or NBD URI, not in VOLUME
     #[arg(long, value_name = "FILE")]
     pub header: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub struct Format {
-    /// An existing file or block device
+    /// An existing file or block device, or an NBD URI
     #[arg(value_name = "VOLUME")]
     pub volume: PathBuf,
     /// Which version of LUKS

@@ -4,7 +4,7 @@
 pub const LUKS: &str = "\
 Makes, shows and changes the headers of LUKS volumes.
 
-VOLUME is a file or a block device; with --header its header is in a file of its own. No root is needed for what you may \
+VOLUME is a file, a block device or an NBD URI (see `cryptctl --help`); with --header its header is in a file of its own. No root is needed for what you may \
 open, and no device-mapper: a volume may be mapped meanwhile, except while it is made anew. What is written is what \
 cryptsetup and the kernel read, and each change is durable when the command ends: one that fails has changed nothing that \
 opens the volume.
@@ -48,7 +48,7 @@ EXAMPLES
 
 /// `luks format --help`
 pub const FORMAT: &str = "\
-Makes a new LUKS header with one keyslot on an existing file or block device.
+Makes a new LUKS header with one keyslot on an existing file or block device, or on what an NBD server has.
 
 Only the header is written. What stood in the data area before is not overwritten: read through the new volume it is \
 noise, and to whoever has the device it is still what it was. `cryptctl encrypt` makes header and data in one go.

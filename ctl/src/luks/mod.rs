@@ -22,11 +22,12 @@ mod token;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use proto::luks::{Dump, Reply, Severity};
+use proto::luks::{Dump, Reply, Severity, Summary};
 use proto::{Call, ErrorKind};
 
 use crate::args::Global;
 use crate::client::{Client, out_of_turn};
+use crate::endpoint::End;
 use crate::launch;
 use crate::passing::PartialFile;
 use crate::progress::note;
@@ -65,8 +66,10 @@ fn settle(opened: &mut Opened, client: &mut Client) -> Result<()> {
     if opened.open_question.is_none() {
         return Ok(());
     }
-    let (request, descriptors) = opened.preliminary();
-    let (reply, _) = client.call(Call::Luks(Box::new(request)), &descriptors).map_err(in_our_words)?;
+    let (request, descriptors) = opened.preliminary()?;
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let (reply, _) = client.call(Call::Luks(Box::new(request)), &borrowed).map_err(in_our_words)?;
+    drop(borrowed);
     drop(descriptors);
     let proto::Reply::Luks(reply) = reply else { return Err(out_of_turn()) };
     let Reply::Dump(dump) = *reply else { return Err(out_of_turn()) };
@@ -74,6 +77,24 @@ fn settle(opened: &mut Opened, client: &mut Client) -> Result<()> {
         confirm_erasing(name, &dump)?;
     }
     opened.settle_keyslot(&dump.summary)
+}
+
+/// The header of a volume in short; `None`: it has none. For volumes of servers, which only the daemon looks at.
+///
+/// # Errors
+/// It has one that cannot be read, or the daemon or the server does not answer.
+pub fn summary(client: &mut Client, volume: &End) -> Result<Option<Summary>> {
+    let (request, descriptors) = request::look(volume, None)?;
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    match client.call(Call::Luks(Box::new(request)), &borrowed) {
+        Ok((proto::Reply::Luks(reply), _)) => match *reply {
+            Reply::Dump(dump) => Ok(Some(dump.summary)),
+            _ => Err(out_of_turn()),
+        },
+        Ok(_) => Err(out_of_turn()),
+        Err(error) if error.failure.message.starts_with("not a LUKS volume") => Ok(None),
+        Err(error) => Err(in_our_words(error)),
+    }
 }
 
 fn confirm_erasing(name: &str, dump: &Dump) -> Result<()> {

@@ -4,7 +4,7 @@
 //! makes the `.partial` files and takes the secrets' pipes, and must be followed by the request.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -90,16 +90,16 @@ pub fn open(verb: &Luks) -> Result<Opened> {
                 ..Wanted::default()
             };
             let refs = wanted.parse()?;
-            let volume = endpoint::open_volume(&args.volume, "VOLUME", Access::Replace)?;
+            let mut volume = endpoint::open_volume(&args.volume, "VOLUME", Access::Replace)?;
             let header_path = args.new.header.as_deref();
-            let written = header_path.map(|path| new_header(path, &volume, args.force)).transpose()?;
+            let mut written = header_path.map(|path| new_header(path, &volume, args.force)).transpose()?;
             if !args.force {
                 let end = overwritten(&header);
-                match &written {
+                match &mut written {
                     // With the header elsewhere, nothing is written to the volume.
                     Some(Sink::Open(end_of_header)) => refuse_content(end_of_header, end)?,
                     Some(Sink::New(_)) => {}
-                    None => refuse_content(&volume, end)?,
+                    None => refuse_content(&mut volume, end)?,
                 }
             }
             let operation = Operation::Format { new: Box::new(header), key_fd: 0 };
@@ -285,11 +285,17 @@ fn overwritten(new: &luks::New) -> u64 {
     USUAL.max(new.data_offset.unwrap_or(0)).max(copies + new.keyslots_bytes.unwrap_or(0))
 }
 
+/// Most bytes that the daemon reads through on a server to see whether they are zeros.
+const REMOTE_MOST: u64 = 64 << 20;
+
 /// What will be written over must be zeros, all of it: a volume with its header elsewhere, or a raw one, has no signature. A
 /// device may have one at its end as well, which tells what the whole is.
-fn refuse_content(target: &End, end: u64) -> Result<()> {
-    let file = target.fd.try_clone().map(File::from);
-    let file = file.map_err(|error| Error::io("cannot inspect", &target.name, error))?;
+fn refuse_content(target: &mut End, end: u64) -> Result<()> {
+    if target.remote().is_some() {
+        endpoint::be_blank(target, false, end.min(REMOTE_MOST));
+        return Ok(());
+    }
+    let file = target.file()?;
     let holds = |what: &str| {
         Error::new(ErrorKind::Conflict, format!("{} holds {what}", target.name))
             .hint("--force makes a volume of it; what it holds is lost")
@@ -329,6 +335,26 @@ fn is_zero(file: &File, end: u64) -> std::io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// What is in the header of this volume?
+///
+/// # Errors
+/// Nobody listens, or no descriptor is to be had.
+pub fn look(volume: &End, header: Option<&End>) -> Result<(Request, Vec<OwnedFd>)> {
+    let mut passing = Passing::default();
+    let mut pass = |end: &End| -> Result<luks::File> {
+        let fd = match end.remote() {
+            Some(remote) => passing.remote(remote, &end.name)?,
+            None => passing.fd(end.file()?.into()),
+        };
+        Ok(luks::File { fd, name: end.name.clone() })
+    };
+    let volume = Some(pass(volume)?);
+    let header = header.map(pass).transpose()?;
+    let remotes = passing.remotes();
+    let (descriptors, _) = passing.finish();
+    Ok((Request { volume, header, lock_fd: None, remotes, operation: Operation::Dump {} }, descriptors))
 }
 
 impl Opened {
@@ -389,18 +415,10 @@ impl Opened {
         holder.and_then(|end| Some((end.device()?, end.name.as_str())))
     }
 
-    /// A question about the volume as it is, which changes nothing.
-    pub fn preliminary(&self) -> (Request, Vec<BorrowedFd<'_>>) {
-        let mut descriptors = vec![self.volume.fd.as_fd()];
-        let volume = Some(luks::File { fd: 0, name: self.volume.name.clone() });
-        let header = self.header.as_ref().map(|end| {
-            descriptors.push(end.fd.as_fd());
-            luks::File { fd: 1, name: end.name.clone() }
-        });
-        (
-            Request { volume, header, lock_fd: None, remotes: Vec::new(), operation: Operation::Dump {} },
-            descriptors,
-        )
+    /// A question about the volume as it is, which changes nothing. A volume of a server gets connections of its own for it: the daemon
+    /// closes what it was given.
+    pub fn preliminary(&self) -> Result<(Request, Vec<OwnedFd>)> {
+        look(&self.volume, self.header.as_ref())
     }
 
     /// What the volume's header told: the keyslot of our token.
@@ -425,8 +443,8 @@ impl Opened {
     pub fn create(self, lock: Option<BorrowedFd<'_>>) -> Result<Prepared> {
         let Self { volume, header, mut operation, key, new_key, volume_key, written, read, .. } = self;
         let mut passing = Passing::default();
-        let volume = Some(passing.file(volume));
-        let header = header.map(|header| passing.file(header));
+        let volume = Some(passing.file(volume)?);
+        let header = header.map(|header| passing.file(header)).transpose()?;
         let mut opening = key;
         match &mut operation {
             Operation::Format { new, key_fd } => {
@@ -448,7 +466,7 @@ impl Opened {
             Operation::HeaderBackup { file } => {
                 *file = passing.new_file(written.expect("a backup has a place"), false)?;
             }
-            Operation::HeaderRestore { file, .. } => *file = passing.file(read.expect("a backup is open")),
+            Operation::HeaderRestore { file, .. } => *file = passing.file(read.expect("a backup is open"))?,
             Operation::Dump {}
             | Operation::Erase { .. }
             | Operation::TokenAdd { .. }
@@ -464,9 +482,10 @@ impl Opened {
             }
             None => None,
         };
+        let remotes = passing.remotes();
         let (descriptors, partials) = passing.finish();
         Ok(Prepared {
-            request: Request { volume, header, lock_fd, remotes: Vec::new(), operation },
+            request: Request { volume, header, lock_fd, remotes, operation },
             descriptors,
             partials,
         })

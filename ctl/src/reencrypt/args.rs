@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::amount::parse_bytes;
-use crate::args::{FoundFormat, Iv, Moving, RawArgs};
+use crate::args::{FoundFormat, Iv, Moving, RawArgs, parse_reconnect};
 use crate::luks::args::{KeyslotKdf, parse_label, parse_uuid};
 use crate::secret::KeyText;
 
 #[derive(Debug, Args)]
 pub struct Reencrypt {
-    /// The volume to rewrite: a file or a block device, not in use
+    /// The volume to rewrite: a file, a block device or an NBD URI, not in use
     #[arg(value_name = "VOLUME")]
     pub volume: PathBuf,
     /// A passphrase that opens the volume, and shall open it afterwards: file:PATH, fd:N, prompt or keyring:NAME
@@ -55,6 +55,12 @@ pub struct Reencrypt {
     pub raw: RawArgs,
     #[command(flatten)]
     pub new_raw: NewRawArgs,
+    /// Seconds to try to connect again when a connection to a server breaks; 0: not at all [default: 10]
+    ///
+    /// Requests that were not answered are sent again. It takes a daemon that may do what you may: your own, or root's for
+    /// root. For others the job ends with the connection, and is gone on with by --resume-only.
+    #[arg(long, value_name = "SECONDS", value_parser = parse_reconnect, help_heading = "NBD servers")]
+    pub reconnect: Option<u32>,
     #[command(flatten)]
     pub moving: Moving,
 }

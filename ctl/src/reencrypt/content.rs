@@ -10,6 +10,7 @@ use rustix::fs::SeekFrom;
 
 use crate::endpoint::End;
 use crate::reencrypt::args::Reencrypt;
+use crate::reencrypt::request::Head;
 use crate::report::{Error, Result};
 use crate::signature;
 
@@ -18,6 +19,11 @@ use crate::signature;
 /// # Errors
 /// `Invalid`: it has one. `Unsupported`: it cannot be told.
 pub fn refuse_signature(volume: &End, of: &str) -> Result<()> {
+    if volume.remote().is_some() {
+        return Err(unseen(volume).hint(format!(
+            "--found-data-may-be-destroyed says that it is the ciphertext of {of}; --resume-only goes on with what was begun"
+        )));
+    }
     let file = open(volume)?;
     let found = signature::probe(&file, &volume.name).map_err(|error| {
         error.hint("install blkid (package util-linux), or use --found-data-may-be-destroyed if you are sure")
@@ -33,6 +39,14 @@ pub fn refuse_signature(volume: &End, of: &str) -> Result<()> {
              all the same",
         )),
     }
+}
+
+/// Data on a server is not looked at from here, and what is rewritten as ciphertext and is none, is lost.
+fn unseen(volume: &End) -> Error {
+    Error::usage(format!(
+        "what {} holds is not looked at, as the data of a file or device would be",
+        volume.name
+    ))
 }
 
 /// Does the header say that it is under way, or that its data is plain already? Then the data may look like anything. A LUKS2 header says
@@ -69,6 +83,11 @@ pub fn is_under_way(header: &End) -> Result<bool> {
 /// # Errors
 /// `Invalid`: it does, or there is less than that.
 pub fn refuse_unshrunk(volume: &End, reduction: u64) -> Result<()> {
+    if volume.remote().is_some() {
+        return Err(unseen(volume).hint(format!(
+            "--filesystem-may-lose-its-end says that its last {reduction} bytes are free, or what is in them is given up"
+        )));
+    }
     let file = open(volume)?;
     let bytes = size(volume)?;
     let left = bytes.saturating_sub(reduction);
@@ -99,19 +118,26 @@ fn refuse_odd(volume: &End) -> Result<()> {
 }
 
 fn size(volume: &End) -> Result<u64> {
-    rustix::fs::seek(&volume.fd, SeekFrom::End(0))
+    rustix::fs::seek(open(volume)?, SeekFrom::End(0))
         .map_err(|errno| Error::io("cannot inspect", &volume.name, errno))
 }
 
-/// All of it that can be wrong with what is typed. `header`: a detached one that is there. `begun`: it is gone on with.
+/// All of it that can be wrong with what is typed. `header`: a detached one that is there. `begun`: it is gone on with. Data that a server
+/// has is not looked at: it takes the flag that says what it is.
 ///
 /// # Errors
 /// As the others here.
-pub fn check(args: &Reencrypt, volume: &End, header: Option<&End>, mode: Mode, begun: bool) -> Result<()> {
+pub fn check(
+    args: &Reencrypt,
+    volume: &End,
+    header: Option<(&End, &Head)>,
+    mode: Mode,
+    begun: bool,
+) -> Result<()> {
     if begun {
         return Ok(());
     }
-    if mode == Mode::Encrypt {
+    if mode == Mode::Encrypt && volume.remote().is_none() {
         refuse_odd(volume)?;
     }
     if let (Mode::Encrypt, Some(reduction)) = (mode, args.becoming.reduce_device_size) {
@@ -125,8 +151,9 @@ pub fn check(args: &Reencrypt, volume: &End, header: Option<&End>, mode: Mode, b
         return Ok(());
     }
     match header {
-        Some(header) if is_under_way(header)? => Ok(()),
-        Some(header) => refuse_signature(volume, &format!("the volume whose header is {}", header.name)),
+        Some((_, Head { is_under_way: Some(true), .. })) => Ok(()),
+        Some((header, Head { is_under_way: None, .. })) if is_under_way(header)? => Ok(()),
+        Some((header, _)) => refuse_signature(volume, &format!("the volume whose header is {}", header.name)),
         None if args.volume_args.journal.is_some() => refuse_signature(volume, "a raw volume"),
         None => Ok(()),
     }
@@ -167,7 +194,7 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 fn open(end: &End) -> Result<File> {
-    end.fd.try_clone().map(File::from).map_err(|error| Error::io("cannot inspect", &end.name, error))
+    end.file()
 }
 
 #[cfg(test)]

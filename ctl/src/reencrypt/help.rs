@@ -16,7 +16,8 @@ The progress is in the volume's own header, as cryptsetup writes it: after a cra
 command goes on where it was, on this machine or another, and so does `cryptsetup reencrypt --resume-only`. What cryptsetup has \
 begun, this goes on with. A raw volume has no header: --journal keeps its progress in a file.
 
-Nobody else may use the volume meanwhile: one that is mounted or mapped is refused. A volume in use is re-encrypted by cryptsetup. \
+VOLUME may be what an NBD server has (see `cryptctl --help`); of its data nothing is looked at before, so where that matters a flag \
+is asked for. Nobody else may use the volume meanwhile: one that is mounted or mapped is refused, and of a server nobody can tell. A volume in use is re-encrypted by cryptsetup. \
 Make a header backup before, and a new one after: the old one holds the old key, and must never be restored once this has begun.";
 
 /// The end of `reencrypt --help`

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use proto::luks::File;
+use proto::luks::{self, File};
 use proto::reencrypt::{Format, Mode, Request, Resilience};
 use proto::{Action, ErrorKind, Submit};
 
@@ -25,9 +25,12 @@ use crate::reencrypt::wish;
 use crate::report::{Error, Exit, Result, printable};
 use crate::request::{self, Prepared};
 use crate::secret::{self, KeyRef, Purpose, Secret};
+use crate::uri;
 
 /// Most passphrases of one request: beside them there is room for all its other descriptors.
 const MOST_KEYS: usize = 24;
+/// The same where connections and certificates take some of that room.
+const MOST_KEYS_REMOTE: usize = 12;
 
 /// A checked job: files open, keys at hand, nothing changed yet.
 pub struct Opened {
@@ -51,13 +54,17 @@ pub struct Opened {
     pub doubt: Option<String>,
 }
 
+/// Asks the daemon for the header of a volume that a server has; `None`: it has none.
+pub type Ask<'a> = &'a mut dyn FnMut(&End) -> Result<Option<luks::Summary>>;
+
 /// Check what was typed, open it, ask, fetch the secrets.
-pub fn open(args: &Reencrypt) -> Result<Opened> {
+pub fn open(args: &Reencrypt, ask: Ask<'_>) -> Result<Opened> {
     wish::refuse_contradictions(args)?;
     let refs = Refs::parse(args)?;
     let mut format = wish::format(args)?;
     let access = if args.dry_run { Access::Read } else { Access::Replace };
-    let volume = open_end(&args.volume, "VOLUME", access)?;
+    let mut volume = open_end(&args.volume, "VOLUME", access)?;
+    volume.remote_mut().into_iter().for_each(|remote| remote.reconnect_ms = args.reconnect);
     let mode = match (args.becoming.encrypt, args.becoming.decrypt) {
         (true, _) => Mode::Encrypt,
         (_, true) => Mode::Decrypt,
@@ -70,13 +77,34 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
         journal = Some(found);
         warnings.extend(warning);
     }
-    let header =
-        args.volume_args.header.as_deref().map(|path| header(path, &volume, mode, access)).transpose()?;
-    let uuid = match (&format, &header) {
-        (Format::Raw(_), _) | (_, Some(Sink::New(_))) => None,
-        (_, Some(Sink::Open(end))) => uuid_of(end)?,
-        (_, None) => uuid_of(&volume)?,
+    let header = args
+        .volume_args
+        .header
+        .as_deref()
+        .map(|path| header(path, &volume, (mode, access), ask))
+        .transpose()?;
+    let (header, known) = match header {
+        Some((sink, known)) => (Some(sink), known),
+        None if matches!(format, Format::Raw(_)) => (None, Head::default()),
+        None => (None, Head::of(&volume, ask)?),
     };
+    let uuid = known.uuid.clone();
+    let mut header = header;
+    if let Some(Sink::Open(end)) = &mut header
+        && let Some(remote) = end.remote_mut()
+    {
+        remote.reconnect_ms = args.reconnect;
+    }
+    let is_remote = |sink: &Sink| matches!(sink, Sink::Open(end) if end.remote().is_some());
+    let any_remote = volume.remote().is_some() || header.as_ref().is_some_and(is_remote);
+    if args.reconnect.is_some() && !any_remote {
+        return Err(request::no_server("--reconnect"));
+    }
+    if any_remote && args.keys.len() > MOST_KEYS_REMOTE {
+        return Err(Error::usage(format!(
+            "--key: at most {MOST_KEYS_REMOTE} at a time for a volume of a server"
+        )));
+    }
     let mut resume_only = args.resume_only;
     if mode == Mode::Encrypt {
         // A volume that has a header already was begun: a volume in a volume is not what `encrypt` makes.
@@ -99,12 +127,8 @@ pub fn open(args: &Reencrypt) -> Result<Opened> {
         Some(Sink::Open(end)) => Some(end),
         _ => None,
     };
-    content::check(args, &volume, there, mode, resume_only || journal_begun)?;
-    let was_luks1 = match (&format, &header) {
-        (Format::Raw(_), _) | (_, Some(Sink::New(_))) => false,
-        (_, Some(Sink::Open(end))) => is_luks1(end)?,
-        (_, None) => is_luks1(&volume)?,
-    };
+    content::check(args, &volume, there.map(|end| (end, &known)), mode, resume_only || journal_begun)?;
+    let was_luks1 = known.is_luks1;
     if let (Format::Luks(luks), Mode::Encrypt, false) = (&mut format, mode, resume_only) {
         // Chosen here, so that it can be locked before anybody else sees it.
         luks.uuid = luks.uuid.take().or_else(random_uuid);
@@ -171,35 +195,66 @@ fn open_end(path: &Path, role: &str, access: Access) -> Result<End> {
     Ok(end)
 }
 
-/// A detached header. With `encrypt` one that is not there, or empty, is to be made.
-fn header(path: &Path, volume: &End, mode: Mode, access: Access) -> Result<Sink> {
+/// A detached header, and what is in it. With `encrypt` one that is not there, or empty, is to be made.
+fn header(path: &Path, volume: &End, (mode, access): (Mode, Access), ask: Ask<'_>) -> Result<(Sink, Head)> {
     if std::fs::metadata(path).is_ok_and(|found| volume.is(&found)) {
         return Err(Error::usage(format!("--header: {} is VOLUME itself", path.display()))
             .hint("leave --header out when the header is in front of the data"));
     }
-    if mode == Mode::Encrypt {
+    if mode == Mode::Encrypt && !uri::is_uri(path) {
         let found = std::fs::metadata(path);
         let is_new = found.is_ok_and(|found| found.is_file() && found.len() == 0) || !path.exists();
         if is_new {
-            return endpoint::inspect_header(path, "--header", volume, false);
+            let sink = endpoint::inspect_header(path, "--header", volume, false)?;
+            return Ok((sink, Head::default()));
         }
     }
-    let end = open_end(path, "--header", access)?;
+    let mut end = open_end(path, "--header", access)?;
     endpoint::refuse_same_ends(volume, &end)?;
-    if mode == Mode::Encrypt && uuid_of(&end)?.is_none() && !is_blank(&end)? {
+    let known = Head::of(&end, ask)?;
+    if mode == Mode::Encrypt && known.uuid.is_none() && end.remote().is_some() {
+        endpoint::be_blank(&mut end, false, 4096);
+    } else if mode == Mode::Encrypt && known.uuid.is_none() && !is_blank(&end)? {
         return Err(Error::new(
             ErrorKind::Conflict,
             format!("--header: {} holds something that is no LUKS header", end.name),
         )
         .hint("name a new file, or a device that is empty"));
     }
-    Ok(Sink::Open(end))
+    Ok((Sink::Open(end), known))
+}
+
+/// What a header is known to be.
+#[derive(Debug, Default)]
+pub struct Head {
+    /// The UUID of the LUKS header, of either version; empty if it has none.
+    pub uuid: Option<String>,
+    /// Its version is 1.
+    pub is_luks1: bool,
+    /// Of a volume of a server: something is under way on it, or its data is plain.
+    pub is_under_way: Option<bool>,
+}
+
+impl Head {
+    fn of(end: &End, ask: Ask<'_>) -> Result<Self> {
+        if end.remote().is_none() {
+            return Ok(Self { uuid: uuid_of(end)?, is_luks1: is_luks1(end)?, is_under_way: None });
+        }
+        let Some(summary) = ask(end)? else { return Ok(Self::default()) };
+        let is_required = summary.requirements.iter().any(|name| name.starts_with("online-reencrypt"));
+        let is_plain = summary.segments.iter().any(|segment| segment.kind == "linear");
+        Ok(Self {
+            is_luks1: summary.version == luks::Version::Luks1,
+            is_under_way: Some(is_required || is_plain),
+            uuid: Some(summary.uuid),
+        })
+    }
 }
 
 /// The first bytes, where both versions of LUKS have the same fields.
 fn head(end: &End) -> Result<Vec<u8>> {
     let failed = |error| Error::io("cannot read", &end.name, error);
-    let file = end.fd.try_clone().map(std::fs::File::from).map_err(failed)?;
+    let file = end.file()?;
     let mut bytes = vec![0; 4096];
     let mut filled = 0;
     while filled < bytes.len() {
@@ -476,7 +531,7 @@ impl Opened {
     pub fn create(self, locks: &[Lock]) -> Result<Prepared> {
         let Self { mut submit, mut request, volume, header, journal, keys, new_key, .. } = self;
         let mut passing = Passing::default();
-        request.volume = passing.file(volume);
+        request.volume = passing.file(volume)?;
         request.keys = keys.into_iter().map(|key| passing.secret(key)).collect::<Result<_>>()?;
         request.new_key = new_key.map(|key| passing.secret(key)).transpose()?;
         match &mut request.format {
@@ -513,6 +568,7 @@ impl Opened {
             request.lock_fds.push(passing.fd(copy));
         }
         submit.reencrypt = Some(Box::new(request));
+        submit.remotes = passing.remotes();
         let (descriptors, partials) = passing.finish();
         Ok(Prepared { submit, descriptors, partials })
     }

@@ -191,6 +191,7 @@ fn the_daemon_describes_itself() {
             kernel_forced: false,
             workers: vec![worker.clone(), WorkerStatus { cpu: Some(1), ..worker }],
             active_jobs: 2,
+            active_exports: 0,
             idle_exit_seconds: Some(300),
             memlock_limit_bytes: Some(8 << 20),
             memlock_needed_bytes: Some(32 << 20),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use zeroize::Zeroize;
 
+use crate::backend::nbd;
 use crate::backend::{Op, Port, Position, Queue, QueueChoice, Span, What, open_queue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::buffer::{Arena, Buf};
@@ -57,6 +58,8 @@ impl Blocking {
     /// # Errors
     /// As [`Blocking::open`].
     pub fn open_on(queue: QueueChoice, file: Arc<OwnedFd>, name: &str, align: u32) -> Result<Self> {
+        // A server may take nothing but whole blocks, and there is no cache on this side that would make them up.
+        let align = nbd::find(&file).map_or(align, |volume| align.max(volume.facts().block_min));
         let mut arena = Arena::new(1, BUFFER_BYTES)?;
         // Whole jobs on simulated disks: what they read and write by way of this passes through their world too.
         #[cfg(feature = "sim")]

@@ -13,7 +13,10 @@ use std::sync::Arc;
 use rustix::fs::{self, Advice, AtFlags, FileType, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
+use crate::backend::blocking::Blocking;
+use crate::backend::nbd::{Lease, Volume};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::nbd::flags;
 use crate::units::Extent;
 
 /// What a device will be used for.
@@ -32,7 +35,7 @@ pub struct Purpose {
 pub enum Nature {
     /// A regular file.
     File,
-    /// A block device.
+    /// A block device, of this machine or behind an NBD server ([`Device::remote`]): its size is what it is.
     Block,
     /// A pipe, socket or character device: no size, no offsets.
     Stream,
@@ -92,6 +95,8 @@ pub struct Device {
     identity: Identity,
     /// 0: this file cannot do direct I/O.
     direct_alignment: u32,
+    /// Behind an NBD server. Declared after the descriptor, which must go first.
+    remote: Option<Lease>,
 }
 
 /// `TMPFS_MAGIC` (include/uapi/linux/magic.h).
@@ -153,7 +158,27 @@ impl Device {
             _ => Identity::Inode { dev: stat.st_dev, ino: stat.st_ino },
         };
         let direct_alignment = if purpose.stream { 0 } else { direct_alignment(&fd, nature) };
-        Ok(Self { file: Arc::new(fd), name, nature, purpose, size, identity, direct_alignment })
+        let file = Arc::new(fd);
+        Ok(Self { file, name, nature, purpose, size, identity, direct_alignment, remote: None })
+    }
+
+    /// An export of an NBD server, which `file` stands for.
+    ///
+    /// # Errors
+    /// The file cannot be examined.
+    pub fn from_remote(file: Arc<OwnedFd>, lease: Lease, name: &str, purpose: Purpose) -> Result<Self> {
+        let stat = fs::fstat(&file).map_err(|errno| Error::io("cannot examine", errno).at(name))?;
+        let facts = lease.volume().facts();
+        let (size, direct_alignment) = (Some(facts.size), facts.block_min);
+        let identity = Identity::Inode { dev: stat.st_dev, ino: stat.st_ino };
+        let (name, nature, remote) = (name.to_owned(), Nature::Block, Some(lease));
+        Ok(Self { file, name, nature, purpose, size, identity, direct_alignment, remote })
+    }
+
+    /// The volume, if it is behind an NBD server.
+    #[must_use]
+    pub fn remote(&self) -> Option<&Volume> {
+        self.remote.as_ref().map(Lease::volume)
     }
 
     /// The descriptor, to be attached to queues.
@@ -178,6 +203,12 @@ impl Device {
     #[must_use]
     pub fn is_stream(&self) -> bool {
         self.purpose.stream
+    }
+
+    /// Opened to be written to?
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.purpose.write
     }
 
     /// Bytes when it was opened, or last set; `None` for streams.
@@ -218,6 +249,10 @@ impl Device {
     }
 
     fn set_direct(&self, on: bool) -> bool {
+        if self.remote.is_some() {
+            // There is no page cache on this side, and blocks are what the server says.
+            return true;
+        }
         fs::fcntl_getfl(&self.file).is_ok_and(|mut flags| {
             flags.set(OFlags::DIRECT, on);
             fs::fcntl_setfl(&self.file, flags).is_ok()
@@ -227,19 +262,28 @@ impl Device {
     /// On a filesystem that another program or machine serves: even looking at it may take as long as they like.
     #[must_use]
     pub fn is_remote(&self) -> bool {
-        filesystem(&self.file).is_some_and(|magic| REMOTE_MAGICS.contains(&magic))
+        self.remote.is_some() || filesystem(&self.file).is_some_and(|magic| REMOTE_MAGICS.contains(&magic))
     }
 
     /// On a filesystem made of memory.
     #[must_use]
     pub fn is_memory(&self) -> bool {
-        is_memory(&self.file)
+        self.remote.is_none() && is_memory(&self.file)
     }
 
     /// What the hardware below would like.
     #[must_use]
     pub fn hints(&self) -> Hints {
         const CHUNK_BYTES: u32 = 1 << 20;
+        /// Chunks are whole blocks of this.
+        const CHUNK_STEP: u32 = 4096;
+        if let Some(volume) = self.remote() {
+            // What the server prefers is a least, and often small; it never gets more than it takes.
+            let facts = volume.facts();
+            let most = (facts.payload_max / CHUNK_STEP * CHUNK_STEP).max(CHUNK_STEP);
+            let chunk_bytes = facts.block_preferred.clamp(CHUNK_BYTES, 4 << 20).min(most);
+            return Hints { rotational: facts.has(flags::ROTATIONAL), chunk_bytes, queue_depth: 16 };
+        }
         let rotational = self.queue_attribute("rotational") == Some(1);
         let optimal = self.queue_attribute("optimal_io_size").unwrap_or(0);
         // A RAID announces its stripe: whole stripes, if that is a sensible size.
@@ -261,6 +305,9 @@ impl Device {
 
     /// A number from the block queue under this file or device; partitions share their disk's.
     fn queue_attribute(&self, attribute: &str) -> Option<u64> {
+        if self.remote.is_some() {
+            return None;
+        }
         let dev = match self.identity {
             Identity::Block { rdev } => rdev,
             Identity::Inode { dev, .. } => dev,
@@ -276,6 +323,9 @@ impl Device {
     #[must_use]
     pub fn region_at(&self, offset: u64) -> Option<Region> {
         let size = self.size.filter(|&size| offset < size)?;
+        if let Some(volume) = self.remote() {
+            return Some(volume.region_at(offset));
+        }
         let all_data = Region::Data { until: size };
         if self.nature != Nature::File {
             return Some(all_data);
@@ -299,6 +349,9 @@ impl Device {
     /// # Errors
     /// The write-back failed: what was written may be lost, and asking again proves nothing.
     pub fn sync_all(&self) -> Result<()> {
+        if self.remote.is_some() {
+            return Blocking::open(Arc::clone(&self.file), &self.name, self.direct_alignment)?.flush();
+        }
         match fs::fsync(&self.file) {
             Ok(()) => Ok(()),
             Err(Errno::INVAL | Errno::ROFS) if self.nature == Nature::Stream => Ok(()),

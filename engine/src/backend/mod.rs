@@ -12,7 +12,7 @@
 //! Invariants every implementation keeps:
 //! 1. every accepted [`Op`] comes back exactly once as a [`Done`], with its buffer, also when cancelled or failed;
 //! 2. a transfer is finished when it comes back: short reads and writes, `EINTR` and `EAGAIN` are continued inside;
-//!    a read returns fewer bytes than asked only at the end of the file, a write never;
+//!    a read returns fewer bytes than asked only at the end of the file, a write never; only [`What::Receive`] takes what there is;
 //! 3. `push` makes no system call, `kick` at most one per batch (io_uring);
 //! 4. dropping a queue first drains what is in flight, because the kernel may still write to the buffers.
 
@@ -72,6 +72,22 @@ pub enum What {
         /// Which part of it.
         span: Span,
     },
+    /// Fill the beginning of `buf[span]` with what a stream has, as soon as it has any; 0 bytes: it has ended. The one transfer that
+    /// may come back short.
+    Receive {
+        /// Into which buffer; it comes back in the completion.
+        buf: Buf,
+        /// Which part of it.
+        span: Span,
+    },
+    /// Give space back (`fallocate` with `PUNCH_HOLE`): the extent reads as zeros. Files and block devices; what cannot says
+    /// `EOPNOTSUPP`.
+    Discard {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Make everything written through this file durable: data, and the metadata needed to read it back (`fdatasync`).
     Flush,
     /// Wait until the file is readable (`read`) or writable, without holding a buffer. For streams.
@@ -84,12 +100,22 @@ pub enum What {
 /// One operation. `token` is the caller's and comes back untouched.
 #[derive(Debug)]
 pub struct Op {
-    /// The caller's name for it.
+    /// The caller's name for it; the largest 65,536 numbers are the queues' own.
     pub token: u64,
     /// On which file.
     pub port: Port,
     /// What to do.
     pub what: What,
+}
+
+impl What {
+    /// The buffer lent with it, if it has one.
+    fn into_buf(self) -> Option<Buf> {
+        match self {
+            Self::Read { buf, .. } | Self::Write { buf, .. } | Self::Receive { buf, .. } => Some(buf),
+            Self::Flush | Self::Discard { .. } | Self::Ready { .. } => None,
+        }
+    }
 }
 
 /// A finished operation.
@@ -99,7 +125,7 @@ pub struct Done {
     pub token: u64,
     /// The buffer lent with the operation, if it had one.
     pub buf: Option<Buf>,
-    /// Bytes transferred (0 for `Flush` and `Ready`), or the cause. A transfer that failed midway reports the error: how
+    /// Bytes transferred (0 for `Flush`, `Discard` and `Ready`), or the cause. A transfer that failed midway reports the error: how
     /// much arrived is not to be relied on. Cancelled: `ECANCELED`.
     pub result: std::io::Result<u32>,
 }
@@ -213,26 +239,32 @@ pub enum QueueChoice {
 /// Threads of a fallback queue: enough to keep an SSD busy, few enough for a core.
 const FALLBACK_THREADS_MAX: u32 = 16;
 
-/// The queue of one worker, made on the worker's own thread: `depth` operations in flight, buffers of `arena`.
+/// The queue of one worker, made on the worker's own thread: `depth` operations in flight, buffers of `arena`. Volumes that an
+/// NBD server exports are attached like files.
 ///
 /// # Errors
 /// io_uring was demanded and cannot be used, or no threads can be started.
 pub fn open_queue(choice: QueueChoice, arena: &Arena, depth: u32) -> Result<Box<dyn Queue>, Error> {
-    let threads = || threads::ThreadsQueue::new(depth.min(FALLBACK_THREADS_MAX), depth);
-    match choice {
-        QueueChoice::Threads => Ok(Box::new(threads()?)),
-        QueueChoice::IoUring => Ok(Box::new(uring::UringQueue::new(arena, depth)?)),
+    let below = depth + nbd::queue::EXTRA_DEPTH;
+    let threads = || threads::ThreadsQueue::new(depth.min(FALLBACK_THREADS_MAX), below);
+    let inner: Box<dyn Queue> = match choice {
+        QueueChoice::Threads => Box::new(threads()?),
+        QueueChoice::IoUring => Box::new(uring::UringQueue::new(arena, below)?),
+        // Simulated disks are no servers.
         #[cfg(feature = "sim")]
-        QueueChoice::Simulated(number) => Ok(sim::World::numbered(number)?.queue(arena, depth)),
-        QueueChoice::Auto => match uring::UringQueue::new(arena, depth) {
-            Ok(queue) => Ok(Box::new(queue)),
+        QueueChoice::Simulated(number) => return Ok(sim::World::numbered(number)?.queue(arena, depth)),
+        QueueChoice::Auto => match uring::UringQueue::new(arena, below) {
+            Ok(queue) => Box::new(queue),
             // Whatever is wrong with io_uring here, threads may still work; if they do not either, both causes count.
             Err(no_ring) => match threads() {
-                Ok(queue) => Ok(Box::new(queue.because(no_ring.chain()))),
+                Ok(queue) => Box::new(queue.because(no_ring.chain())),
                 Err(error) => {
-                    Err(Error::new(ErrorKind::Limit, format!("no I/O queue ({no_ring})")).because(error))
+                    return Err(
+                        Error::new(ErrorKind::Limit, format!("no I/O queue ({no_ring})")).because(error)
+                    );
                 }
             },
         },
-    }
+    };
+    Ok(Box::new(nbd::queue::RemoteQueue::new(inner, depth)))
 }

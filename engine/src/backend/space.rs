@@ -9,8 +9,13 @@ use crate::error::{Error, ErrorKind, Result};
 impl Device {
     /// Can it have holes that are worth asking for? Not where a file has as many blocks as bytes, nor where the question
     /// goes to another program or machine: a worker asks, and must not wait for either.
+    ///
+    /// An NBD server is asked here and now for the zeros of what is only read; [`Device::region_at`] never asks it.
     #[must_use]
     pub fn may_have_holes(&self) -> bool {
+        if let Some(volume) = self.remote() {
+            return !self.is_written() && volume.learn_zeros();
+        }
         if self.nature() != Nature::File || self.is_stream() || self.is_remote() {
             return false;
         }
@@ -23,6 +28,9 @@ impl Device {
     /// # Errors
     /// It cannot be examined.
     pub fn current_len(&self) -> Result<u64> {
+        if let Some(volume) = self.remote() {
+            return Ok(volume.facts().size);
+        }
         let stat = fstat(self.file()).map_err(|errno| Error::io("cannot examine", errno).at(self.name()))?;
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
@@ -38,6 +46,9 @@ impl Device {
     /// no blocks at all.
     #[must_use]
     pub fn free_bytes(&self) -> Option<u64> {
+        if self.remote().is_some() {
+            return None;
+        }
         let stat = fstatvfs(self.file()).ok().filter(|stat| stat.f_blocks > 0)?;
         stat.f_bavail.checked_mul(stat.f_frsize)
     }
@@ -47,6 +58,10 @@ impl Device {
     /// # Errors
     /// Not a file, no room, or a limit of the filesystem.
     pub fn set_len(&self, bytes: u64) -> Result<()> {
+        if self.remote().is_some() {
+            let what = format!("cannot set the length to {bytes} bytes: an NBD server exports it");
+            return Err(Error::new(ErrorKind::Unsupported, what).at(self.name()));
+        }
         ftruncate(self.file(), bytes).map_err(|errno| {
             Error::io(format!("cannot set the length to {bytes} bytes"), errno).at(self.name())
         })
@@ -78,6 +93,9 @@ impl Device {
     /// # Errors
     /// No room.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
+        if self.remote().is_some() {
+            return Ok(());
+        }
         loop {
             match fallocate(self.file(), FallocateFlags::empty(), 0, bytes) {
                 Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),

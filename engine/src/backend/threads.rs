@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use rustix::fs::FileType;
+use rustix::fs::{FallocateFlags, FileType};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::ports::Ports;
@@ -90,10 +90,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Shared {
     fn finish(&self, task: Task, result: std::io::Result<u32>) {
         let Op { token, port, what } = task.op;
-        let buf = match what {
-            What::Read { buf, .. } | What::Write { buf, .. } => Some(buf),
-            What::Flush | What::Ready { .. } => None,
-        };
+        let buf = what.into_buf();
         // The descriptor first: whoever sees the completion may count on it being let go.
         drop(task.file);
         lock(&self.finished).done.push((port, Done { token, buf, result }));
@@ -140,6 +137,7 @@ impl Shared {
                 return Step::Finished(Err(Errno::CANCELED.into()));
             }
             let file = task.file.as_fd();
+            let mut partial = false;
             let (write, remaining, result) = match &mut task.op.what {
                 What::Flush => {
                     self.count();
@@ -147,6 +145,19 @@ impl Shared {
                         Err(Errno::INTR) => continue,
                         result => return Step::Finished(result.map(|()| 0).map_err(IoError::from)),
                     }
+                }
+                What::Discard { offset, len } => {
+                    self.count();
+                    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    match rustix::fs::fallocate(file, flags, *offset, *len) {
+                        Err(Errno::INTR) => continue,
+                        result => return Step::Finished(result.map(|()| 0).map_err(IoError::from)),
+                    }
+                }
+                What::Receive { buf, span } => {
+                    let bytes = &mut buf[span.start as usize..span.end as usize];
+                    partial = true;
+                    (false, bytes.len(), self.read(file, task.may_block, CURRENT_POSITION, bytes))
                 }
                 What::Ready { read } => {
                     return if self.is_ready(file, *read) { Step::Finished(Ok(0)) } else { Step::Wait };
@@ -171,7 +182,7 @@ impl Shared {
                 }
                 Ok(count) => {
                     task.moved += u32::try_from(count).expect("no more than was asked for");
-                    if count == remaining || count == 0 {
+                    if count == remaining || count == 0 || partial {
                         return Step::Finished(Ok(task.moved));
                     }
                 }
@@ -274,9 +285,9 @@ impl What {
     /// Would it wait for the file to be readable, rather than writable?
     fn reads(&self) -> bool {
         match self {
-            Self::Read { .. } => true,
+            Self::Read { .. } | Self::Receive { .. } => true,
             Self::Ready { read } => *read,
-            Self::Write { .. } | Self::Flush => false,
+            Self::Write { .. } | Self::Flush | Self::Discard { .. } => false,
         }
     }
 }
@@ -405,7 +416,9 @@ impl Queue for ThreadsQueue {
         if self.in_flight >= self.depth {
             return Err((Refused::Full, op));
         }
-        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } = &op.what {
+        if let What::Read { buf, span, .. } | What::Write { buf, span, .. } | What::Receive { buf, span } =
+            &op.what
+        {
             super::check_span(buf, span);
         }
         self.in_flight += 1;

@@ -21,6 +21,8 @@ struct Ticket {
     token: u64,
     /// Bytes moved by earlier parts of the same transfer.
     moved: u32,
+    /// Whatever moves is enough.
+    partial: bool,
     /// A transfer that waits for its stream to be ready.
     parked: Option<Transfer>,
 }
@@ -72,11 +74,9 @@ impl UringQueue {
         let Completion { submission, data: ticket, result, cancelled } = completion;
         match submission {
             Submission::Transfer(transfer) => self.settle_transfer(transfer, ticket, result, cancelled),
-            Submission::Sync { file } => match u32::try_from(result) {
+            Submission::Sync { file } | Submission::Punch { file, .. } => match u32::try_from(result) {
                 Ok(_) => self.finish(file, ticket.token, None, Ok(0)),
-                Err(_) if result == -libc::EINTR && !cancelled => {
-                    self.resubmit(Submission::Sync { file }, ticket);
-                }
+                Err(_) if result == -libc::EINTR && !cancelled => self.resubmit(submission, ticket),
                 Err(_) => self.finish(file, ticket.token, None, Err(failure(result, cancelled))),
             },
             Submission::Poll { file, read } => {
@@ -108,7 +108,7 @@ impl UringQueue {
                 assert!(count <= remaining, "the kernel moved {count} of {remaining} bytes");
                 ticket.moved += count;
                 let (token, moved) = (ticket.token, ticket.moved);
-                if count == remaining || (count == 0 && !transfer.write) {
+                if count == remaining || (!transfer.write && (count == 0 || ticket.partial)) {
                     self.finish(file, token, Some(transfer.buf), Ok(moved));
                 } else if count == 0 {
                     let error = std::io::Error::from(std::io::ErrorKind::WriteZero);
@@ -209,13 +209,19 @@ impl Queue for UringQueue {
         }
         attached.in_flight += 1;
         let Op { token, port, what } = op;
+        let mut partial = false;
         let submission = match what {
             What::Read { position, buf, span } => transfer(false, port, position, buf, span),
             What::Write { position, buf, span } => transfer(true, port, position, buf, span),
+            What::Receive { buf, span } => {
+                partial = true;
+                transfer(false, port, Position::Stream, buf, span)
+            }
+            What::Discard { offset, len } => Submission::Punch { file: port.0, offset, len },
             What::Flush => Submission::Sync { file: port.0 },
             What::Ready { read } => Submission::Poll { file: port.0, read },
         };
-        let pushed = self.ring.push(submission, Ticket { token, moved: 0, parked: None });
+        let pushed = self.ring.push(submission, Ticket { token, moved: 0, partial, parked: None });
         pushed.expect("there is room: counted above");
         Ok(())
     }

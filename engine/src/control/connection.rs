@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use proto::export::ExportId;
 use proto::{Body, ErrorKind, Failure, JobId, JobState};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -61,6 +62,8 @@ pub struct Connection {
     pub watches: Vec<Watch>,
     /// Jobs to cancel when it ends.
     pub attached: BTreeSet<JobId>,
+    /// Exports to stop when it ends.
+    pub exports: BTreeSet<ExportId>,
     /// A helper works on its request; its next line waits.
     pub busy: bool,
     /// Set when it is closed, for helpers that work on its request.
@@ -86,6 +89,7 @@ impl Connection {
             peer,
             watches: Vec::new(),
             attached: BTreeSet::new(),
+            exports: BTreeSet::new(),
             busy: false,
             gone: Arc::default(),
             closing: false,

@@ -1,8 +1,8 @@
 //! One request in, one action out: rights are checked here, and everything a request can say about itself.
 //!
-//! Every verb but five is answered on the spot, because the registry's methods are quick. Three take time, so they are handed
-//! back to the loop for a helper: `submit` (it may probe devices), `luks` (it hashes passphrases) and `stats` (it waits for
-//! workers). Two change the
+//! Every verb but eight is answered on the spot, because the registries' methods are quick. Six take time, so they are handed
+//! back to the loop for a helper: `submit` (it may probe devices), `luks` and `export` (they hash passphrases), `stats` and
+//! `export_stats` (they wait for workers), `export_stop` (it waits for clients). Two change the
 //! connection or the daemon: `watch` and `shutdown`. Descriptors are never seen here, only counted; whether a submission names
 //! them rightly is the registry's to check.
 
@@ -11,10 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use proto::export::ExportId;
 use proto::{Call, ErrorKind, Format, Hello, JobId, JobInfo, Reply, Status, Submit, WorkerStatus};
 
 use super::policy::{Peer, Verb};
 use crate::error::{Error, Result};
+use crate::export::Exports;
+use crate::export::life::End;
 use crate::job::commit::Names;
 use crate::job::{Owner, Registry};
 use crate::limits;
@@ -25,6 +28,8 @@ use crate::volume::manage::{Caller, carry_out};
 pub struct Service {
     /// The jobs.
     pub registry: Arc<Registry>,
+    /// The exports.
+    pub exports: Arc<Exports>,
     /// The daemon as it started.
     pub about: About,
 }
@@ -57,6 +62,12 @@ pub enum Action {
     Submit(Box<Submit>),
     /// Carry out a header operation elsewhere, then reply.
     Luks(Box<proto::luks::Request>),
+    /// Open a volume and serve it elsewhere, then reply.
+    Export(Box<proto::export::Request>),
+    /// Gather statistics of an export elsewhere, then reply.
+    ExportStats(ExportId),
+    /// Begin the end of an export, and reply when it is over.
+    ExportStop(ExportId, End),
     /// Gather statistics of these jobs elsewhere, then reply. `asked`: of one alone.
     Stats {
         /// The one.
@@ -77,7 +88,8 @@ impl Service {
     /// `Denied`, `NotFound`, `Invalid`, or what the registry says.
     pub fn act(&self, peer: &Peer, call: Call, descriptors: usize) -> Result<Action> {
         peer.check(Verb::of(&call))?;
-        if !matches!(call, Call::Submit(_) | Call::Luks(_)) && descriptors > 0 {
+        let call = peer.limit(call);
+        if !matches!(call, Call::Submit(_) | Call::Luks(_) | Call::Export(_)) && descriptors > 0 {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("{descriptors} descriptors with a request that names none"),
@@ -123,8 +135,19 @@ impl Service {
                 check_luks_names(&request)?;
                 return Ok(Action::Luks(request));
             }
-            Call::Export(_) | Call::Exports {} | Call::ExportStats { .. } | Call::ExportStop { .. } => {
-                return Err(Error::new(ErrorKind::Unsupported, "nothing is exported yet"));
+            Call::Export(request) => return Ok(Action::Export(request)),
+            Call::Exports {} => {
+                let mut exports = self.exports.list();
+                exports.retain(|export| peer.owns(export.uid));
+                Reply::Exports(exports.into_iter().map(shorten_export).collect())
+            }
+            Call::ExportStats { export } => {
+                self.own_export(peer, export)?;
+                return Ok(Action::ExportStats(export));
+            }
+            Call::ExportStop { export, now } => {
+                self.own_export(peer, export)?;
+                return Ok(Action::ExportStop(export, if now { End::Dropped } else { End::Drained }));
             }
             Call::Shutdown { now } => return Ok(Action::Shutdown(now)),
         };
@@ -145,6 +168,16 @@ impl Service {
         act(&self.registry)
     }
 
+    /// An error if this peer may not touch this export.
+    fn own_export(&self, peer: &Peer, export: ExportId) -> Result<()> {
+        let info = self.exports.info(export)?;
+        if peer.owns(info.uid) {
+            Ok(())
+        } else {
+            Err(Error::new(ErrorKind::Denied, format!("export {export} belongs to another user")))
+        }
+    }
+
     fn jobs_of(&self, peer: &Peer) -> Vec<JobInfo> {
         let mut jobs = self.registry.list();
         jobs.retain(|job| peer.owns(job.uid));
@@ -163,6 +196,7 @@ impl Service {
             memlock_needed_bytes: memlock_needed(&about.workers),
             workers: about.workers,
             active_jobs: self.registry.active(),
+            active_exports: self.exports.active(),
             idle_exit_seconds: about.idle_exit.map(|time| time.as_secs()),
             memlock_limit_bytes: process::memlock_limit(),
             keys_locked: crate::crypto::keys_locked(),
@@ -336,6 +370,16 @@ fn shorten(mut job: JobInfo) -> JobInfo {
         }
     }
     job
+}
+
+/// The same for an export; where it listens and what it is called are needed whole, and bounded already.
+fn shorten_export(mut export: proto::export::Info) -> proto::export::Info {
+    cut(&mut export.volume);
+    if let Some(failure) = &mut export.failure {
+        cut(&mut failure.message);
+        failure.hint = None;
+    }
+    export
 }
 
 /// Both ends of a path say more than its middle.

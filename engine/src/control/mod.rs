@@ -12,28 +12,30 @@
 //!    waits for its helper, so replies keep their order and one client holds one helper;
 //! 2. every buffer and count is bounded by [`limits`]; a client that reaches a bound harms only itself and its own user;
 //! 3. progress events are sent only into an empty buffer, so a slow reader misses some; state changes and the end never;
-//! 4. a job submitted without `detach` is cancelled when its connection ends, however it ends;
-//! 5. the loop leaves only when no job is active: idle (nobody connected for the set time), or told to.
+//! 4. a job submitted without `detach` is cancelled when its connection ends, however it ends, and an export begun so is stopped;
+//! 5. the loop leaves only when no job and no export is active: idle (nobody connected for the set time), or told to.
 
 pub mod closer;
 pub mod connection;
 pub mod debts;
 pub mod dispatch;
+mod exports;
 pub mod helpers;
 pub mod line;
 pub mod listener;
+pub mod mailbox;
 pub mod policy;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use proto::{Body, ErrorKind, Event, JobId, JobInfo, Reply, Submit};
+use proto::{Body, ErrorKind, Event, JobId, Reply, Submit};
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
 
 use self::closer::Closer;
@@ -42,8 +44,11 @@ use self::debts::Debts;
 use self::dispatch::{Action, Service, Told};
 use self::helpers::{Helpers, Task};
 use self::listener::Listener;
+use self::mailbox::{Finished, Outcome};
+pub use self::mailbox::{Mailbox, Notice};
 use self::policy::Peer;
 use crate::error::{Error, Result};
+use crate::export::life::End;
 use crate::job::Owner;
 use crate::limits;
 use crate::sys::process;
@@ -54,86 +59,6 @@ const SIGNALS: u64 = u64::MAX - 2;
 
 /// Said to a user whose descriptors hang in `close`.
 const BEHIND: &str = "too many descriptors of this user are still being closed";
-
-/// What other threads have to say to the loop. Bounded by the number of jobs and of helpers.
-#[derive(Debug, Default)]
-struct News {
-    jobs: BTreeMap<JobId, Notice>,
-    finished: Vec<Finished>,
-}
-
-/// What became of a job.
-#[derive(Debug)]
-pub enum Notice {
-    /// Its state changed; the registry knows.
-    Changed,
-    /// It ended, like this. The registry may have forgotten it by now.
-    Ended(Box<JobInfo>),
-    /// It ended, and was forgotten before anybody could look.
-    Forgotten,
-}
-
-/// A helper's result.
-#[derive(Debug)]
-struct Finished {
-    uid: u32,
-    connection: u64,
-    id: u64,
-    outcome: Outcome,
-}
-
-#[derive(Debug)]
-enum Outcome {
-    Submitted { detach: bool, result: Result<(JobId, Vec<String>)> },
-    Answer(Result<Reply>),
-}
-
-/// Interrupts the loop from any thread.
-#[derive(Debug)]
-pub struct Mailbox {
-    wake: OwnedFd,
-    news: Mutex<News>,
-}
-
-impl Mailbox {
-    /// An empty one.
-    ///
-    /// # Errors
-    /// Out of descriptors.
-    pub fn new() -> Result<Arc<Self>> {
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::io("cannot make an eventfd", error))?;
-        Ok(Arc::new(Self { wake, news: Mutex::default() }))
-    }
-
-    /// A job's state changed, to what `job` shows now. For `Registry::start`, which calls before it forgets the job: the end
-    /// travels with the notice, so watchers learn it however soon that is.
-    pub fn job_changed(&self, id: JobId, job: Option<JobInfo>) {
-        let notice = match job {
-            Some(job) if job.state.is_final() => Notice::Ended(Box::new(job)),
-            Some(_) => Notice::Changed,
-            None => Notice::Forgotten,
-        };
-        self.post(|news| match news.jobs.get(&id) {
-            Some(Notice::Ended(_)) => {}
-            _ => {
-                news.jobs.insert(id, notice);
-            }
-        });
-    }
-
-    fn post(&self, put: impl FnOnce(&mut News)) {
-        put(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner));
-        // Full means already awake.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-
-    fn take(&self) -> News {
-        // Before the news is taken: what is posted in between wakes the loop once more.
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        std::mem::take(&mut self.news.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
 
 /// Choices of the loop.
 #[derive(Debug, Clone)]
@@ -368,6 +293,9 @@ impl Control {
         for job in &connection.attached {
             self.cancel(*job);
         }
+        for export in &connection.exports {
+            self.stop_export(*export, End::Drained);
+        }
         self.closer.close(uid, connection.surrender());
     }
 
@@ -421,11 +349,16 @@ impl Control {
         let action = match self.service.act(&connection.peer, request.call, descriptors.len()) {
             Ok(Action::Submit(submit)) => return self.submit(key, id, submit, descriptors),
             Ok(Action::Luks(request)) => return self.luks(key, id, request, descriptors),
+            Ok(Action::Export(request)) => return self.export(key, id, request, descriptors),
             action => action,
         };
         self.closer.close(uid, descriptors);
         match action {
-            Ok(Action::Submit(_) | Action::Luks(_)) => unreachable!("it has its descriptors"),
+            Ok(Action::Submit(_) | Action::Luks(_) | Action::Export(_)) => {
+                unreachable!("it has its descriptors")
+            }
+            Ok(Action::ExportStats(export)) => self.export_stats(key, id, export),
+            Ok(Action::ExportStop(export, end)) => self.export_stop(key, id, export, end),
             Ok(Action::Reply(reply)) => connection.say(id, Body::Ok(reply)),
             Ok(Action::Watch(job, interval)) => {
                 if connection.watches.len() >= limits::WATCHES_MAX {
@@ -448,8 +381,8 @@ impl Control {
                 self.help(key, id, true, Vec::new(), work);
             }
             Ok(Action::Shutdown(cancel)) => {
-                let jobs = self.service.registry.active();
-                connection.say(id, Body::Ok(Reply::ShuttingDown { jobs }));
+                let (jobs, exports) = (self.service.registry.active(), self.service.exports.active());
+                connection.say(id, Body::Ok(Reply::ShuttingDown { jobs, exports }));
                 self.shut_down(cancel, now);
             }
             Err(error) => connection.say(id, Body::Error(error.to_failure())),
@@ -568,6 +501,7 @@ impl Control {
                 Outcome::Submitted { detach, result: Ok((job, _)) } => Some((*job, *detach)),
                 _ => None,
             };
+            self.exported(key, &outcome);
             let Some(connection) = self.connections.get_mut(&key) else {
                 // Nobody is there to hear of it: a detached one goes on, unless everything is being ended.
                 if let Some((job, detached)) = job
@@ -586,10 +520,14 @@ impl Control {
                     warnings.extend(self.told.news(&self.service.about.workers));
                     Body::Ok(Reply::Submitted { job, warnings })
                 }
-                Outcome::Answer(Ok(reply)) => Body::Ok(reply),
-                Outcome::Submitted { result: Err(error), .. } | Outcome::Answer(Err(error)) => {
-                    Body::Error(error.to_failure())
+                Outcome::Exported { result: Ok((export, mut warnings)), .. } => {
+                    warnings.extend(self.told.news(&self.service.about.workers));
+                    Body::Ok(Reply::Exported { export, warnings })
                 }
+                Outcome::Answer(Ok(reply)) => Body::Ok(reply),
+                Outcome::Submitted { result: Err(error), .. }
+                | Outcome::Exported { result: Err(error), .. }
+                | Outcome::Answer(Err(error)) => Body::Error(error.to_failure()),
             };
             connection.say(id, body);
             if let (Some((job, _)), true) = (job, self.cancelling) {
@@ -678,15 +616,17 @@ impl Control {
     }
 
     fn shut_down(&mut self, cancel: bool, now: Instant) {
-        let jobs = self.service.registry.active();
+        let (jobs, exports) = (self.service.registry.active(), self.service.exports.active());
         if !self.leaving {
-            tracing::info!(jobs, "leaving: no new jobs, waiting for the active ones");
+            tracing::info!(jobs, exports, "leaving: nothing new, waiting for active jobs, draining exports");
             self.leaving = true;
             self.patience = Some(now + limits::HELPER_PATIENCE);
             for task in self.helpers.withdraw(|_| true) {
                 self.give_up(task, Error::new(ErrorKind::ShuttingDown, "the daemon is leaving"));
             }
         }
+        // An export has no end of its own to wait for.
+        self.service.exports.end_all(if cancel { End::Dropped } else { End::Drained });
         if cancel {
             self.cancelling = true;
             tracing::info!(jobs, "cancelling active jobs");
@@ -698,9 +638,14 @@ impl Control {
         }
     }
 
+    /// Is there a job or an export that is not over?
+    fn is_active(&self) -> bool {
+        self.service.registry.active() > 0 || self.service.exports.active() > 0
+    }
+
     fn may_leave(&mut self, now: Instant) -> bool {
         let helped = (self.helpers.any_waiting() || self.helpers.running() > 0) && self.has_patience();
-        let working = self.service.registry.active() > 0 || helped;
+        let working = self.is_active() || helped;
         if working {
             self.idle_since = None;
             self.linger = None;
@@ -721,7 +666,7 @@ impl Control {
     fn leave(&mut self, now: Instant) -> bool {
         // The end of a job may be visible before its notice has been read.
         self.read_news(now);
-        if self.service.registry.active() > 0 {
+        if self.is_active() {
             // A submission came through at the last moment.
             return false;
         }
@@ -749,25 +694,5 @@ impl Control {
         }
         tracing::info!(reason = if self.leaving { "told to" } else { "idle" }, "left");
         true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_end_of_a_job_is_not_overwritten_by_an_older_notice() {
-        let text = r#"{"job":3,"uid":0,"action":"encrypt","source":"a","sink":"b","state":"done","detached":false,
-            "submitted_ms":0,"progress":{"done_bytes":0,"hole_bytes":0,"sparse_bytes":0,"elapsed_seconds":0.0,
-            "bytes_per_second":0.0}}"#;
-        let ended: JobInfo = serde_json::from_str(text).expect("parses");
-        let running = JobInfo { state: proto::JobState::Running, ..ended.clone() };
-        let mailbox = Mailbox::new().expect("an eventfd");
-        for job in [Some(running.clone()), Some(ended), Some(running), None] {
-            mailbox.job_changed(3, job);
-        }
-        let news = mailbox.take();
-        assert!(matches!(&news.jobs[&3], Notice::Ended(job) if job.job == 3), "{news:?}");
     }
 }

@@ -1,7 +1,10 @@
 //! Who may do what: peer credentials in, verbs and jobs out.
 //!
 //! Credentials are the kernel's word about the process that connected, read once at accept. A user sees and touches its own
-//! jobs; root touches all; root and the daemon's own user may end the daemon. Nothing else is ever asked.
+//! jobs and exports; root touches all; root and the daemon's own user may end the daemon. Nothing else is ever asked.
+//!
+//! The daemon connects nowhere on behalf of others. Where a connection that a caller made leads is remembered, to connect again after it
+//! broke, for callers who have the daemon's own rights anyway; of others the address is forgotten ([`Peer::limit`]).
 
 use proto::{Call, ErrorKind, JobInfo};
 
@@ -51,6 +54,7 @@ pub struct Peer {
     pub owner: Owner,
     may_shut_down: bool,
     all_jobs: bool,
+    is_daemons: bool,
 }
 
 impl Peer {
@@ -58,7 +62,24 @@ impl Peer {
     #[must_use]
     pub fn new(owner: Owner, daemon_uid: u32) -> Self {
         let root = owner.uid == 0;
-        Self { may_shut_down: root || owner.uid == daemon_uid, all_jobs: root, owner }
+        let is_daemons = owner.uid == daemon_uid;
+        Self { may_shut_down: root || is_daemons, all_jobs: root, is_daemons, owner }
+    }
+
+    /// A call without what the daemon does only for its own user: to connect to an address. It could be one that only the daemon may
+    /// connect to, or that of somebody else's server, which the daemon would take for the same volume.
+    #[must_use]
+    pub fn limit(&self, mut call: Call) -> Call {
+        let remotes = match &mut call {
+            Call::Submit(submit) => &mut submit.remotes,
+            Call::Luks(request) => &mut request.remotes,
+            Call::Export(request) => &mut request.remotes,
+            _ => return call,
+        };
+        if !self.is_daemons {
+            remotes.iter_mut().for_each(|remote| remote.address = None);
+        }
+        call
     }
 
     /// May it use this verb at all?
@@ -114,6 +135,22 @@ mod tests {
             assert_eq!(peer.owns(0), of_root, "{uid}");
             assert_eq!(peer.check(Verb::Shutdown).is_ok(), shutdown, "{uid}");
             assert!(peer.check(Verb::Ask).is_ok() && peer.check(Verb::Job).is_ok(), "{uid}");
+        }
+    }
+
+    #[test]
+    fn the_daemon_connects_for_its_own_user_alone() {
+        let (fd, address) = (0, Some(proto::remote::Address::Tcp("127.0.0.1:10809".to_owned())));
+        let remotes = vec![proto::remote::Remote { fd, address, ..Default::default() }];
+        let operation = proto::luks::Operation::Dump {};
+        let request = proto::luks::Request { volume: None, header: None, lock_fd: None, remotes, operation };
+        let call = Call::Luks(Box::new(request));
+        // Root as well may not lead a daemon without its rights elsewhere.
+        for (uid, daemon, kept) in [(1000, 1000, true), (0, 0, true), (1001, 1000, false), (0, 1000, false), (1000, 0, false)] {
+            let peer = Peer::new(Owner { uid, gid: uid, groups: Vec::new() }, daemon);
+            let Call::Luks(request) = peer.limit(call.clone()) else { panic!("another call") };
+            assert_eq!(request.remotes[0].address.is_some(), kept, "{uid} of {daemon}");
+            assert_eq!(request.remotes.len(), 1);
         }
     }
 

@@ -1,12 +1,15 @@
 //! One export as its connections see it: what it is called, what it can do, what has been done.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use proto::export::ExportId;
 
+use crate::backend::Wake;
 use crate::backend::device::Device;
 use crate::pipeline::view::View;
+use crate::telemetry::record::StageRecord;
 
 /// An export that is open.
 pub struct Exported {
@@ -28,8 +31,74 @@ pub struct Exported {
     pub view: Arc<View>,
     /// What has been done.
     pub counters: Counters,
+    /// What is durable of it.
+    pub durability: Durability,
     /// See [`Course`].
     course: AtomicU8,
+    /// What workers that have let go of it recorded, and their system calls.
+    kept: Mutex<(StageRecord, u64)>,
+    /// Told when the last connection has gone.
+    quiet: (Mutex<()>, Condvar),
+}
+
+/// Who flushes, and whether what was written can be made durable at all.
+///
+/// The kernel reports a failed write-back once for each open file, to whoever flushes next. Two flushes side by side could share a
+/// failure such that one of them says that all is well, and so could a later one. Hence at most one is under way, whichever workers
+/// ask, and none is begun after one has failed.
+#[derive(Default)]
+pub struct Durability {
+    flushing: Mutex<Flushing>,
+    lost: AtomicBool,
+}
+
+#[derive(Default)]
+struct Flushing {
+    busy: bool,
+    waiting: Vec<Arc<dyn Wake>>,
+}
+
+impl Durability {
+    /// May a flush begin? If not, `waker` is woken when to ask again.
+    #[must_use]
+    pub fn begin(&self, waker: &Arc<dyn Wake>) -> bool {
+        let mut flushing = lock(&self.flushing);
+        if flushing.busy {
+            flushing.waiting.push(waker.clone());
+            return false;
+        }
+        flushing.busy = true;
+        true
+    }
+
+    /// The flush that was begun is over.
+    pub fn end(&self, is_durable: bool) {
+        if !is_durable {
+            self.lose();
+        }
+        let waiting = {
+            let mut flushing = lock(&self.flushing);
+            flushing.busy = false;
+            std::mem::take(&mut flushing.waiting)
+        };
+        waiting.iter().for_each(|waker| waker.wake());
+    }
+
+    /// Some of what was written may be lost although it can be read: say so to every flush and write from now on. For whoever else
+    /// flushes the same open file, and is told that it failed.
+    pub fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// See [`Durability::lose`].
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What has been done, over all connections.
@@ -76,22 +145,97 @@ impl Exported {
             align,
             view,
             counters: Counters::default(),
+            durability: Durability::default(),
             course: AtomicU8::new(0),
+            kept: Mutex::default(),
+            quiet: (Mutex::default(), Condvar::new()),
         })
     }
 
     /// How far it is on its way.
     #[must_use]
     pub fn course(&self) -> Course {
-        match self.course.load(Ordering::Acquire) {
+        match self.course.load(Ordering::SeqCst) {
             0 => Course::Serving,
             1 => Course::Draining,
             _ => Course::Dropping,
         }
     }
 
+    /// Connections there are.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.counters.connections.load(Ordering::Acquire)
+    }
+
     /// Go on to `course`; there is no way back. Wake the workers afterwards.
     pub fn end(&self, course: Course) {
-        self.course.fetch_max(course as u8, Ordering::AcqRel);
+        self.course.fetch_max(course as u8, Ordering::SeqCst);
+    }
+
+    /// A connection comes.
+    fn enter(&self) {
+        self.counters.connections.fetch_add(1, Ordering::SeqCst);
+        self.counters.connections_total.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Nothing of a connection is left.
+    fn leave(&self) {
+        let _guard = lock(&self.quiet.0);
+        if self.counters.connections.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.quiet.1.notify_all();
+        }
+    }
+
+    /// Wait until it has no connections, and so no worker holds its device. `false`: it still has at `deadline`. No new ones come
+    /// once its course is not [`Course::Serving`].
+    #[must_use]
+    pub fn wait_quiet(&self, deadline: Instant) -> bool {
+        let mut guard = lock(&self.quiet.0);
+        while self.counters.connections.load(Ordering::SeqCst) > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            guard = self.quiet.1.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// A worker lets go of it.
+    pub fn keep(&self, record: &StageRecord, syscalls: u64) {
+        let mut kept = lock(&self.kept);
+        kept.0.merge(record);
+        kept.1 += syscalls;
+    }
+
+    /// What workers that have let go of it recorded, and their system calls.
+    #[must_use]
+    pub fn kept(&self) -> (StageRecord, u64) {
+        lock(&self.kept).clone()
+    }
+}
+
+/// A connection's place in an export. It is counted as long as this exists, and by nothing else: hold it as long as the socket.
+pub struct Seat(Arc<Exported>);
+
+impl Seat {
+    /// One more connection.
+    #[must_use]
+    pub fn take(export: Arc<Exported>) -> Self {
+        export.enter();
+        Self(export)
+    }
+
+    /// The export.
+    #[must_use]
+    pub fn export(&self) -> &Arc<Exported> {
+        &self.0
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }

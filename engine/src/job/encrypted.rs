@@ -10,7 +10,6 @@
 //! Hashing takes seconds by design, so the job's own thread does it, where it can be watched and cancelled.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature};
@@ -20,7 +19,6 @@ use crate::job::checkpoint::Checkpoint;
 use crate::job::commit::Names;
 use crate::job::geometry::Geometry;
 use crate::job::state::Job;
-use crate::pipeline::segment::{Segment, Segments};
 use crate::pipeline::slot::Side;
 use crate::pipeline::transfer::{End, Transfer, UNIT_BYTES_MAX};
 use crate::volume::create::{self, NewHeader, Place};
@@ -98,8 +96,11 @@ pub fn own_uuid(device: &Device) -> Option<String> {
     Header::load(&mut blocking).ok().map(|header| header.uuid().to_owned())
 }
 
-/// Where the data lies by this header.
-fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
+/// Where the data lies by this header; `detached`: it is not in front of the data.
+///
+/// # Errors
+/// As [`Header::data_areas`] and [`Geometry::new`]; `Invalid`: a detached header that is taken for the volume.
+pub fn geometry_of(header: &Header, detached: bool) -> Result<Geometry> {
     let geometry = header.data_areas().and_then(Geometry::new).map_err(Error::as_damage)?;
     if detached {
         return Ok(geometry);
@@ -241,7 +242,7 @@ impl Open {
             return Err(Error::new(ErrorKind::Conflict, what).at(device.name()));
         }
         self.fixed_bytes = geometry.fixed_bytes();
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let secret = self.secret.take().expect("a job begins once");
         let unlocked = match self.kind {
             proto::luks::Secret::Passphrase => {
@@ -305,7 +306,7 @@ impl New {
         mut checkpoint: Option<&mut Checkpoint>,
     ) -> Result<()> {
         let passphrase = self.passphrase.take().expect("a job begins once");
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let give_up = || job.is_cancelled();
         let mut key = self.volume_key.take();
         let resumed = checkpoint.as_deref().filter(|checkpoint| checkpoint.is_resumed());
@@ -327,7 +328,7 @@ impl New {
                 return Err(Error::new(ErrorKind::Damaged, what).at(checkpoint.name()));
             }
         }
-        wait_while_paused(job, transfer)?;
+        job.wait_while_paused()?;
         let geometry = Geometry::whole(header.data);
         set_segments(transfer, &geometry, kernel, &header.key)?;
         let detached = self.detached.as_ref().map(|(device, _)| device);
@@ -357,18 +358,6 @@ impl New {
     }
 }
 
-/// How often a paused job looks whether it may go on.
-const PAUSE_POLL: Duration = Duration::from_millis(100);
-
-/// A job that is paused neither hashes nor writes.
-fn wait_while_paused(job: &Job, transfer: &Transfer) -> Result<()> {
-    while transfer.gate.is_paused() {
-        job.check_cancelled()?;
-        std::thread::sleep(PAUSE_POLL);
-    }
-    job.check_cancelled()
-}
-
 /// What lies in front of the data of a stream whose header is elsewhere.
 fn fill(mut bytes: u64, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let zeros = [0; 4096];
@@ -382,15 +371,8 @@ fn fill(mut bytes: u64, put: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> 
 
 /// Ciphers for all areas of a volume under one key.
 fn set_segments(transfer: &Transfer, geometry: &Geometry, kernel: Kernel, key: &Secret) -> Result<()> {
-    let mut segments = Vec::new();
-    for (start, area) in geometry.placed() {
-        let cipher = match &area.cipher {
-            None => None,
-            Some(cipher) => Some(cipher.spec.build(kernel, key, cipher.unit_bytes, cipher.offset_sectors)?),
-        };
-        segments.push(Segment { start, offset: area.offset, unit_bytes: area.unit_bytes(), cipher });
-    }
+    let segments = geometry.segments(kernel, key)?;
     transfer.plan.cut_at(geometry.seams());
-    transfer.set_segments(Segments::new(segments));
+    transfer.set_segments(segments);
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! Where a volume's plaintext lies on its encrypted side: what sizes and alignments follow from.
 
 use crate::backend::device::Device;
+use crate::crypto::{Kernel, Secret};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::crypt::unaligned;
+use crate::pipeline::segment::{Segment, Segments};
 use crate::pipeline::transfer::UNIT_BYTES_MAX;
 use crate::volume::DataArea;
 
@@ -111,6 +113,19 @@ impl Geometry {
         self.areas
             .windows(2)
             .all(|pair| pair[0].size.is_some_and(|size| pair[0].offset + size == pair[1].offset))
+    }
+
+    /// Ciphers for all areas under one key.
+    ///
+    /// # Errors
+    /// A key that does not fit a cipher.
+    pub fn segments(&self, kernel: Kernel, key: &Secret) -> Result<Segments> {
+        let mut segments = Vec::with_capacity(self.areas.len());
+        for (start, area) in self.placed() {
+            let cipher = area.cipher.as_ref().map(|cipher| cipher.build(kernel, key, 0)).transpose()?;
+            segments.push(Segment { start, offset: area.offset, unit_bytes: area.unit_bytes(), cipher });
+        }
+        Ok(Segments::new(segments))
     }
 
     /// Bytes of plaintext if the volume says so itself.

@@ -8,6 +8,7 @@
 //! | `run` | one job from start to end |
 //! | `encrypted` | the encrypted side: its header, and how the key is had |
 //! | `geometry` | where a volume's data lies, and what follows for sizes |
+//! | `marked` | copies of what a bitmap marks |
 //! | `reencrypt` | re-encryption in place |
 //! | `commit` | how a new file becomes visible, or vanishes |
 //! | `checkpoint` | a copy that can be gone on with after a crash |
@@ -21,6 +22,7 @@ pub mod clock;
 pub mod commit;
 pub mod encrypted;
 pub mod geometry;
+mod marked;
 pub mod prepare;
 pub mod reencrypt;
 pub mod rehearse;
@@ -273,7 +275,7 @@ impl Registry {
                 let mut prepared = prepare(means, owner, submit, descriptors)?;
                 let warnings = std::mem::take(&mut prepared.warnings);
                 let transfer = prepared.transfer.clone();
-                let total_bytes = prepared.total_bytes;
+                let total_bytes = transfer.plan.covered_bytes();
                 let workers = if transfer.is_ordered() { 1 } else { prepared.workers_max };
                 let load = Load::Transfer(Box::new(prepared));
                 Ok(Accepted { load, transfer: Some(transfer), workers, total_bytes, warnings })
@@ -322,7 +324,9 @@ impl Registry {
         }
         match load {
             Load::Transfer(mut prepared) => run::run(job, &self.pipeline, &mut prepared),
-            Load::Reencrypt(prepared) => reencrypt::run(job, &self.pipeline, *prepared),
+            Load::Reencrypt(prepared) => {
+                reencrypt::run(job, &self.pipeline, *prepared, &|| self.start_waiting())
+            }
             Load::Bench(bench) => {
                 bench::run(job, &bench, &self.pipeline, self.config.kernel).map(|()| run::Ending::default())
             }
@@ -366,7 +370,7 @@ impl Registry {
     /// `NotFound`, or `Conflict` when final.
     pub fn pause(self: &Arc<Self>, job: JobId) -> Result<JobInfo> {
         let info = self.change(job, |job| job.set_paused(true))?;
-        // Its place is free.
+        // Its place is free, but for a re-encryption's: that one gives it up when it is at rest.
         self.start_waiting();
         Ok(info)
     }

@@ -6,9 +6,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use proto::remote::Remote;
 use proto::{Action, Format, Sink, Source, Submit, Tuning};
 
 use crate::backend::device::{Device, Nature, Purpose};
+use crate::backend::nbd;
 use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,15 +20,17 @@ use crate::job::checkpoint::{Checkpoint, Facts};
 use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
+use crate::job::marked;
 use crate::key::Descriptors;
 use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
 use crate::pipeline::segment::Segments;
 use crate::pipeline::slot::Side;
-use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, Work};
+use crate::pipeline::transfer::{End, SinkRules, Transfer, TransferSpec, UNIT_BYTES_MAX, Work};
 use crate::units::round_up;
 use crate::volume::create::{self, Place};
-use crate::volume::{AreaCipher, DataArea};
+use crate::volume::held::Held;
+use crate::volume::{AreaCipher, DataArea, device};
 
 /// Chunk where both ends are memory or pipes, bytes: what is read is crypted and written while it is still in the L2 cache.
 pub(super) const CHUNK_BYTES_MEMORY: u32 = 256 << 10;
@@ -58,6 +62,8 @@ pub struct Prepared {
     pub sink: Arc<Device>,
     /// How a new file becomes visible.
     pub names: Option<Names>,
+    /// The sink holds an earlier copy, of which only a part is written again.
+    pub updates: bool,
     /// Where it keeps how far it has come.
     pub checkpoint: Option<Checkpoint>,
     /// What is left to do for the key and the header.
@@ -70,13 +76,15 @@ pub struct Prepared {
     pub volume_bytes: Option<u64>,
     /// Worth telling the user.
     pub warnings: Vec<String>,
+    /// Nobody serves the sink meanwhile.
+    _held: Option<Held>,
 }
 
 impl Prepared {
-    /// The sink is a regular file written by offset: it has a length to set and can be undone.
+    /// The sink is a regular file that is made by offset: it has a length to set and can be undone.
     #[must_use]
     pub fn is_file_sink(&self) -> bool {
-        is_file(&self.sink)
+        is_file(&self.sink) && !self.updates
     }
 }
 
@@ -89,36 +97,39 @@ fn required<T>(value: Option<T>, what: &str) -> Result<T> {
 /// # Errors
 /// Whatever is wrong with it; nothing was changed.
 pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
-    let Submit { action, source, sink, volume, tuning, bytes_per_second, checkpoint, .. } = submit;
+    let Submit { action, source, sink, volume, tuning, bytes_per_second, checkpoint, remotes, .. } = submit;
     if bytes_per_second == Some(0) {
         return Err(Error::new(
             ErrorKind::Invalid,
             "a rate of 0 bytes per second never ends; pause the job instead",
         ));
     }
-    let mut descriptors = Descriptors::new(descriptors);
+    let descriptors = Descriptors::new(descriptors);
     let source_wanted = required(source, "source")?;
     let sink_wanted = required(sink, "sink")?;
     let volume = required(volume, "volume")?;
 
-    let source = open_source(&source_wanted, &mut descriptors)?;
-    let sink = open_sink(&sink_wanted, action, checkpoint.is_some(), &mut descriptors)?;
+    let marked = marked::wish(&remotes, &source_wanted, &sink_wanted, action, checkpoint.is_some())?;
+    let updates = marked.is_some_and(|remote| remote.update);
+    let mut sent = Sent { descriptors, remotes: &remotes };
+    let source = open_source(&source_wanted, &mut sent)?;
+    let sink = open_sink(&sink_wanted, action, checkpoint.is_some() || updates, &mut sent)?;
     let names = match &sink_wanted.commit {
         Some(_) if action == Action::Verify => {
             return Err(Error::new(ErrorKind::Invalid, "verify writes nothing, so it has nothing to commit"));
         }
         Some(commit) => {
-            let directory = descriptors.take(commit.dir_fd, "directory of the sink")?;
+            let directory = sent.descriptors.take(commit.dir_fd, "directory of the sink")?;
             Some(Names::new(directory, commit, &**sink.file(), owner)?)
         }
         None => None,
     };
     let mut checkpoint = match checkpoint {
-        Some(wish) => Some(Checkpoint::open(&wish, action, [&source, &sink], &mut descriptors, owner)?),
+        Some(wish) => Some(Checkpoint::open(&wish, action, [&source, &sink], &mut sent.descriptors, owner)?),
         None => None,
     };
     let is_resumed = checkpoint.as_ref().is_some_and(Checkpoint::is_resumed);
-    let key = descriptors.secret(volume.key_fd, "key")?;
+    let key = sent.descriptors.secret(volume.key_fd, "key")?;
     let work = match action {
         Action::Encrypt => Work::Encrypt,
         Action::Decrypt => Work::Decrypt,
@@ -128,9 +139,10 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
     };
     let side = if work == Work::Decrypt { &source } else { &sink };
+    let exists = updates || work != Work::Encrypt;
     let opened =
-        open_volume(&volume.format, work, (side, key, owner), &mut descriptors, means, checkpoint.as_mut())?;
-    descriptors.finish()?;
+        open_volume(&volume.format, exists, (side, key, owner), &mut sent, means, checkpoint.as_mut())?;
+    sent.descriptors.finish()?;
     refuse_same(&source, &sink, &opened.encrypted)?;
     let geometry = opened.geometry.as_ref();
 
@@ -138,17 +150,30 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     // Without a header it is the caller who says what the volume is like.
     let sizes = check_sizes(work, &source, &sink, geometry, &tuning)
         .map_err(|error| if is_luks && work == Work::Decrypt { error.as_damage() } else { error })?;
-    let new_file = action != Action::Verify && is_file(&sink);
+    let new_file = action != Action::Verify && is_file(&sink) && !updates;
     if new_file && !is_resumed && sink.size() != Some(0) {
         // A replacement is written beside the old file, see `Names`; nothing is ever written over.
         return Err(Error::new(ErrorKind::Conflict, "the sink file is not empty").at(sink.name()));
     }
-    if new_file {
+    if updates {
+        marked::check_copy(work, &sink, geometry, &sizes)?;
+    }
+    if new_file || updates && is_file(&sink) {
         sink.lock()?;
     }
+    let is_written = action != Action::Verify && !sink.is_stream();
+    let held = is_written.then(|| Held::to_write(&sink)).transpose()?;
     let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning);
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
+    let plan = match (marked, sizes.total, geometry) {
+        (Some(_), Some(total), Some(geometry)) => {
+            let step = UNIT_BYTES_MAX.max(align.source).max(align.sink);
+            let extents = marked::extents(work, &source, geometry, total, step.into())?;
+            Plan::only(extents, total, chunk)
+        }
+        _ => Plan::new(sizes.total, chunk),
+    };
 
     let sparse = action == Action::Decrypt && tuning.sparse.unwrap_or(true);
     if let Some(checkpoint) = &mut checkpoint {
@@ -181,7 +206,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             pad: tuning.pad && action != Action::Decrypt,
             keep_holes: tuning.keep_holes && action != Action::Encrypt,
             depth,
-            plan: Plan::new(sizes.total, chunk),
+            plan,
         },
         means.workers,
     );
@@ -204,12 +229,14 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         source,
         sink,
         names,
+        updates,
         checkpoint,
         encrypted: opened.encrypted,
         kernel: means.kernel,
         total_bytes: sizes.total,
         volume_bytes: sizes.volume,
         warnings,
+        _held: held,
     })
 }
 
@@ -224,11 +251,25 @@ struct Opened {
     warnings: Vec<String>,
 }
 
+/// What came with a request.
+struct Sent<'a> {
+    descriptors: Descriptors,
+    /// Which of them are connections.
+    remotes: &'a [Remote],
+}
+
+impl Sent<'_> {
+    fn open(&mut self, fd: u32, role_and_name: (&str, &str), purpose: Purpose) -> Result<Device> {
+        device::open(&mut self.descriptors, self.remotes, fd, role_and_name, purpose)
+    }
+}
+
+/// `exists`: the volume is there, and not to be made.
 fn open_volume(
     format: &Format,
-    work: Work,
+    exists: bool,
     (side, key, owner): (&Arc<Device>, Secret, &Owner),
-    descriptors: &mut Descriptors,
+    sent: &mut Sent<'_>,
     means: Means,
     checkpoint: Option<&mut Checkpoint>,
 ) -> Result<Opened> {
@@ -252,15 +293,14 @@ fn open_volume(
                 warnings: Vec::new(),
             })
         }
-        Format::Luks(_) if work == Work::Encrypt => {
+        Format::Luks(_) if !exists => {
             Err(Error::new(ErrorKind::Invalid, "encrypt makes a new volume, it opens none"))
         }
         Format::Luks(open) => {
             let detached = match &open.header {
                 Some(header) => {
                     let purpose = Purpose { read: true, write: false, stream: false };
-                    let fd = descriptors.take(header.fd, "header")?;
-                    Some(Arc::new(Device::from_fd(fd, header.name.clone(), purpose)?))
+                    Some(Arc::new(sent.open(header.fd, ("header", &header.name), purpose)?))
                 }
                 None => None,
             };
@@ -293,12 +333,13 @@ fn open_volume(
             };
             Ok(Opened { encrypted: Encrypted::Open(Box::new(opened)), geometry, segments: None, warnings })
         }
-        Format::NewLuks(_) if work != Work::Encrypt => {
-            Err(Error::new(ErrorKind::Invalid, "only encrypt makes a new volume"))
-        }
+        Format::NewLuks(_) if exists => Err(Error::new(
+            ErrorKind::Invalid,
+            "only encrypt makes a new volume, and only where it updates none",
+        )),
         Format::NewLuks(new) => {
             let is_resumed = checkpoint.is_some_and(|checkpoint| checkpoint.is_resumed());
-            let new = new_luks(new, (side, key, owner), descriptors, is_resumed)?;
+            let new = new_luks(new, (side, key, owner), sent, is_resumed)?;
             let planned = create::plan(&new.wish, &new.place)?;
             Ok(Opened {
                 encrypted: Encrypted::New(Box::new(new)),
@@ -314,15 +355,14 @@ fn open_volume(
 fn new_luks(
     wish: &proto::luks::New,
     (side, passphrase, owner): (&Device, Secret, &Owner),
-    descriptors: &mut Descriptors,
+    sent: &mut Sent<'_>,
     is_resumed: bool,
 ) -> Result<encrypted::New> {
     let detached = match &wish.header {
         None => None,
         Some(header) => {
             let purpose = Purpose { read: true, write: true, stream: false };
-            let fd = descriptors.take(header.fd, "header")?;
-            let device = Device::from_fd(fd, header.name.clone(), purpose)?;
+            let device = sent.open(header.fd, ("header", &header.name), purpose)?;
             if is_file(&device) {
                 // One that is gone on with may have been written when its job was all but done.
                 if !is_resumed && device.size() != Some(0) {
@@ -335,7 +375,7 @@ fn new_luks(
             device.disable_direct();
             let names = match &header.commit {
                 Some(commit) => {
-                    let directory = descriptors.take(commit.dir_fd, "directory of the header")?;
+                    let directory = sent.descriptors.take(commit.dir_fd, "directory of the header")?;
                     Some(Names::new(directory, commit, &**device.file(), owner)?)
                 }
                 None => None,
@@ -344,7 +384,7 @@ fn new_luks(
         }
     };
     let volume_key = match wish.volume_key_fd {
-        Some(fd) => Some(descriptors.secret(fd, "volume key")?),
+        Some(fd) => Some(sent.descriptors.secret(fd, "volume key")?),
         None => None,
     };
     let capacity = |device: &Device| (device.nature() == Nature::Block).then(|| device.size()).flatten();
@@ -386,23 +426,16 @@ fn refuse_same(source: &Device, sink: &Device, encrypted: &Encrypted) -> Result<
     }
 }
 
-fn open_source(source: &Source, descriptors: &mut Descriptors) -> Result<Arc<Device>> {
-    let fd = descriptors.take(source.fd, "source")?;
+fn open_source(source: &Source, sent: &mut Sent<'_>) -> Result<Arc<Device>> {
     let purpose = Purpose { read: true, write: false, stream: source.stream };
-    Ok(Arc::new(Device::from_fd(fd, source.name.clone(), purpose)?))
+    Ok(Arc::new(sent.open(source.fd, ("source", &source.name), purpose)?))
 }
 
 /// `is_checked`: what is in it may be looked at before it is written.
-fn open_sink(
-    sink: &Sink,
-    action: Action,
-    is_checked: bool,
-    descriptors: &mut Descriptors,
-) -> Result<Arc<Device>> {
-    let fd = descriptors.take(sink.fd, "sink")?;
+fn open_sink(sink: &Sink, action: Action, is_checked: bool, sent: &mut Sent<'_>) -> Result<Arc<Device>> {
     let verify = action == Action::Verify;
     let purpose = Purpose { read: verify || is_checked && !sink.stream, write: !verify, stream: sink.stream };
-    Ok(Arc::new(Device::from_fd(fd, sink.name.clone(), purpose)?))
+    Ok(Arc::new(sent.open(sink.fd, ("sink", &sink.name), purpose)?))
 }
 
 fn build_cipher(
@@ -434,9 +467,9 @@ fn end_of(device: &Arc<Device>, align: u32) -> End {
 }
 
 /// What is known of the sizes.
-struct Sizes {
+pub(super) struct Sizes {
     /// Bytes to move.
-    total: Option<u64>,
+    pub(super) total: Option<u64>,
     /// Bytes of plaintext that the volume read (decrypt, verify) holds.
     volume: Option<u64>,
 }
@@ -589,6 +622,9 @@ pub(super) fn width(source: &Device, sink: &Device, tuning: &Tuning, means: Mean
         // More workers than a disk with a head has places only make it move.
         None => means.workers.min(in_all as usize).max(1),
     };
+    // Workers that share a connection to a server wait for each other.
+    let connections = |device: &Device| device.remote().map_or(usize::MAX, nbd::Volume::connections);
+    let workers = workers.min(connections(source)).min(connections(sink)).max(1);
     let depth = match tuning.queue_depth {
         Some(0) => return Err(Error::new(ErrorKind::Invalid, "a queue depth of 0 moves nothing")),
         Some(depth) => depth,

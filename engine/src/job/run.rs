@@ -50,6 +50,7 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
                 _ => error.or_hint(GO_ON),
             });
         }
+        _ if prepared.updates => return outcome.map_err(|error| error.or_hint(AGAIN)),
         _ if outcome.is_err() => undo(job, prepared),
         _ => {}
     }
@@ -58,6 +59,9 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
 
 /// What a user does about a copy that ended before its time and has a checkpoint.
 const GO_ON: &str = "what was done is kept: the same command with --resume goes on";
+
+/// What a user does about an update that ended before its time. There is nothing to undo it by.
+const AGAIN: &str = "the sink is neither the earlier copy nor the new one now: keep the bitmap, and run the same command again";
 
 fn carry(
     job: &Job,
@@ -72,6 +76,10 @@ fn carry(
         let ends: [&Device; 2] = [&prepared.source, &prepared.sink];
         prepared.encrypted.begin(job, transfer, prepared.kernel, ends, checkpoint.as_deref_mut())?;
         job.unlocked();
+    }
+    if prepared.updates && prepared.sink.nature() == Nature::File {
+        // Reading its header took the lock along.
+        prepared.sink.lock()?;
     }
     let mut keeper = match checkpoint {
         None => None,

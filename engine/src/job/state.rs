@@ -14,6 +14,9 @@ use crate::pipeline::transfer::Transfer;
 use crate::sys::process;
 use crate::telemetry::record::{StageRecord, Totals};
 
+/// How often a paused job looks whether it may go on.
+const PAUSE_POLL: Duration = Duration::from_millis(100);
+
 /// One job.
 pub struct Job {
     /// Its number.
@@ -231,6 +234,18 @@ impl Job {
         self.inner().is_paused()
     }
 
+    /// Come back when it may hash and write: a paused job does neither. For its own thread, where no worker carries it.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn wait_while_paused(&self) -> Result<()> {
+        while self.is_paused() {
+            self.check_cancelled()?;
+            std::thread::sleep(PAUSE_POLL);
+        }
+        self.check_cancelled()
+    }
+
     /// Pause or resume. A queued job keeps its state and starts paused.
     ///
     /// # Errors
@@ -269,8 +284,9 @@ impl Job {
         Ok(())
     }
 
-    /// The volume of a re-encryption is at rest, durably, and nothing is under way: if that was asked for, it is paused.
-    pub fn rests(&self) {
+    /// The volume of a re-encryption is at rest, durably, and nothing is under way: if that was asked for, it is paused. Is it so only
+    /// since now?
+    pub fn rests(&self) -> bool {
         let entered = {
             let mut inner = self.inner();
             inner.is_paused() && inner.enter(JobState::Paused)
@@ -278,6 +294,7 @@ impl Job {
         if entered {
             self.announce();
         }
+        entered
     }
 
     /// Limit the rate.

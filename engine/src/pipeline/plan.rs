@@ -9,6 +9,9 @@
 //! source knows two more barriers: what may be put into the journal ([`Plan::journal`]) and what may be overwritten
 //! ([`Plan::write_until`]).
 //!
+//! A plan may cover some extents of a volume and not others ([`Plan::only`]): what lies between is passed over, and no chunk
+//! reaches into it. Where it ends and where it stands is said as of the whole volume.
+//!
 //! A [`Gate`] holds what a user may change while the transfer runs: pause, stop, and the rate limit.
 
 use std::num::NonZeroU64;
@@ -25,6 +28,8 @@ pub struct Plan {
     chunk_bytes: u64,
     /// The volume's size, if the plan goes backward from there.
     mirror: Option<u64>,
+    /// What it covers, ascending and apart; absent: everything.
+    only: Option<Box<[Extent]>>,
     next: AtomicU64,
     /// One past the last byte there is; `u64::MAX` while a stream's end is unknown.
     end: AtomicU64,
@@ -61,6 +66,7 @@ impl Plan {
         Self {
             chunk_bytes: chunk_bytes.into(),
             mirror: None,
+            only: None,
             next: AtomicU64::new(0),
             end: AtomicU64::new(total.unwrap_or(u64::MAX)),
             open: AtomicU64::new(u64::MAX),
@@ -76,6 +82,36 @@ impl Plan {
     #[must_use]
     pub fn backward(total: u64, chunk_bytes: u32) -> Self {
         Self { mirror: Some(total), ..Self::new(Some(total), chunk_bytes) }
+    }
+
+    /// These extents of `0..total`, which ascend and are apart, and nothing else.
+    ///
+    /// # Panics
+    /// If they overlap, touch or reach beyond `total`.
+    #[must_use]
+    pub fn only(extents: Vec<Extent>, total: u64, chunk_bytes: u32) -> Self {
+        assert!(
+            extents.windows(2).all(|pair| pair[0].end() < pair[1].start()),
+            "extents ascend, and are apart"
+        );
+        assert!(extents.last().is_none_or(|last| last.end() <= total), "extents lie in the volume");
+        Self { only: Some(extents.into()), ..Self::new(Some(total), chunk_bytes) }
+    }
+
+    /// Bytes it covers, if it knows its end.
+    #[must_use]
+    pub fn covered_bytes(&self) -> Option<u64> {
+        match &self.only {
+            Some(extents) => Some(extents.iter().map(|extent| extent.len()).sum()),
+            None => self.end(),
+        }
+    }
+
+    /// Where the next covered byte at or behind `start` is, and where its extent ends. All in order.
+    fn run_from(&self, start: u64) -> Option<(u64, u64)> {
+        let Some(extents) = &self.only else { return Some((start, u64::MAX)) };
+        let at = extents.partition_point(|extent| extent.end() <= start);
+        extents.get(at).map(|extent| (extent.start().max(start), extent.end()))
     }
 
     /// What comes before `order` is done already. To be said before workers begin.
@@ -153,26 +189,37 @@ impl Plan {
     /// Claim the next chunk.
     pub fn claim(&self) -> Claim {
         // A compare-and-swap and not an add, so that a refused claim leaves no gap behind a barrier or an end.
-        let mut start = self.next.load(Ordering::Relaxed);
+        let mut next = self.next.load(Ordering::Relaxed);
         loop {
             let end = self.end.load(Ordering::Acquire);
+            let (start, until) = self.run_from(next).unwrap_or((end, end));
             if start >= end {
-                return Claim::Exhausted;
+                // What is left is not covered: done with, for who asks how far this has come.
+                match self.next.compare_exchange_weak(
+                    next,
+                    next.max(end),
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                ) {
+                    Ok(_) => return Claim::Exhausted,
+                    Err(moved) => next = moved,
+                }
+                continue;
             }
             let open = self.open.load(Ordering::Acquire);
             if start >= open {
                 return Claim::Blocked;
             }
-            let mut stop =
-                self.cut_before(end, start, self.chunk_bytes).min(open).min(self.seam_after(start));
+            let whole = self.cut_before(end, start, self.chunk_bytes);
+            let mut stop = whole.min(open).min(until).min(self.seam_after(start));
             // After `open`: who sees a barrier that has moved sees where it stood.
             let opened = self.opened.load(Ordering::Acquire);
             if start < opened {
                 stop = stop.min(opened);
             }
-            match self.next.compare_exchange_weak(start, stop, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.next.compare_exchange_weak(next, stop, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return Claim::Extent(self.extent(start, stop)),
-                Err(moved) => start = moved,
+                Err(moved) => next = moved,
             }
         }
     }
@@ -407,6 +454,52 @@ mod tests {
         assert_eq!(extent(plan.claim()), (6, 10));
         assert_eq!(extent(plan.claim()), (10, 12));
         assert_eq!(plan.claim(), Claim::Exhausted);
+    }
+
+    fn extents(list: &[(u64, u64)]) -> Vec<Extent> {
+        list.iter().map(|&(start, end)| Extent::new(start, end).expect("not empty")).collect()
+    }
+
+    #[test]
+    fn what_a_plan_does_not_cover_is_passed_over() {
+        let plan = Plan::only(extents(&[(4, 6), (10, 20), (30, 31)]), 40, 4);
+        assert_eq!(plan.covered_bytes(), Some(13));
+        assert_eq!(all(&plan), [(4, 6), (10, 14), (14, 18), (18, 20), (30, 31)]);
+        assert_eq!((plan.next(), plan.end()), (40, Some(40)), "all of it is done with");
+        assert!(plan.is_exhausted());
+        assert_eq!(plan.claim(), Claim::Exhausted);
+    }
+
+    #[test]
+    fn a_plan_that_covers_nothing_is_over_at_once() {
+        let plan = Plan::only(Vec::new(), 40, 4);
+        assert_eq!((plan.claim(), plan.covered_bytes()), (Claim::Exhausted, Some(0)));
+        assert!(plan.is_exhausted());
+    }
+
+    #[test]
+    fn seams_barriers_and_ends_hold_within_what_is_covered() {
+        let plan = Plan::only(extents(&[(4, 12), (20, 28)]), 40, 16);
+        plan.cut_at(vec![8, 16]);
+        plan.open_until(22);
+        assert_eq!(all(&plan), [(4, 8), (8, 12), (20, 22)]);
+        assert_eq!(plan.claim(), Claim::Blocked);
+        plan.end_at(25);
+        plan.open_until(u64::MAX);
+        assert_eq!(all(&plan), [(22, 25)]);
+        assert_eq!(plan.claim(), Claim::Exhausted);
+    }
+
+    #[test]
+    fn chunks_of_a_few_extents_end_on_data_units() {
+        let plan = Plan::only(extents(&[(4096, 20480), (40960, 50000)]), 1 << 20, 8192);
+        assert_eq!(all(&plan), [(4096, 12288), (12288, 20480), (40960, 49152), (49152, 50000)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "apart")]
+    fn extents_that_touch_are_a_mistake() {
+        let _ = Plan::only(extents(&[(0, 4), (4, 8)]), 10, 4);
     }
 
     #[test]

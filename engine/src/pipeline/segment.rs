@@ -84,6 +84,13 @@ impl Segments {
         }
     }
 
+    /// Up to where the plaintext is in the same segment as byte `at`.
+    #[must_use]
+    pub fn until(&self, at: u64) -> u64 {
+        let next = self.0.partition_point(|segment| segment.start <= at);
+        self.0.get(next).map_or(u64::MAX, |segment| segment.start)
+    }
+
     /// Where plaintext byte `at` lies on the encrypted side.
     #[must_use]
     pub fn place(&self, at: u64) -> u64 {

@@ -32,6 +32,15 @@ pub enum Submission {
         /// Index in the ring's table of files.
         file: u32,
     },
+    /// Make a hole, without changing the file's size.
+    Punch {
+        /// Index in the ring's table of files.
+        file: u32,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Wait until the file can be read, else written.
     Poll {
         /// Index in the ring's table of files.
@@ -47,7 +56,7 @@ impl Submission {
     pub fn file(&self) -> u32 {
         match self {
             Self::Transfer(transfer) => transfer.file,
-            Self::Sync { file } | Self::Poll { file, .. } => *file,
+            Self::Sync { file } | Self::Punch { file, .. } | Self::Poll { file, .. } => *file,
         }
     }
 }

@@ -47,12 +47,13 @@ const CANCEL_TAG: u64 = u64::MAX - 1;
 const REGISTER_FILES_UPDATE: u8 = 6;
 
 /// The opcodes a running ring accepts. The wake is a plain READ of the eventfd.
-const OPCODES: [u8; 7] = [
+const OPCODES: [u8; 8] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
     opcode::ReadFixed::CODE,
     opcode::WriteFixed::CODE,
     opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
     opcode::AsyncCancel::CODE,
 ];
@@ -208,6 +209,10 @@ impl<T> Ring<T> {
             }
             Submission::Sync { file } => {
                 opcode::Fsync::new(file_of(*file)).flags(io_uring::types::FsyncFlags::DATASYNC).build()
+            }
+            Submission::Punch { file, offset, len } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(file_of(*file), *len).offset(*offset).mode(mode).build()
             }
             Submission::Poll { file, read } => {
                 let events = if *read { libc::POLLIN } else { libc::POLLOUT };

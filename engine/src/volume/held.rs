@@ -1,5 +1,5 @@
 //! Who has a volume: one re-encryption at most, one export that writes, or any number that only read; and a re-encryption beside the
-//! export of the same daemon, which agree through the export's [`View`].
+//! export of the same daemon, which agree through the export's [`View`]. A job that writes its sink has that alone.
 //!
 //! Twice over: a table keeps the jobs and exports of this process apart, which may have been sent the same open file; and a lock on
 //! the open file ([`crate::sys::lock`]) keeps out other daemons, and virtual machines:
@@ -10,6 +10,7 @@
 //! | export | all but the first byte, for writing | read and change the header, as `luks add-key` does |
 //! | export that only reads | the second byte, shared | read everything, serve it to read |
 //! | re-encryption beside an export | the first byte, for writing; the rest is the export's | read the header |
+//! | sink of a job | none of these: a new file has its own | |
 //!
 //! A re-encryption beside an export reads and writes in the export's manner, direct or through the page cache: two manners would not
 //! agree about a page that is partly the one's and partly the other's. But on an open file of its own: of a write-back that failed each open
@@ -52,6 +53,7 @@ impl Drop for Locked {
 struct Uses {
     rewritten: bool,
     serving: bool,
+    written: bool,
     readers: usize,
     served: Option<Arc<Served>>,
     /// Of who serves it: kept until a re-encryption beside that has ended, too.
@@ -70,6 +72,7 @@ enum Use {
     Rewrite,
     Serve,
     Read,
+    Write,
 }
 
 /// Leave to use a volume in one way, until it is dropped.
@@ -97,6 +100,7 @@ fn check(device: &Device, tried: std::result::Result<bool, Errno>) -> Result<()>
 }
 
 const EXPORT_LIST: &str = "cryptctl export list shows it";
+const JOB_LIST: &str = "cryptctl job list shows it";
 
 impl Held {
     /// To re-encrypt it. Where this process serves it already, [`Held::beside`] says how the two get along.
@@ -110,7 +114,10 @@ impl Held {
         let uses = match &known {
             Some(uses) if uses.rewritten => {
                 let what = "another job re-encrypts this volume";
-                return conflict(device, what, "cryptctl job list shows it");
+                return conflict(device, what, JOB_LIST);
+            }
+            Some(uses) if uses.written => {
+                return conflict(device, "a job is writing to the volume", JOB_LIST);
             }
             Some(uses) if uses.readers > 0 => {
                 let what = "the volume is exported to be read only, and would change under its readers";
@@ -144,6 +151,9 @@ impl Held {
                     "cancel the job (it stops where it is safe), export the volume, and go on with cryptctl reencrypt --resume-only",
                 );
             }
+            Some(uses) if uses.written => {
+                return conflict(device, "a job is writing to the volume", JOB_LIST);
+            }
             Some(uses) if uses.serving || !read_only => {
                 return conflict(device, "the volume is exported already", EXPORT_LIST);
             }
@@ -162,6 +172,24 @@ impl Held {
             (Use::Serve, None)
         };
         Ok(Self { device: device.clone(), uses: kind, beside: None, lock })
+    }
+
+    /// To write all of it anew: the sink of a job.
+    ///
+    /// # Errors
+    /// `Conflict`: a job or an export of this process has it.
+    pub fn to_write(device: &Arc<Device>) -> Result<Self> {
+        let mut table = table();
+        let volumes = table.get_or_insert_default();
+        match volumes.get(&device.identity()) {
+            Some(uses) if uses.rewritten => return conflict(device, "a job re-encrypts the sink", JOB_LIST),
+            Some(uses) if uses.written => {
+                return conflict(device, "another job is writing to the sink", JOB_LIST);
+            }
+            Some(_) => return conflict(device, "the sink is a volume that is exported", EXPORT_LIST),
+            None => volumes.insert(device.identity(), Uses { written: true, ..Uses::default() }),
+        };
+        Ok(Self { device: device.clone(), uses: Use::Write, beside: None, lock: None })
     }
 
     /// The export of this process that the re-encryption runs beside: in its manner, and by its view.
@@ -198,8 +226,9 @@ impl Drop for Held {
                 uses.served = None;
             }
             Use::Read => uses.readers -= 1,
+            Use::Write => uses.written = false,
         }
-        if !uses.rewritten && !uses.serving && uses.readers == 0 {
+        if !uses.rewritten && !uses.serving && !uses.written && uses.readers == 0 {
             volumes.remove(&self.device.identity());
         }
         // With the table still locked: who comes next finds no entry, and no lock either.
@@ -314,6 +343,28 @@ mod tests {
         assert_eq!(lock::try_lock(&other), Ok(false));
         drop(second);
         drop(Held::to_rewrite(&one).expect("free"));
+        std::fs::remove_file(&path).expect("clean up");
+    }
+
+    #[test]
+    fn what_a_job_writes_nobody_else_has() {
+        let path = scratch("sink");
+        let (one, two) = (device(open(&path)), device(open(&path)));
+        let sink = Held::to_write(&one).expect("free");
+        assert_eq!(refusal(Held::to_write(&two)), "another job is writing to the sink: volume");
+        for refused in [Held::to_serve(&two, false), Held::to_serve(&two, true), Held::to_rewrite(&one)] {
+            assert_eq!(refusal(refused), "a job is writing to the volume: volume");
+        }
+        drop(sink);
+        for read_only in [false, true] {
+            let export = Held::to_serve(&two, read_only).expect("free");
+            assert_eq!(refusal(Held::to_write(&one)), "the sink is a volume that is exported: volume");
+            drop(export);
+        }
+        let rewriting = Held::to_rewrite(&two).expect("free");
+        assert_eq!(refusal(Held::to_write(&one)), "a job re-encrypts the sink: volume");
+        drop(rewriting);
+        drop(Held::to_write(&one).expect("free again"));
         std::fs::remove_file(&path).expect("clean up");
     }
 }

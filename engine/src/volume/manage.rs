@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use proto::luks::{Done, File, New, NewFile, Operation, Reply, Request, Secret as Kind};
+use proto::remote::Remote;
 
 use crate::backend::blocking::Blocking;
 use crate::backend::device::{Device, Nature, Purpose};
@@ -57,7 +58,7 @@ pub fn carry_out(request: Request, descriptors: Vec<OwnedFd>, caller: &Caller<'_
         let what = "volume and detached header are the same file or device";
         return Err(Error::new(ErrorKind::Invalid, what).at(volume.name()));
     }
-    let operation = Prepared::new(operation, &mut sent)?;
+    let operation = Prepared::new(operation, &mut sent, &remotes)?;
     sent.finish()?;
     let place = Place { volume, header };
     let reply = if let Prepared::Format { new, target, key, volume_key } = operation {
@@ -116,9 +117,9 @@ struct NewTarget {
 }
 
 impl NewTarget {
-    fn new(file: NewFile, sent: &mut Descriptors) -> Result<Self> {
-        let fd = sent.take(file.fd, "new file")?;
-        let device = Device::from_fd(fd, file.name, Purpose { read: true, write: true, stream: false })?;
+    fn new(file: NewFile, sent: &mut Descriptors, remotes: &[Remote]) -> Result<Self> {
+        let purpose = Purpose { read: true, write: true, stream: false };
+        let device = device::open(sent, remotes, file.fd, ("new file", &file.name), purpose)?;
         let commit = file
             .commit
             .map(|commit| {
@@ -191,10 +192,10 @@ enum Prepared {
 }
 
 impl Prepared {
-    fn new(operation: Operation, sent: &mut Descriptors) -> Result<Self> {
+    fn new(operation: Operation, sent: &mut Descriptors, remotes: &[Remote]) -> Result<Self> {
         Ok(match operation {
             Operation::Format { mut new, key_fd } => Self::Format {
-                target: new.header.take().map(|file| NewTarget::new(file, sent)).transpose()?,
+                target: new.header.take().map(|file| NewTarget::new(file, sent, remotes)).transpose()?,
                 key: sent.secret(key_fd, "key")?,
                 volume_key: new.volume_key_fd.map(|fd| sent.secret(fd, "volume key")).transpose()?,
                 new,
@@ -222,11 +223,11 @@ impl Prepared {
             Operation::ConvertKdf { key_fd, keyslot, kdf } => {
                 Self::Change { old: sent.secret(key_fd, "key")?, new: None, keyslot, kdf }
             }
-            Operation::HeaderBackup { file } => Self::Backup(NewTarget::new(file, sent)?),
+            Operation::HeaderBackup { file } => Self::Backup(NewTarget::new(file, sent, remotes)?),
             Operation::HeaderRestore { file, allow_other } => {
-                let fd = sent.take(file.fd, "backup")?;
                 let purpose = Purpose { read: true, write: false, stream: false };
-                Self::Restore { file: Device::from_fd(fd, file.name, purpose)?, allow_other }
+                let file = device::open(sent, remotes, file.fd, ("backup", &file.name), purpose)?;
+                Self::Restore { file, allow_other }
             }
             Operation::Doctor { key_fd } => {
                 Self::Doctor(key_fd.map(|fd| sent.secret(fd, "key")).transpose()?)

@@ -84,7 +84,8 @@ fn a_look_is_read_only_and_a_change_is_not() {
         ("format @/vol --key file:@/key", true),
     ] {
         let opened = typed(dir.path(), args).unwrap_or_else(|error| panic!("{args}: {error}"));
-        let flags = rustix::fs::fcntl_getfl(&opened.volume.fd).expect("open");
+        let flags = rustix::fs::fcntl_getfl(opened.volume.file().unwrap_or_else(|error| panic!("{error}")))
+            .expect("open");
         assert_eq!(flags.contains(rustix::fs::OFlags::RDWR), writes, "{args}");
         assert_eq!(opened.writes, writes, "{args}");
         assert!(opened.lockable().is_none(), "a file is locked by the daemon");
@@ -267,7 +268,8 @@ fn what_is_not_a_file_with_a_header_is_refused_by_name() {
         ("dump @/none", "no such file", 1),
         ("dump @", "is a directory", 2),
         ("dump /dev/null", "is a character device", 2),
-        ("dump nbd://host/x", "not supported yet", 2),
+        ("dump rbd:pool/x", "not supported yet", 2),
+        ("dump nbd:host:1:exportname=x", "QEMU's notation", 2),
         ("dump @/vol --header -", "--header cannot be `-`", 2),
         ("format @/none --key file:@/key", "no such file", 1),
         ("header-backup @/vol -", "FILE must be a file or a block device, not a stream", 2),
@@ -360,7 +362,7 @@ fn erasing_asks_unless_told_not_to() {
     let opened = typed(dir.path(), "erase @/vol --header @/head").unwrap_or_else(|error| panic!("{error}"));
     let Some(Question::MayErase(name)) = &opened.open_question else { panic!("it must ask") };
     assert!(name.ends_with("/head"), "{name}");
-    let (request, descriptors) = opened.preliminary();
+    let (request, descriptors) = opened.preliminary().unwrap_or_else(|error| panic!("{error}"));
     assert_eq!((request.operation, descriptors.len()), (Operation::Dump {}, 2));
     let opened = typed(dir.path(), "erase @/vol --yes-destroy-all-keys").unwrap_or_else(|e| panic!("{e}"));
     assert!(opened.open_question.is_none());

@@ -3,27 +3,267 @@
 //! | file | its one purpose |
 //! |---|---|
 //! | `mod` | a remote volume, and how everything that carries a file finds it |
-//! | `connect` | haggling as a client; connecting again |
-//! | `queue` | a queue over a queue: operations on a remote port become requests on its socket |
-//! | `extents` | block status: holes, dirty bitmaps |
-//! | `tls` | TLS of a connection |
+//! | `connect` | haggling as a client |
+//! | `session` | requests and replies of one connection, as bytes |
+//! | `coverage` | which bytes of a reply have arrived |
+//! | `connection` | the socket, and what happens when it breaks |
+//! | `reconnect` | connecting again |
+//! | `extents` | block status: zeros, dirty bitmaps |
+//! | `queue` | a queue over a queue: operations on a remote port become requests |
+//! | `transport` | bytes of a connection, plain or under TLS |
+//! | `tls` | TLS: whom to trust, and bytes through it |
 //!
-//! A remote volume is known by the descriptor of its first connection: whatever carries a file (`Arc<OwnedFd>`) carries a remote
-//! one as well, and where it is attached to a queue, the queue finds out ([`find`]). Why not an enum in place of the descriptor: a
-//! hundred places that only hand it on would have to know.
+//! Whatever carries a file (`Arc<OwnedFd>`) carries a remote volume as well, and where it is attached to a queue, the queue finds
+//! out ([`find`]). Why not an enum in place of the descriptor: a hundred places that only hand it on would have to know. The descriptor
+//! that stands for a volume is that of an empty, sealed file in memory, one for each export of a server: locks on it (`flock`, ranges)
+//! keep out whoever else in this process has the same export open, and its inode says what is the same. Nothing can be written to
+//! it, and reading finds its end, should it ever be taken for what it is not.
 
-use std::os::fd::OwnedFd;
+pub mod connect;
+mod connection;
+mod coverage;
+mod extents;
+pub mod queue;
+mod reconnect;
+mod session;
+pub mod tls;
+mod transport;
 
-use proto::remote::Remote;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use proto::remote::{Address, Remote};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::backend::device::{Device, Purpose};
+use crate::backend::nbd::connect::{Facts, Wish};
+use crate::backend::nbd::connection::{Connection, Shared};
+use crate::backend::nbd::reconnect::Again;
+use crate::backend::nbd::tls::{Credentials, Means};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::nbd::flags;
+use crate::units::Extent;
+
+pub use extents::marked;
+
+/// How long a server may take until an export can be used.
+const OPEN_WAIT: Duration = Duration::from_secs(10);
+/// How long to try to connect again where nothing was said, milliseconds.
+const RECONNECT_MS: u32 = 10_000;
+/// Connections of one volume: workers enough for any machine.
+const CONNECTIONS_MAX: usize = 64;
+
+/// A volume that a server exports.
+pub struct Volume {
+    shared: Arc<Shared>,
+    connections: Vec<Arc<Connection>>,
+    /// What may be something else than zeros, once somebody asked; `None`: it cannot be told.
+    data: OnceLock<Option<Vec<Extent>>>,
+    /// What stands for the export in this process.
+    _anchor: Arc<OwnedFd>,
+}
+
+impl Volume {
+    /// What the server said of it.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.shared.facts
+    }
+
+    /// Connections: more workers than these share them.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Can what was written be made durable? Otherwise the server does as it likes, and a flush says nothing.
+    #[must_use]
+    pub fn can_flush(&self) -> bool {
+        self.facts().has(flags::SEND_FLUSH)
+    }
+
+    /// The connection that the fewest queues use; one more from now on.
+    fn take_connection(&self) -> Arc<Connection> {
+        let users = |connection: &&Arc<Connection>| connection.users().load(Ordering::Acquire);
+        let connection = self.connections.iter().min_by_key(users).expect("a volume has a connection");
+        connection.users().fetch_add(1, Ordering::AcqRel);
+        Arc::clone(connection)
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        for connection in &self.connections {
+            connection.leave();
+        }
+    }
+}
+
+impl std::fmt::Debug for Volume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Volume({})", self.shared.wish.name)
+    }
+}
+
+/// Volumes that are open, by the descriptors that stand for them.
+#[derive(Default)]
+struct Register {
+    open: Vec<(Weak<OwnedFd>, Arc<Volume>)>,
+    /// The files in memory, by server and export.
+    anchors: Option<HashMap<String, Weak<OwnedFd>>>,
+}
+
+static REGISTER: Mutex<Register> = Mutex::new(Register { open: Vec::new(), anchors: None });
+
+fn register() -> MutexGuard<'static, Register> {
+    REGISTER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The remote volume that a descriptor stands for, if it does.
+#[must_use]
+pub fn find(file: &Arc<OwnedFd>) -> Option<Arc<Volume>> {
+    let register = register();
+    let found = register.open.iter().find(|(open, _)| std::ptr::eq(open.as_ptr(), Arc::as_ptr(file)));
+    found.map(|(_, volume)| Arc::clone(volume))
+}
+
+/// Keeps a volume in use; when it goes, volumes whose descriptors are gone are closed. Holders declare it behind the descriptor.
+#[derive(Debug)]
+pub struct Lease(Option<Arc<Volume>>);
+
+impl Lease {
+    /// Of this volume.
+    #[must_use]
+    pub fn of(volume: Arc<Volume>) -> Self {
+        Self(Some(volume))
+    }
+
+    /// The volume.
+    ///
+    /// # Panics
+    /// Never: it is there until the lease goes.
+    #[must_use]
+    pub fn volume(&self) -> &Volume {
+        self.0.as_ref().expect("there until dropped")
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0 = None;
+        let mut register = register();
+        let gone: Vec<_> = register.open.extract_if(.., |(file, _)| file.strong_count() == 0).collect();
+        if let Some(anchors) = &mut register.anchors {
+            anchors.retain(|_, anchor| anchor.strong_count() > 0);
+        }
+        drop(register);
+        // Closing talks to servers, which nobody else needs to wait for.
+        drop(gone);
+    }
+}
 
 /// Haggle with a server over connections the caller made (the first is the volume's, the others are used if the server allows several),
-/// and look at the export. Blocks for at most some seconds. `tls` holds the contents of the descriptors of [`Remote::tls`].
+/// and look at the export. Blocks for at most some seconds. Connections that break are made again if `remote` has an address, which
+/// is left in it for callers only who may go there. `tls` is what the descriptors of [`Remote::tls`] held.
 ///
 /// # Errors
-/// `Io`: the connection broke or the server does not answer; `NotFound`: no such export; `Denied`: by the server's policy; `Unsupported`: it lacks what is needed.
-pub fn open(_connections: Vec<OwnedFd>, _remote: &Remote, name: &str, _purpose: Purpose) -> Result<Device> {
-    Err(Error::new(ErrorKind::Unsupported, "NBD is not spoken yet").at(name))
+/// `Io`: the connection broke or the server does not answer; `NotFound`: no such export; `Denied`: by the server's policy, or it
+/// is read-only where it is to be written; `Unsupported`: it lacks what is needed.
+pub fn open(
+    connections: Vec<OwnedFd>,
+    remote: &Remote,
+    tls: Option<&Credentials>,
+    name: &str,
+    purpose: Purpose,
+) -> Result<Device> {
+    let refuse = |kind, what: String| Err(Error::new(kind, what).at(name));
+    if connections.len() > CONNECTIONS_MAX {
+        return refuse(ErrorKind::Limit, format!("more than {CONNECTIONS_MAX} connections to one volume"));
+    }
+    if purpose.stream {
+        return refuse(ErrorKind::Invalid, "an NBD export is no stream".to_owned());
+    }
+    let deadline = Instant::now() + OPEN_WAIT;
+    if remote.tls.is_some() != tls.is_some() {
+        return refuse(ErrorKind::Internal, "TLS was demanded, and is not there".to_owned());
+    }
+    let tls = tls.map(Means::of).transpose().map_err(|error| error.at(name))?;
+    let wish =
+        Wish { export: remote.export.clone(), context: remote.bitmap.clone(), name: name.to_owned(), tls };
+    let within = Duration::from_millis(remote.reconnect_ms.unwrap_or(RECONNECT_MS).into());
+    let again = remote.address.clone().filter(|_| !within.is_zero()).map(|address| Again { address, within });
+    if let Some(again) = &again {
+        reconnect::check(&again.address).map_err(|error| error.at(name))?;
+    }
+    let mut connections = connections.into_iter();
+    let Some(first) = connections.next() else {
+        return refuse(ErrorKind::Invalid, "no connection to the NBD server".to_owned());
+    };
+    let identity = identity(&first, remote);
+    let (transport, facts) = connect::haggle(connect::prepare(first, name)?, &wish, deadline)?;
+    if purpose.write && facts.has(flags::READ_ONLY) {
+        return refuse(ErrorKind::Denied, "the NBD server exports it read-only".to_owned());
+    }
+    if purpose.write && !facts.has(flags::SEND_FLUSH) {
+        tracing::warn!("{name}: the NBD server cannot flush: nothing says when what is written is durable");
+    }
+    let shared = Arc::new(Shared::new(wish, facts.clone(), purpose.write, again));
+    let mut all = vec![Arc::new(Connection::new(Arc::clone(&shared), transport, &facts))];
+    for more in connections {
+        // One that does not allow several gets no second word; closing says enough.
+        if !facts.has(flags::CAN_MULTI_CONN) {
+            break;
+        }
+        let (transport, other) = connect::haggle(connect::prepare(more, name)?, &shared.wish, deadline)?;
+        if !other.is_same_as(&facts) {
+            return refuse(ErrorKind::Conflict, "the connections lead to different exports".to_owned());
+        }
+        all.push(Arc::new(Connection::new(Arc::clone(&shared), transport, &other)));
+    }
+    let anchor = anchor(identity).map_err(|error| error.at(name))?;
+    let file = Arc::new(handle(&anchor).map_err(|error| error.at(name))?);
+    let volume = Arc::new(Volume { shared, connections: all, data: OnceLock::new(), _anchor: anchor });
+    register().open.push((Arc::downgrade(&file), Arc::clone(&volume)));
+    Device::from_remote(file, Lease::of(volume), name, purpose)
+}
+
+/// What is the same export of the same server.
+fn identity(socket: &OwnedFd, remote: &Remote) -> String {
+    let server = match &remote.address {
+        Some(Address::Unix(path)) => format!("unix:{path}"),
+        Some(Address::Tcp(place)) => format!("tcp:{place}"),
+        // A socket without an address is its own.
+        None => match rustix::net::getpeername(socket) {
+            Ok(Some(address)) => format!("{address:?}"),
+            _ => format!("descriptor:{}:{:?}", socket.as_raw_fd(), Instant::now()),
+        },
+    };
+    format!("{server}\0{}", remote.export)
+}
+
+/// The file that stands for an export; one for all who have it open.
+fn anchor(identity: String) -> Result<Arc<OwnedFd>> {
+    let mut register = register();
+    let anchors = register.anchors.get_or_insert_default();
+    if let Some(anchor) = anchors.get(&identity).and_then(Weak::upgrade) {
+        return Ok(anchor);
+    }
+    let failed = |errno: rustix::io::Errno| Error::io("no file in memory", errno);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("nbd", flags).map_err(failed)?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals).map_err(failed)?;
+    let anchor = Arc::new(file);
+    anchors.insert(identity, Arc::downgrade(&anchor));
+    Ok(anchor)
+}
+
+/// An open file of one's own on the anchor: locks belong to it.
+fn handle(anchor: &OwnedFd) -> Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", anchor.as_raw_fd());
+    rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| Error::io("cannot open a file in memory", errno))
 }

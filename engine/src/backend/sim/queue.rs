@@ -133,10 +133,7 @@ impl SimQueue {
 
     fn finish(&mut self, flight: Flight, result: std::io::Result<u32>) {
         let Op { token, port, what } = flight.op;
-        let buf = match what {
-            What::Read { buf, .. } | What::Write { buf, .. } => Some(buf),
-            What::Flush | What::Ready { .. } => None,
-        };
+        let buf = what.into_buf();
         self.finished.push((port, Done { token, buf, result }));
     }
 
@@ -171,8 +168,11 @@ impl SimQueue {
         let mut world = self.world.lock();
         world.clock = world.clock.max(flight.due);
         let moved = flight.moved;
+        let mut partial = false;
         let (position, outcome) = match &mut flight.op.what {
             What::Ready { .. } => return Some(Ok(0)),
+            // A simulated disk is one without holes, as some devices are.
+            What::Discard { .. } => return Some(Err(Errno::OPNOTSUPP.into())),
             What::Flush => {
                 let outcome = world.perform(disk, file, flight.handed, Raw::Flush(flight.before));
                 return Some(outcome.map(|_| 0).map_err(std::io::Error::from));
@@ -184,6 +184,15 @@ impl SimQueue {
                 };
                 let into = &mut buf[(span.start + moved) as usize..span.end as usize];
                 (*position, world.perform(disk, file, flight.handed, Raw::Read(offset, into)))
+            }
+            What::Receive { buf, span } => {
+                let offset = match place(Position::Stream, moved, file) {
+                    Ok(offset) => offset,
+                    Err(errno) => return Some(Err(errno.into())),
+                };
+                let into = &mut buf[span.start as usize..span.end as usize];
+                partial = true;
+                (Position::Stream, world.perform(disk, file, flight.handed, Raw::Read(offset, into)))
             }
             What::Write { position, buf, span } => {
                 let offset = match place(*position, moved, file) {
@@ -205,7 +214,7 @@ impl SimQueue {
             return Some(Err(errno.into()));
         }
         flight.moved += count;
-        if step.end {
+        if step.end || partial {
             return Some(Ok(flight.moved));
         }
         flight.due = world.due();
@@ -255,7 +264,10 @@ impl Queue for SimQueue {
                 real.push(op).map_err(|(why, op)| (why, Op { port, ..op }))
             }
             _ => {
-                if let What::Read { buf, span, .. } | What::Write { buf, span, .. } = &op.what {
+                if let What::Read { buf, span, .. }
+                | What::Write { buf, span, .. }
+                | What::Receive { buf, span } = &op.what
+                {
                     check_span(buf, span);
                 }
                 attached.in_flight += 1;

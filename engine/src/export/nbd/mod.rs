@@ -8,20 +8,49 @@
 //! |---|---|
 //! | `mod` | what goes from haggling to transmission |
 //! | `listen` | the thread that accepts and haggles, for all listening sockets; bounds on clients |
+//! | `stuck` | accepting on sockets whose owner may mean harm |
+//! | `shelf` | the exports behind one listening socket |
+//! | `caller` | one client that haggles: its socket, what waits to be sent, TLS |
 //! | `haggle` | haggling, without I/O: bytes in, bytes out |
 //! | `tls` | TLS of a connection, without I/O |
-//! | `server` | the service on one worker: its connections, buffers, operations |
+//! | `hub` | which worker serves a connection; what workers say of an export |
+//! | `server` | the service on one worker: its connections, buffers, operations (`intake`, `moves`, `replies`) |
 //! | `connection` | one client: bytes in, requests; replies, bytes out |
+//! | `served` | one export on one worker |
 //! | `slot` | one request, or a piece of one, in flight |
+//! | `check` | every bound of a request |
+//! | `answer` | replies as bytes |
+//! | `pool` | buffers, and who may have how many |
 //!
 //! Haggling is slow, rare and full of strings: it has a thread of its own, whose clients are bounded in number, bytes and time. A
 //! connection is on a worker from its first request on.
 
+pub mod answer;
+mod check;
+mod connection;
+pub mod hub;
+mod intake;
+mod moves;
+pub mod pool;
+mod replies;
+pub mod sealed;
+pub mod served;
+pub mod server;
+mod slot;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::export::exported::Exported;
+use crate::export::exported::{Exported, Seat};
+use crate::export::nbd::tls::TlsStream;
 use crate::format::nbd::reply::Style;
+
+mod caller;
+pub mod haggle;
+pub mod listen;
+pub mod shelf;
+mod stuck;
+pub mod tls;
 
 /// A client that may send requests now.
 pub struct Negotiated {
@@ -29,10 +58,14 @@ pub struct Negotiated {
     pub socket: OwnedFd,
     /// What it will read and write.
     pub export: Arc<Exported>,
+    /// Counts the connection as long as it is held.
+    pub seat: Seat,
     /// How it is answered.
     pub style: Style,
     /// It asked for `base:allocation`, and knows it by this number.
     pub allocation: Option<u32>,
     /// Bytes that came behind the last option: the first requests.
     pub early: Vec<u8>,
+    /// TLS of the connection: every byte on the socket goes through it. `early` has, already.
+    pub tls: Option<Box<TlsStream>>,
 }

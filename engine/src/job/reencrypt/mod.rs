@@ -51,18 +51,17 @@ use crate::volume::reencrypt::{self as volume, Opened, begin, luks as ledger, op
 
 /// How often a running job looks after itself.
 const TICK: Duration = Duration::from_millis(250);
-/// How often a paused job looks whether it may go on.
-const PAUSE_POLL: Duration = Duration::from_millis(100);
 
 /// All that a job found to do.
 const SWEPT: &str = "what was left of the last re-encryption was overwritten; nothing else to do";
 
-/// Carry a re-encryption to its end, or to where it is safe to stop.
+/// Carry a re-encryption to its end, or to where it is safe to stop. `place_free` is called whenever it is paused and at rest: another
+/// job may have its place.
 ///
 /// # Errors
 /// Why it failed or was cancelled, in which state the volume is, and how to go on.
-pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<Ending> {
-    let ended = carry(job, pipeline, &mut prepared);
+pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared, place_free: &dyn Fn()) -> Result<Ending> {
+    let ended = carry(job, pipeline, &mut prepared, place_free);
     if ended.is_err() {
         // Only a header that has no name yet still has two: no data was touched for it.
         discard(&prepared);
@@ -70,9 +69,9 @@ pub fn run(job: &Job, pipeline: &Pipeline, mut prepared: Prepared) -> Result<End
     ended
 }
 
-fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Ending> {
-    wait_while_paused(job)?;
-    let desk = Desk::new(pipeline, prepared)?;
+fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &dyn Fn()) -> Result<Ending> {
+    job.wait_while_paused()?;
+    let desk = Desk::new(pipeline, place_free, prepared)?;
     if prepared.dry_run {
         return dry::run(job, &desk, prepared);
     }
@@ -104,8 +103,8 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<Endi
         proof::is_over(&mut header)?;
         report.old_key_gone = proof::old_key_gone(&mut header, &opened)?;
     }
-    // What was said of the way there is not true of its end.
-    report.notes.retain(|note| !note.contains("journal is needed until all is done"));
+    // What holds of the way there is not true of its end.
+    report.notes.retain(|note| !opened.notes_until_done.contains(note));
     report.notes.extend(last_words(prepared, &opened).map(str::to_owned));
     job.report(report);
     Ok(Ending::default())
@@ -133,27 +132,20 @@ fn last_words(prepared: &Prepared, opened: &Opened) -> Option<&'static str> {
     }
 }
 
-/// A paused job neither hashes nor writes.
-fn wait_while_paused(job: &Job) -> Result<()> {
-    while job.is_paused() {
-        job.check_cancelled()?;
-        std::thread::sleep(PAUSE_POLL);
-    }
-    job.check_cancelled()
-}
-
 /// What the job works with.
 struct Desk<'a> {
     pipeline: &'a Pipeline,
+    /// Told when the job is paused and at rest.
+    place_free: &'a dyn Fn(),
     /// The data's alignment for direct I/O, bytes; 1: it is buffered.
     align: u32,
 }
 
 impl<'a> Desk<'a> {
-    fn new(pipeline: &'a Pipeline, prepared: &Prepared) -> Result<Self> {
+    fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Result<Self> {
         if let Some(export) = &prepared.beside_export {
             let align = online::as_served(&prepared.data, prepared.beside.as_deref(), export)?;
-            return Ok(Self { pipeline, align });
+            return Ok(Self { pipeline, place_free, align });
         }
         let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
         // A write to an odd end would make a file longer.
@@ -168,7 +160,14 @@ impl<'a> Desk<'a> {
         if let Some(beside) = &prepared.beside {
             beside.disable_direct();
         }
-        Ok(Self { pipeline, align })
+        Ok(Self { pipeline, place_free, align })
+    }
+
+    /// Nothing of the job is under way.
+    fn rests(&self, job: &Job) {
+        if job.rests() {
+            (self.place_free)();
+        }
     }
 
     /// A device read and written in order, through the kind of queue that workers use.
@@ -383,7 +382,7 @@ impl<'a> Desk<'a> {
             ledger: &mut *opened.ledger,
             data: &mut data,
             wish: &mut wish,
-            at_rest: &mut || job.rests(),
+            at_rest: &mut || self.rests(job),
             traffic: share.as_mut().map(|(view, share)| Traffic { view, pace: share }),
         });
         job.keep_record(course.transfer.final_record());
@@ -401,7 +400,7 @@ impl<'a> Desk<'a> {
                 prepared.data.drop_cache(all);
             }
         }
-        proving.compare(job, self.pipeline, (prepared.workers_max, opened), &shape, before, report)
+        proving.compare(job, self, (prepared.workers_max, opened), &shape, before, report)
     }
 }
 
@@ -450,19 +449,21 @@ fn verdict(job: &Job, prepared: &Prepared, opened: &Opened, ended: Ended, standi
         _ => "it rests at a safe point",
     };
     let what = format!("{done} of {} bytes are re-encrypted, and {stands}", opened.total);
-    let hint = "go on with cryptctl reencrypt --resume-only, or with cryptsetup reencrypt --resume-only";
-    let hint = match prepared.format {
-        Format::Luks(_) => hint,
-        Format::Raw(_) => "go on with cryptctl reencrypt --resume-only and the same journal",
-    };
-    let hint = if standing == Standing::Unswept {
-        "all data is new; the same command again overwrites what is left of the old key"
-    } else if standing == Standing::Gone {
-        "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
-    } else if state == State::Crash && matches!(opened.resilience, Resilience::None) {
-        "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
-    } else {
-        hint
+    let lost = state == State::Crash && matches!(opened.resilience, Resilience::None);
+    let hint = match (standing, &prepared.format) {
+        (Standing::Unswept, _) => {
+            "all data is new; the same command again overwrites what is left of the old key"
+        }
+        (Standing::Gone, _) => {
+            "another program changed it: see what it has done (cryptctl luks dump) before anything is begun anew"
+        }
+        _ if lost => {
+            "with resilience none nothing was kept to recover it by: which of its bytes are new is not known"
+        }
+        (_, Format::Raw(_)) => "go on with cryptctl reencrypt --resume-only and the same journal",
+        (_, Format::Luks(_)) => {
+            "go on with cryptctl reencrypt --resume-only, or with cryptsetup reencrypt --resume-only"
+        }
     };
     Err(match failure {
         Some(cause) => Error::new(cause.kind(), format!("re-encryption stopped: {what}"))
@@ -490,7 +491,7 @@ fn first_report(opened: &Opened, prepared: &Prepared) -> Report {
         carried_keyslots: opened.carried.clone(),
         dropped_keyslots: opened.dropped.clone(),
         recovered_bytes: opened.recovered_bytes,
-        notes: opened.notes.clone(),
+        notes: opened.notes_until_done.iter().chain(&opened.notes).cloned().collect(),
         ..Report::default()
     }
 }

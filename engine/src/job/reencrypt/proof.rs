@@ -11,9 +11,9 @@ use crate::crypto::proof::{self, KEY_BYTES, Proof};
 use crate::crypto::sha256::Digest;
 use crate::crypto::{Secret, bytes_equal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::job::reencrypt::Desk;
 use crate::job::reencrypt::course::{self, Shape};
 use crate::job::state::Job;
-use crate::pipeline::Pipeline;
 use crate::pipeline::carrier::{Carrier, Turn};
 use crate::pipeline::rewrite::News;
 use crate::volume::reencrypt::Opened;
@@ -47,10 +47,10 @@ impl Proving {
     ///
     /// # Errors
     /// `Difference`; `Cancelled`: the data is new, and only its proof is missing. Else of the device.
-    pub fn compare(
+    pub(super) fn compare(
         &self,
         job: &Job,
-        pipeline: &Pipeline,
+        desk: &Desk<'_>,
         (workers_max, opened): (usize, &Opened),
         shape: &Shape,
         before: Digest,
@@ -61,7 +61,7 @@ impl Proving {
         job.detach();
         job.attach(course.transfer.clone(), Phase::Verifying, bytes, 0);
         let mut carrier =
-            pipeline.carry(&course.transfer, course.news.clone(), workers_max, course.buffers)?;
+            desk.pipeline.carry(&course.transfer, course.news.clone(), workers_max, course.buffers)?;
         let (mut after, mut read) = (proof::NOTHING, 0);
         let mut ticked = Instant::now();
         loop {
@@ -72,7 +72,8 @@ impl Proving {
                         proof::add(&mut after, &contribution);
                     }
                 }
-                Turn::News(_) | Turn::Idle => {}
+                Turn::News(_) => {}
+                Turn::Idle => desk.rests(job),
                 Turn::Ended => break,
             }
             if job.is_cancelled() || course.transfer.has_failed() {

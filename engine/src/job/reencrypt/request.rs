@@ -16,6 +16,7 @@ use crate::job::commit::Names;
 use crate::job::prepare::{Means, width};
 use crate::key::Descriptors;
 use crate::limits;
+use crate::volume::device;
 use crate::volume::held::{Held, Served};
 
 /// Percent of the time that a re-encryption takes while clients use the volume, unless asked otherwise.
@@ -115,8 +116,18 @@ fn invalid<T>(what: &str) -> Result<T> {
 /// # Errors
 /// Whatever is wrong with it; nothing was changed. `Conflict`: somebody else is at the volume.
 pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<OwnedFd>) -> Result<Prepared> {
-    let Submit { source, sink, volume, bench, reencrypt, tuning, bytes_per_second, background_share, .. } =
-        submit;
+    let Submit {
+        source,
+        sink,
+        volume,
+        bench,
+        reencrypt,
+        tuning,
+        bytes_per_second,
+        remotes,
+        background_share,
+        ..
+    } = submit;
     let Some(request) = reencrypt else { return invalid("the request has no reencrypt") };
     if source.is_some() || sink.is_some() || volume.is_some() || bench.is_some() {
         return invalid("reencrypt has one volume, and neither source nor sink");
@@ -131,8 +142,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let mut descriptors = Descriptors::new(descriptors);
     let open = |descriptors: &mut Descriptors, file: &proto::luks::File, what: &str| -> Result<Arc<Device>> {
         let purpose = Purpose { read: true, write: !request.dry_run, stream: false };
-        let fd = descriptors.take(file.fd, what)?;
-        Ok(Arc::new(Device::from_fd(fd, file.name.clone(), purpose)?))
+        Ok(Arc::new(device::open(descriptors, &remotes, file.fd, (what, &file.name), purpose)?))
     };
     let data = open(&mut descriptors, &request.volume, "volume")?;
     let (beside, commit) = match &request.format {

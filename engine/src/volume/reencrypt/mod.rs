@@ -63,6 +63,8 @@ pub struct Opened {
     pub dropped: Vec<u32>,
     /// Worth telling the user.
     pub notes: Vec<String>,
+    /// The same, but true only as long as it is under way.
+    pub notes_until_done: Vec<String>,
     /// Where progress is kept.
     pub ledger: Box<dyn Ledger>,
 }

@@ -114,6 +114,7 @@ pub fn open(
         carried: Vec::new(),
         dropped: Vec::new(),
         notes,
+        notes_until_done: Vec::new(),
         ledger: Box::new(LuksLedger::new(header, *loaded, process, total, boundary)),
     })))
 }

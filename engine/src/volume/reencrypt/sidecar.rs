@@ -129,7 +129,7 @@ pub fn plan(journal: &mut Blocking, wish: &Wish<'_>) -> Result<Planned> {
         ciphers: [Some(words(&wish.pair.old)), Some(words(&wish.pair.new))],
         carried: Vec::new(),
         dropped: Vec::new(),
-        notes: notes(&fixed),
+        notes: [lasting(&fixed), until_done(&fixed)].concat(),
     })
 }
 
@@ -141,9 +141,18 @@ fn words(side: &Raw) -> String {
     cipher_words(CipherSpec::AesXts(side.tweak).name(), side.key_bytes as usize, side.data_unit)
 }
 
-fn notes(fixed: &Fixed) -> Vec<String> {
+/// Worth telling the user, also when it is over.
+fn lasting(fixed: &Fixed) -> Vec<String> {
     match fixed.resilience {
         Resilience::None => vec!["without protection a crash or power cut loses data".to_owned()],
+        _ => Vec::new(),
+    }
+}
+
+/// What holds as long as it is under way.
+fn until_done(fixed: &Fixed) -> Vec<String> {
+    match fixed.resilience {
+        Resilience::None => Vec::new(),
         _ => vec![
             "the journal is needed until all is done: without it an interrupted volume cannot be put right, and a new one \
              would take what is new already for old"
@@ -184,7 +193,7 @@ pub fn begin(
     old: &Secret,
     new: &Secret,
 ) -> Result<Opened> {
-    let planned = plan(&mut journal, wish)?;
+    plan(&mut journal, wish)?;
     if old == new && wish.pair.old == wish.pair.new {
         let what = "the volume is encrypted so already: key and cipher are the same";
         return Err(Error::new(ErrorKind::Invalid, what));
@@ -208,7 +217,8 @@ pub fn begin(
         }
         return Err(error);
     }
-    Ok(opened(ledger, sides, 0, planned.notes))
+    let notes = lasting(&ledger.superblock.fixed);
+    Ok(opened(ledger, sides, 0, notes))
 }
 
 /// Open the re-encryption under way, and recover an interrupted step. `Ok(None)`: the journal's file is empty, or holds one that was being made and
@@ -259,7 +269,7 @@ pub fn open(
     }
     is_of(&superblock, &mut journal, &mut data, &sides)?;
     let mut ledger = SidecarLedger::new(journal, data, key, superblock);
-    let mut notes = notes(&ledger.superblock.fixed);
+    let mut notes = lasting(&ledger.superblock.fixed);
     let mut recovered = 0;
     ledger.heal()?;
     match state {
@@ -500,6 +510,7 @@ fn opened(ledger: SidecarLedger, sides: [Side; 2], recovered_bytes: u64, notes: 
         carried: Vec::new(),
         dropped: Vec::new(),
         notes,
+        notes_until_done: until_done(&ledger.superblock.fixed),
         ledger: Box::new(ledger),
     }
 }

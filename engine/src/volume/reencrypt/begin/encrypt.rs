@@ -105,6 +105,7 @@ pub fn begin(
         carried: Vec::new(),
         dropped: Vec::new(),
         notes,
+        notes_until_done: Vec::new(),
         ledger: Box::new(LuksLedger::new(header, *loaded, process, prepared.total, boundary)),
     })
 }

@@ -136,6 +136,7 @@ pub fn begin(
         carried: planned.carried,
         dropped: planned.dropped,
         notes: planned.notes,
+        notes_until_done: Vec::new(),
         ledger: Box::new(LuksLedger::new(header, *next, process, prepared.total, boundary)),
     })
 }

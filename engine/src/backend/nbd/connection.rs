@@ -1,0 +1,356 @@
+//! One connection: the socket, what was asked over it, and what happens when it breaks.
+//!
+//! A connection may be shared by several queues: whoever has something to send sends, whoever is told that there is something to
+//! read reads, and completions go to the inbox of the queue they belong to. As long as there are connections enough each queue has its
+//! own, and the lock is nobody else's. Nothing here waits for the peer.
+//!
+//! ## What a break means for durability
+//! A write that was not answered is asked again: nobody was told anything. A write that *was* answered and not yet flushed may
+//! have been in the memory of a server that died, and is not known here any more. So once a connection breaks while there are such writes,
+//! every later flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
+//! may not be, and goes on from what was durable before. Why not write everything through (FUA): each write would wait for
+//! the disk, for the sake of a break that most jobs never see.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::backend::What;
+use crate::backend::nbd::connect::{Facts, Wish};
+use crate::backend::nbd::queue::Inbox;
+use crate::backend::nbd::reconnect::{self, Again};
+use crate::backend::nbd::session::{Answer, Finished, Owner, SLICES_MAX, Session};
+use crate::backend::nbd::transport::Transport;
+use crate::format::nbd::flags;
+use crate::format::nbd::request::{Command, Request};
+
+/// Bytes received in one go, so that one connection does not keep a worker from its others.
+const RECEIVED_AT_ONCE: usize = 4 << 20;
+
+/// What all connections of a volume share.
+pub struct Shared {
+    /// What was asked for.
+    pub wish: Wish,
+    /// What the server said.
+    pub facts: Facts,
+    /// May be written to.
+    pub writable: bool,
+    /// How to connect again, where that is allowed.
+    pub again: Option<Again>,
+    /// Writes that were acknowledged.
+    acknowledged: AtomicU64,
+    /// Of them, the number that is durable.
+    flushed: AtomicU64,
+    /// Writes asked and not answered.
+    outstanding: AtomicU64,
+    /// Acknowledged writes may be lost.
+    doubt: AtomicBool,
+}
+
+impl Shared {
+    /// Of a volume just opened.
+    #[must_use]
+    pub fn new(wish: Wish, facts: Facts, writable: bool, again: Option<Again>) -> Self {
+        let zero = || AtomicU64::new(0);
+        let (acknowledged, flushed, outstanding) = (zero(), zero(), zero());
+        Self {
+            wish,
+            facts,
+            writable,
+            again,
+            acknowledged,
+            flushed,
+            outstanding,
+            doubt: AtomicBool::new(false),
+        }
+    }
+}
+
+enum Link {
+    Up(Transport),
+    /// Being connected again; what is asked waits.
+    Down,
+    /// For good, and why.
+    Dead(String),
+}
+
+struct State {
+    link: Link,
+    session: Session,
+    generation: u64,
+    /// Writes of this connection that [`Shared::outstanding`] counts.
+    counted: u64,
+}
+
+/// See the module.
+pub struct Connection {
+    shared: Arc<Shared>,
+    state: Mutex<State>,
+    users: AtomicUsize,
+}
+
+/// What to wait for.
+pub struct Watch {
+    /// The socket, and which of this connection's it is; `None`: there is none now.
+    pub socket: Option<(u64, Arc<OwnedFd>)>,
+    /// More can be sent once it takes more.
+    pub write: bool,
+}
+
+impl Connection {
+    /// After haggling.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, transport: Transport, facts: &Facts) -> Self {
+        let session = Session::new(facts.bounds());
+        let state = State { link: Link::Up(transport), session, generation: 0, counted: 0 };
+        Self { shared, state: Mutex::new(state), users: AtomicUsize::new(0) }
+    }
+
+    /// Queues that use it.
+    #[must_use]
+    pub fn users(&self) -> &AtomicUsize {
+        &self.users
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accept an operation. Nothing is sent before [`Connection::pump`]; what fails at once is in the inbox then.
+    pub fn submit(&self, owner: Owner, what: What) {
+        let mut state = self.lock();
+        let refusal = match (&state.link, &what) {
+            (Link::Dead(why), _) => Some(dead(why)),
+            (_, What::Write { .. } | What::Discard { .. }) if !self.shared.writable => {
+                Some(std::io::Error::from_raw_os_error(libc::EBADF))
+            }
+            (_, What::Discard { .. }) if !self.shared.facts.has(flags::SEND_WRITE_ZEROES) => {
+                Some(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+            }
+            (_, What::Flush) if self.shared.doubt.load(Ordering::Acquire) => Some(lost()),
+            _ => None,
+        };
+        match refusal {
+            Some(error) => state.session.refuse(owner, what, error),
+            // Who must have durability asks before (`Volume::can_flush`); others have been warned.
+            None if matches!(what, What::Flush) && !self.shared.facts.has(flags::SEND_FLUSH) => {
+                state.session.push(owner, What::Ready { read: false }, 0);
+            }
+            None => state.session.push(owner, what, self.shared.acknowledged.load(Ordering::Acquire)),
+        }
+        self.account(&mut state);
+        deliver(&mut state, None);
+    }
+
+    /// Ask for block status; the extents are in `answer` when the operation comes back.
+    pub fn submit_status(&self, owner: Owner, offset: u64, length: u32, answer: Answer) {
+        let mut state = self.lock();
+        match &state.link {
+            Link::Dead(why) => {
+                let error = dead(why);
+                state.session.refuse(owner, What::Flush, error);
+            }
+            Link::Up(_) | Link::Down => state.session.push_status(owner, offset, length, answer),
+        }
+        deliver(&mut state, None);
+    }
+
+    /// Send what can be sent and, if asked to, take what has arrived. Completions are in the inboxes afterwards; those who wait elsewhere
+    /// are woken, `me` is not.
+    pub fn pump(self: &Arc<Self>, me: &Arc<Inbox>, receive: bool) -> Watch {
+        let mut state = self.lock();
+        if let Err(broken) = state.send() {
+            self.broke(&mut state, broken);
+        } else if receive && let Err(broken) = state.receive().and_then(|()| state.send()) {
+            self.broke(&mut state, broken);
+        }
+        self.account(&mut state);
+        deliver(&mut state, Some(me));
+        state.watch()
+    }
+
+    /// See [`Session::cancel`].
+    pub fn cancel(self: &Arc<Self>, me: &Arc<Inbox>, port: u32, urgent: bool) {
+        let mut state = self.lock();
+        if !state.session.cancel(me, port, urgent) {
+            self.broke(&mut state, Broken::Cut("given up in the middle of a request".to_owned()));
+        }
+        self.account(&mut state);
+        deliver(&mut state, Some(me));
+    }
+
+    /// Tell the server that it is over, if it can be told without waiting.
+    pub fn leave(&self) {
+        let mut state = self.lock();
+        let idle = state.session.is_idle() && !state.session.wants_to_send();
+        let extended = state.session.is_extended();
+        if let Link::Up(transport) = &mut state.link {
+            if idle {
+                let mut bytes = [0; 32];
+                let request =
+                    Request { command: Command::Disconnect, flags: 0, cookie: 0, offset: 0, length: 0 };
+                let count = request.put(&mut bytes, extended);
+                let _ = transport.send(&[IoSlice::new(&bytes[..count])]);
+            }
+            transport.close();
+        }
+    }
+
+    /// Keep the volume's account of writes.
+    fn account(&self, state: &mut State) {
+        // 1. Acknowledged before the caller learns it: a flush it asks for then covers the write.
+        self.shared.acknowledged.fetch_add(state.session.take_acknowledged(), Ordering::AcqRel);
+        self.shared.flushed.fetch_max(state.session.flushed(), Ordering::AcqRel);
+        let writes = state.session.writes();
+        if writes >= state.counted {
+            self.shared.outstanding.fetch_add(writes - state.counted, Ordering::AcqRel);
+        } else {
+            self.shared.outstanding.fetch_sub(state.counted - writes, Ordering::AcqRel);
+        }
+        state.counted = writes;
+    }
+
+    fn broke(self: &Arc<Self>, state: &mut State, broken: Broken) {
+        let Link::Up(transport) = &mut state.link else { return };
+        transport.close();
+        let Shared { wish, again, .. } = &*self.shared;
+        let (why, again) = match broken {
+            Broken::Cut(why) => (why, again.clone()),
+            // It would do so again.
+            Broken::Violated(how) => (format!("the server breaks the protocol: {how}"), None),
+        };
+        // 1. What was acknowledged until now is counted, before it is judged.
+        self.account(state);
+        // 2. Writes under way on other connections may have been answered by the server that is gone now.
+        let elsewhere = self.shared.outstanding.load(Ordering::Acquire) > state.counted;
+        let unflushed =
+            self.shared.acknowledged.load(Ordering::Acquire) > self.shared.flushed.load(Ordering::Acquire);
+        // 3. Doubt comes before any request on another connection, so no flush there can be taken for one that covers them.
+        if elsewhere || unflushed {
+            self.shared.doubt.store(true, Ordering::Release);
+            state.session.fail(Some(Command::Flush), lost);
+        }
+        tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
+        state.session.restart(self.shared.facts.bounds());
+        state.link = Link::Down;
+        let started = again.is_some_and(|again| {
+            let started = reconnect::start(self, Arc::clone(&self.shared), again, why.clone());
+            started.inspect_err(|error| tracing::error!("{}", error.chain())).is_ok()
+        });
+        if !started {
+            state.session.fail(None, || dead(&why));
+            state.link = Link::Dead(why);
+        }
+    }
+
+    /// It was connected again: ask again for all that was not answered.
+    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts) {
+        let mut state = self.lock();
+        state.session.restart(facts.bounds());
+        state.generation += 1;
+        state.link = Link::Up(transport);
+        tracing::info!("{}: connected to the NBD server again", self.shared.wish.name);
+        if let Err(broken) = state.send() {
+            self.broke(&mut state, broken);
+        }
+        self.account(&mut state);
+        deliver(&mut state, None);
+        for inbox in state.session.inboxes() {
+            inbox.nudge();
+        }
+    }
+
+    /// It cannot be connected again.
+    pub fn give_up(&self, why: &str) {
+        let mut state = self.lock();
+        let waiting: Vec<Arc<Inbox>> = state.session.inboxes().cloned().collect();
+        state.session.fail(None, || dead(why));
+        state.link = Link::Dead(why.to_owned());
+        self.account(&mut state);
+        deliver(&mut state, None);
+        for inbox in waiting {
+            inbox.nudge();
+        }
+    }
+}
+
+/// Why a connection cannot be used any more.
+enum Broken {
+    /// It ended.
+    Cut(String),
+    /// The server broke a rule: which.
+    Violated(&'static str),
+}
+
+fn dead(why: &str) -> std::io::Error {
+    let what = format!("the connection to the NBD server is lost: {why}");
+    std::io::Error::new(std::io::ErrorKind::ConnectionAborted, what)
+}
+
+fn lost() -> std::io::Error {
+    std::io::Error::other(
+        "the connection to the NBD server broke, and what it had acknowledged since the last flush may be lost",
+    )
+}
+
+/// Completions to those they belong to.
+fn deliver(state: &mut State, me: Option<&Arc<Inbox>>) {
+    for Finished { owner, done } in state.session.finished().drain(..) {
+        let elsewhere = me.is_none_or(|me| !Arc::ptr_eq(me, &owner.inbox));
+        owner.inbox.put(owner.port, done);
+        if elsewhere && me.is_some() {
+            owner.inbox.wake();
+        }
+    }
+}
+
+impl State {
+    fn watch(&self) -> Watch {
+        match &self.link {
+            Link::Up(transport) => Watch {
+                socket: Some((self.generation, Arc::clone(transport.socket()))),
+                write: self.session.wants_to_send() || transport.has_unsent(),
+            },
+            Link::Down | Link::Dead(_) => Watch { socket: None, write: false },
+        }
+    }
+
+    fn send(&mut self) -> Result<(), Broken> {
+        let Link::Up(transport) = &mut self.link else { return Ok(()) };
+        while self.session.wants_to_send() || transport.has_unsent() {
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let count = self.session.outgoing(&mut slices);
+            match transport.send(&slices[..count]) {
+                Ok(Some(sent)) => self.session.sent(sent),
+                Ok(None) => break,
+                Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<(), Broken> {
+        let Link::Up(transport) = &mut self.link else { return Ok(()) };
+        let mut total = 0;
+        while total < RECEIVED_AT_ONCE {
+            let (direct, room) = self.session.incoming();
+            let skipped = usize::from(direct.is_empty());
+            let space = direct.len() + room.len();
+            let mut slices = [IoSliceMut::new(direct), IoSliceMut::new(room)];
+            let count = match transport.receive(&mut slices[skipped..]) {
+                Ok(None) => break,
+                Ok(Some(0)) => return Err(Broken::Cut("the server has ended it".to_owned())),
+                Ok(Some(count)) => count,
+                Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
+            };
+            self.session.received(count).map_err(|violation| Broken::Violated(violation.0))?;
+            // No more was there; asking again would only say so.
+            if count < space && !transport.may_hold_more() {
+                break;
+            }
+            total += count;
+        }
+        Ok(())
+    }
+}

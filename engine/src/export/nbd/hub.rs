@@ -1,0 +1,173 @@
+//! Where connections come in from other threads: which worker serves them, and what the workers say of an export.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, unbounded};
+use proto::export::ExportId;
+use rustix::fs::OFlags;
+use rustix::net::sockopt;
+
+use crate::backend::Wake;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::exported::{Course, Exported};
+use crate::export::nbd::Negotiated;
+use crate::export::nbd::pool::Pool;
+use crate::export::nbd::served::{BLOCK_MAX, Served};
+use crate::export::nbd::server::Server;
+use crate::pipeline::Pipeline;
+use crate::sys::buffer::Arena;
+use crate::telemetry::record::StageRecord;
+
+/// Connections of one worker: with their exports and the files of transfers they fit its table of files, and with all their pieces
+/// its share of operations.
+pub const CONNECTIONS_MAX: u32 = 192;
+
+/// How long statistics wait for a busy worker.
+const STATS_WAIT: Duration = Duration::from_millis(500);
+
+/// What is asked of the kernel for a socket's buffers, bytes; it gives what the host allows.
+const SOCKET_BYTES: usize = 4 << 20;
+
+/// From other threads to a worker's server.
+pub enum News {
+    /// A client.
+    Connection(Box<Negotiated>, Admission),
+    /// Send the record of an export, and the system calls since it came here, if it is served here.
+    Stats(ExportId, Sender<(StageRecord, u64)>),
+}
+
+/// A worker as other threads see it.
+struct End {
+    news: Sender<News>,
+    wake: Arc<dyn Wake>,
+    shared: Arc<Shared>,
+}
+
+/// What a server and its hub both look at.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Connections given to the worker.
+    pub connections: AtomicU32,
+    /// Exports have changed their course.
+    pub look: AtomicBool,
+}
+
+/// A connection's place on a worker: counted from when it is handed over until nothing of it is left there.
+pub struct Admission {
+    /// Where to.
+    pub export: Arc<Exported>,
+    shared: Arc<Shared>,
+}
+
+impl Admission {
+    fn new(export: Arc<Exported>, shared: Arc<Shared>) -> Self {
+        shared.connections.fetch_add(1, Ordering::Relaxed);
+        Self { export, shared }
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The way to the servers of all workers. Dropping it leaves them where they are: they go with the pipeline.
+pub struct Hub {
+    workers: Vec<End>,
+}
+
+impl Hub {
+    /// Install a server on each worker. It takes the memory of their buffers, so it is made when the first export is.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(pipeline: &Pipeline) -> Result<Self> {
+        let mut servers = Vec::with_capacity(pipeline.workers());
+        for index in 0..pipeline.workers() {
+            let (news, inbox) = unbounded();
+            let shared = Arc::new(Shared::default());
+            let wake = pipeline.waker(index);
+            let server = Server::new(Pool::new(Arena::new)?, inbox, wake.clone(), shared.clone());
+            servers.push((server, End { news, wake, shared }));
+        }
+        let mut workers = Vec::with_capacity(servers.len());
+        for (index, (server, end)) in servers.into_iter().enumerate() {
+            pipeline.install(index, Box::new(server));
+            workers.push(end);
+        }
+        Ok(Self { workers })
+    }
+
+    /// Give a connection to the worker that has the fewest.
+    ///
+    /// # Errors
+    /// `Limit`: all have as many as they may. `Cancelled`: the export is being stopped. `Unsupported`: its device has blocks of more
+    /// than 16 KiB. The connection is closed.
+    pub fn hand_over(&self, negotiated: Negotiated) -> Result<()> {
+        let export = negotiated.export.clone();
+        if Served::block_of(&export).is_none() {
+            let what =
+                format!("blocks of {} bytes, of which an export has at most {BLOCK_MAX}", export.align);
+            return Err(Error::new(ErrorKind::Unsupported, what).at(export.device.name()));
+        }
+        let load = |end: &&End| end.shared.connections.load(Ordering::Relaxed);
+        let end = self.workers.iter().min_by_key(load).filter(|end| load(end) < CONNECTIONS_MAX);
+        let Some(end) = end else {
+            let most = CONNECTIONS_MAX as usize * self.workers.len();
+            return Err(Error::new(ErrorKind::Limit, format!("{most} clients are connected already")));
+        };
+        let admission = Admission::new(export.clone(), end.shared.clone());
+        // Counted first: whoever ends the export and then sees no connection will never see one.
+        if export.course() != Course::Serving {
+            return Err(Error::new(ErrorKind::Cancelled, "the export is being stopped").at(&export.name));
+        }
+        prepare(&negotiated);
+        // The worker leaves with the pipeline; a connection that comes too late is closed with the channel.
+        let _ = end.news.send(News::Connection(Box::new(negotiated), admission));
+        end.wake.wake();
+        Ok(())
+    }
+
+    /// An export has changed its course: let the workers look.
+    pub fn wake(&self) {
+        for end in &self.workers {
+            end.shared.look.store(true, Ordering::Release);
+            end.wake.wake();
+        }
+    }
+
+    /// Where the time of an export went so far, and the system calls of the workers while they served it: of those that have let go
+    /// of it, and those that answer in time.
+    #[must_use]
+    pub fn stats(&self, export: &Exported) -> (StageRecord, u64) {
+        // First what is kept: a worker that lets go from here on may be missed, but none is counted twice.
+        let (mut record, mut syscalls) = export.kept();
+        let (reply, answers) = unbounded();
+        for end in &self.workers {
+            let _ = end.news.send(News::Stats(export.id, reply.clone()));
+            end.wake.wake();
+        }
+        drop(reply);
+        while let Ok((part, calls)) = answers.recv_timeout(STATS_WAIT) {
+            record.merge(&part);
+            syscalls += calls;
+        }
+        (record, syscalls)
+    }
+}
+
+/// Make a socket good for a ring. What the kernel refuses costs speed only.
+fn prepare(negotiated: &Negotiated) {
+    let socket = negotiated.socket.as_fd();
+    // A ring waits for a socket by itself, unless the socket says that nobody should.
+    if let Ok(flags) = rustix::fs::fcntl_getfl(socket) {
+        let _ = rustix::fs::fcntl_setfl(socket, flags - OFlags::NONBLOCK);
+    }
+    let _ = sockopt::set_tcp_nodelay(socket, true);
+    let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BYTES);
+    let _ = sockopt::set_socket_recv_buffer_size(socket, SOCKET_BYTES);
+}
