@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use engine::backend::device::{Device, Purpose};
 use engine::crypto::{Kernel, Layout, VolumeKey, cipher};
-use engine::export::exported::{Course, Exported};
+use engine::export::exported::{Course, Exported, Seat};
 use engine::export::nbd::Negotiated;
 use engine::export::nbd::hub::Hub;
 use engine::format::nbd::reply::{self, Header, Style, kind};
@@ -153,9 +153,11 @@ impl Rig {
         self.hub.hand_over(Negotiated {
             socket: socket.into(),
             export: self.export.clone(),
+            seat: Seat::take(self.export.clone()),
             style,
             allocation,
             early,
+            tls: None,
         })
     }
 

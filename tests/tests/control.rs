@@ -664,7 +664,7 @@ fn a_socket_closed_to_others_is_closed() {
     let mut root = daemon.client();
     let Ok(Reply::Hello(hello)) = root.call(Call::Hello {}) else { panic!("no hello") };
     assert_eq!(hello.uid, NOBODY);
-    assert_eq!(root.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 0 }));
+    assert_eq!(root.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 0, exports: 0 }));
 }
 
 // ---- the parser, on whatever may come

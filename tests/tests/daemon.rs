@@ -209,9 +209,9 @@ fn shutdown_now_cancels_and_shutdown_waits() {
     let mut daemon = Daemon::start();
     let mut client = daemon.client();
     let (_job, _writer, _reader) = Endless::new(true).start(&mut client);
-    assert_eq!(client.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 1 }));
+    assert_eq!(client.call(Call::Shutdown { now: false }), Ok(Reply::ShuttingDown { jobs: 1, exports: 0 }));
     assert!(client.call(Call::Hello {}).is_ok(), "it waits for the job");
-    assert_eq!(client.call(Call::Shutdown { now: true }), Ok(Reply::ShuttingDown { jobs: 1 }));
+    assert_eq!(client.call(Call::Shutdown { now: true }), Ok(Reply::ShuttingDown { jobs: 1, exports: 0 }));
     assert!(daemon.wait().success());
 }
 

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::scope;
 
-use engine::format::nbd::errors::ENOTSUP;
 use engine::format::nbd::flags;
 use engine::format::nbd::request::Command;
 use tests::nbd::client::Connection;
@@ -260,23 +259,5 @@ fn steady_clients_verify_all_they_write() {
         });
         served.stop();
         served.holds(&expected);
-    }
-}
-
-#[test]
-fn a_read_only_export_changes_for_nobody() {
-    for kind in and_references(&[Kind::LUKS2]) {
-        let mut served = Served::with(kind, MIB, if kind == Kind::Nbdkit { "--readonly" } else { "--read-only" });
-        let mut connection = served.connect();
-        assert!(connection.flags & flags::READ_ONLY != 0);
-        for command in [Command::WriteZeroes, Command::Trim] {
-            let error = connection.error(command, 0, 0, 4096);
-            assert!(error != 0 && error != ENOTSUP || kind != Kind::LUKS2, "{kind:?}: {command:?} gave {error}");
-        }
-        assert!(connection.write(0, 0, &[1; 4096]) != 0);
-        same(&connection.read(0, MIB), &served.plain, "read only");
-        connection.leave();
-        served.stop();
-        served.holds(&served.plain);
     }
 }

@@ -40,7 +40,9 @@ fn a_volume_is_copied_from_to_and_between_servers() {
     let plain = place.noise("plain", 20 * MIB);
     empty(&place, "far", 40 * MIB);
     empty(&place, "far2", 20 * MIB);
-    let (Some(one), Some(two)) = (file(&place, "far", &[]), qemu(&place, "far2", &["-x", "x y"])) else { return };
+    let (Some(one), Some(two)) = (file(&place, "far", &[]), qemu(&place, "far2", &["-x", "x y"])) else {
+        return;
+    };
     let (one, two) = (uri(&one, ""), uri(&two, "x%20y"));
     let key = format!("--key file:@/one {CHEAP_PBKDF2}");
     let _ = place.run(&format!("encrypt @/plain {one} {key}")).done();
@@ -68,7 +70,8 @@ fn a_volume_is_copied_from_to_and_between_servers() {
 fn what_a_server_has_is_not_overwritten_unless_that_is_said() {
     let place = place();
     place.noise("plain", MIB);
-    let words = |server: &Server| format!("encrypt @/plain {} --key file:@/one {CHEAP_PBKDF2}", uri(server, ""));
+    let words =
+        |server: &Server| format!("encrypt @/plain {} --key file:@/one {CHEAP_PBKDF2}", uri(server, ""));
     for at in [0, 700_000, 31 * MIB + 5] {
         empty(&place, "far", 32 * MIB);
         let Some(server) = file(&place, "far", &[]) else { return };
@@ -114,9 +117,13 @@ fn headers_on_a_server_are_managed_as_cryptsetup_sees_them() {
     let _ = run("luks doctor FAR");
     // A header on a server, its data here.
     empty(&place, "data", 4 * MIB);
-    let _ = place.run(&format!("luks format @/data --header {far} --key file:@/one {CHEAP_PBKDF2} --force")).done();
+    let _ = place
+        .run(&format!("luks format @/data --header {far} --key file:@/one {CHEAP_PBKDF2} --force"))
+        .done();
     place.noise("plain", 4 * MIB);
-    let _ = place.run(&format!("encrypt @/plain @/data --header {far} --key file:@/two {CHEAP_PBKDF2} --force")).done();
+    let _ = place
+        .run(&format!("encrypt @/plain @/data --header {far} --key file:@/two {CHEAP_PBKDF2} --force"))
+        .done();
     let _ = place.run(&format!("decrypt @/data @/back --header {far} --key file:@/two")).done();
     assert!(place.read("back") == place.read("plain"));
 }
@@ -168,7 +175,9 @@ fn plain_data_on_a_server_is_encrypted_in_place_when_it_is_said_what_it_is() {
     let plain = place.noise("far", 24 * MIB);
     let Some(server) = file(&place, "far", &[]) else { return };
     let far = uri(&server, "");
-    let words = format!("reencrypt {far} --encrypt --reduce-device-size 8M --new-key file:@/one {CHEAP_PBKDF2} --yes");
+    let words = format!(
+        "reencrypt {far} --encrypt --reduce-device-size 8M --new-key file:@/one {CHEAP_PBKDF2} --yes"
+    );
     let _ = place.run(&words).exit(2, &["is not looked at", "--filesystem-may-lose-its-end"]);
     assert!(place.read("far") == plain);
     let _ = place.run(&format!("{words} --filesystem-may-lose-its-end")).done();
@@ -242,7 +251,9 @@ fn only_what_a_bitmap_marks_is_copied() {
     let dirty: u64 = 65_536 + 65_536 + 983_040;
 
     let before = place.read("copy");
-    let _ = place.run(&format!("encrypt {source} @/copy {key} {BITMAP}")).exit(1, &["--update overwrites in place"]);
+    let _ = place
+        .run(&format!("encrypt {source} @/copy {key} {BITMAP}"))
+        .exit(1, &["--update overwrites in place"]);
     assert!(place.read("copy") == before);
     let update = format!("encrypt {source} @/copy --key file:@/one {BITMAP} --update");
     assert_eq!(moved(&place, &update), dirty);
@@ -250,9 +261,10 @@ fn only_what_a_bitmap_marks_is_copied() {
     let offset = before.len() - plain.len();
     let after = place.read("copy");
     assert!(after.len() == before.len() && after[..offset] == before[..offset], "its header stays");
-    let differs: Vec<usize> = (0..plain.len()).step_by(4096).filter(|at| {
-        after[offset + at..offset + at + 4096] != before[offset + at..offset + at + 4096]
-    }).collect();
+    let differs: Vec<usize> = (0..plain.len())
+        .step_by(4096)
+        .filter(|at| after[offset + at..offset + at + 4096] != before[offset + at..offset + at + 4096])
+        .collect();
     let written = |at: &usize| WRITES.iter().any(|(start, length)| (*start..start + length).contains(at));
     assert!(differs.iter().all(written) && differs.len() * 4096 == 65_536 + 8192 + 983_040);
     assert_eq!(moved(&place, &update), dirty, "again, with the same result");
@@ -270,7 +282,11 @@ fn only_what_a_bitmap_marks_is_copied() {
     let _ = place.run("decrypt @/part @/back --key file:@/one --keep-holes").done();
     let back = place.read("back");
     for at in (0..plain.len()).step_by(65_536) {
-        let expected = if now[at..at + 65_536] == plain[at..at + 65_536] { &[0; 65_536][..] } else { &now[at..at + 65_536] };
+        let expected = if now[at..at + 65_536] == plain[at..at + 65_536] {
+            &[0; 65_536][..]
+        } else {
+            &now[at..at + 65_536]
+        };
         assert!(back[at..at + 65_536] == *expected, "{at}");
     }
     let verify = |options: &str| place.run(&format!("verify {source} @/part --key file:@/one {options}"));
@@ -285,9 +301,7 @@ fn only_what_a_bitmap_marks_is_copied() {
         .run(&format!("encrypt {source} @/other --key file:@/one {BITMAP} --update"))
         .exit(1, &["no copy of the source"]);
     assert!(place.read("other") == before);
-    let _ = place
-        .run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update"))
-        .exit(4, &[]);
+    let _ = place.run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update")).exit(4, &[]);
     check(&place, "copy", "one", &now);
     for wrong in ["qemu:dirty-bitmap:b1", "qemu:allocation-depth:x"] {
         let words = format!("encrypt {source} @/new {key} --bitmap {wrong}");
@@ -342,7 +356,9 @@ fn a_server_that_dies_ends_the_job_unless_it_comes_back() {
     let resumable = format!("{words} --checkpoint @/mark --checkpoint-every 0.05");
     let running = place.spawn(&format!("{resumable} --reconnect 0"));
     let _ = place.moving();
-    eventually("a checkpoint is written", || place.path("mark").metadata().is_ok_and(|found| found.len() > 0));
+    eventually("a checkpoint is written", || {
+        place.path("mark").metadata().is_ok_and(|found| found.len() > 0)
+    });
     server.kill();
     let _ = running.wait().exit(1, &["--resume"]);
     server.restart();
@@ -365,7 +381,9 @@ fn what_a_server_refuses_is_said() {
     // Read-only, too small, another name.
     if let Some(server) = Server::nbdkit(&["-r", "file", &path]) {
         let _ = place.run(&format!("encrypt @/plain {} {key}", uri(&server, ""))).exit(1, &["read-only"]);
-        let _ = place.run(&format!("decrypt {} @/x --key file:@/one", uri(&server, ""))).exit(2, &["not a LUKS volume"]);
+        let _ = place
+            .run(&format!("decrypt {} @/x --key file:@/one", uri(&server, "")))
+            .exit(2, &["not a LUKS volume"]);
     }
     if let Some(server) = Server::nbdkit(&["memory", "2M"]) {
         let _ = place.run(&format!("encrypt @/plain {} {key}", uri(&server, ""))).exit(1, &["bytes"]);
@@ -376,7 +394,9 @@ fn what_a_server_refuses_is_said() {
         let _ = place.run(&words).exit(1, &["wrong"]);
     }
     // Errors of single requests, and of all behind a place.
-    if let Some(server) = Server::nbdkit(&["--filter=error", "memory", "40M", "error-pwrite-rate=100%", "error=ENOSPC"]) {
+    if let Some(server) =
+        Server::nbdkit(&["--filter=error", "memory", "40M", "error-pwrite-rate=100%", "error=ENOSPC"])
+    {
         let ran = place.run(&format!("encrypt @/plain {} {key}", uri(&server, "")));
         let _ = ran.exit(1, &["no space left"]);
     }
@@ -390,11 +410,23 @@ fn what_a_server_refuses_is_said() {
         let _ = place.run(&format!("verify @/plain {} --key file:@/one", uri(&server, ""))).done();
     }
     // Blocks of a page at least.
-    let blocks = ["--filter=blocksize-policy", "memory", "32M", "blocksize-minimum=4096", "blocksize-preferred=65536", "blocksize-error-policy=error"];
+    let blocks = [
+        "--filter=blocksize-policy",
+        "memory",
+        "32M",
+        "blocksize-minimum=4096",
+        "blocksize-preferred=65536",
+        "blocksize-error-policy=error",
+    ];
     if let Some(server) = Server::nbdkit(&blocks) {
         let _ = place.run(&format!("encrypt @/plain {} {key}", uri(&server, ""))).done();
         let _ = place.run(&format!("verify @/plain {} --key file:@/one", uri(&server, ""))).done();
-        let _ = place.run(&format!("luks add-key {} --key file:@/one --new-key file:@/two {CHEAP_PBKDF2}", uri(&server, ""))).done();
+        let _ = place
+            .run(&format!(
+                "luks add-key {} --key file:@/one --new-key file:@/two {CHEAP_PBKDF2}",
+                uri(&server, "")
+            ))
+            .done();
     }
 }
 
@@ -404,15 +436,20 @@ fn one_volume_cannot_be_both_ends_nor_be_re_encrypted_twice() {
     volume(&place, "vol", 24 * MIB);
     let Some(server) = file(&place, "vol", &[]) else { return };
     let far = uri(&server, "");
-    let _ = place.run(&format!("decrypt {far} {far} --key file:@/one --force")).exit(2, &["both source and sink"]);
+    let _ = place
+        .run(&format!("decrypt {far} {far} --key file:@/one --force"))
+        .exit(2, &["both source and sink"]);
     // Under another name of the socket.
     let link = place.path("link");
     std::os::unix::fs::symlink(&server.socket, &link).expect("link");
     let other = format!("nbd+unix:///?socket={}", link.display());
     let _ = place.run(&format!("decrypt {far} {other} --key file:@/one --force")).exit(2, &["are the same"]);
-    let running = place.spawn(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes --throttle 2M"));
+    let running =
+        place.spawn(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes --throttle 2M"));
     let _ = place.moving();
-    let _ = place.run(&format!("reencrypt {far} --key file:@/one --resume-only")).exit(1, &["another job re-encrypts this volume"]);
+    let _ = place
+        .run(&format!("reencrypt {far} --key file:@/one --resume-only"))
+        .exit(1, &["another job re-encrypts this volume"]);
     running.signal(rustix::process::Signal::INT);
     let _ = running.wait();
 }
@@ -444,7 +481,10 @@ fn tls_is_spoken_or_nothing_is() {
     certificates(&directory);
     let pki = directory.display().to_string();
     let with = format!("--tls-certificates={pki}");
-    let Some(server) = Server::start("nbdkit", &["-f", "-U", "SOCKET", "--tls=require", &with, "--tls-verify-peer", "memory", "32M"]) else {
+    let Some(server) = Server::start(
+        "nbdkit",
+        &["-f", "-U", "SOCKET", "--tls=require", &with, "--tls-verify-peer", "memory", "32M"],
+    ) else {
         return;
     };
     let socket = server.socket.display();
@@ -452,8 +492,11 @@ fn tls_is_spoken_or_nothing_is() {
     let _ = place.run(&format!("encrypt @/plain {far} --key file:@/one {CHEAP_PBKDF2}")).done();
     let _ = place.run(&format!("verify @/plain {far} --key file:@/one")).done();
     // Without TLS, for another name, without a certificate, with another authority.
-    let _ = place.run(&format!("verify @/plain nbd+unix:///?socket={socket} --key file:@/one")).exit(1, &["TLS"]);
-    let _ = place.run(&format!("verify @/plain {far}&tls-hostname=elsewhere --key file:@/one")).exit(1, &["certificate"]);
+    let _ =
+        place.run(&format!("verify @/plain nbd+unix:///?socket={socket} --key file:@/one")).exit(1, &["TLS"]);
+    let _ = place
+        .run(&format!("verify @/plain {far}&tls-hostname=elsewhere --key file:@/one"))
+        .exit(1, &["certificate"]);
     let other = place.path("other");
     std::fs::create_dir(&other).expect("a directory");
     certificates(&other);
@@ -461,6 +504,7 @@ fn tls_is_spoken_or_nothing_is() {
         .run(&format!("verify @/plain {} --key file:@/one", far.replace(&pki, &other.display().to_string())))
         .exit(1, &["nbds+unix"]);
     let Some(plain) = Server::nbdkit(&["memory", "32M"]) else { return };
-    let words = format!("encrypt @/plain nbds+unix:///?socket={}&tls-certificates={pki} RAW", plain.socket.display());
+    let words =
+        format!("encrypt @/plain nbds+unix:///?socket={}&tls-certificates={pki} RAW", plain.socket.display());
     let _ = place.run(&words).exit(1, &["TLS"]);
 }

@@ -146,7 +146,9 @@ mod tests {
         let request = proto::luks::Request { volume: None, header: None, lock_fd: None, remotes, operation };
         let call = Call::Luks(Box::new(request));
         // Root as well may not lead a daemon without its rights elsewhere.
-        for (uid, daemon, kept) in [(1000, 1000, true), (0, 0, true), (1001, 1000, false), (0, 1000, false), (1000, 0, false)] {
+        for (uid, daemon, kept) in
+            [(1000, 1000, true), (0, 0, true), (1001, 1000, false), (0, 1000, false), (1000, 0, false)]
+        {
             let peer = Peer::new(Owner { uid, gid: uid, groups: Vec::new() }, daemon);
             let Call::Luks(request) = peer.limit(call.clone()) else { panic!("another call") };
             assert_eq!(request.remotes[0].address.is_some(), kept, "{uid} of {daemon}");

@@ -39,8 +39,8 @@ use proto::export::{ExportId, Info, Listen, Request, State, Stats};
 use crate::crypto::Kernel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::exported::{Course, Exported};
-use crate::export::life::{End, Life};
 use crate::export::front::{Entrance, Front};
+use crate::export::life::{End, Life};
 use crate::export::open::{Closed, Opened};
 use crate::export::socket::{Offered, Place};
 use crate::job::Owner;
@@ -139,9 +139,7 @@ impl Table {
                 }
                 Ok(socket)
             }
-            (Listen::Bound(_), None) => {
-                Err(Error::new(ErrorKind::Internal, "a bound socket was not taken"))
-            }
+            (Listen::Bound(_), None) => Err(Error::new(ErrorKind::Internal, "a bound socket was not taken")),
         }
     }
 
@@ -185,8 +183,7 @@ impl Exports {
         descriptors.finish()?;
         let life = self.register(owner, request, offered)?;
         let give_up = || gone.load(Ordering::Acquire) || life.is_ending();
-        let served =
-            closed.open(self.kernel, &give_up).and_then(|opened| self.serve(&life, request, opened));
+        let served = closed.open(self.kernel, &give_up).and_then(|opened| self.serve(&life, request, opened));
         served.map(|warnings| (life.id, warnings)).inspect_err(|error| {
             life.refused(error.to_failure());
             self.leave_socket(&life);
@@ -195,12 +192,7 @@ impl Exports {
         })
     }
 
-    fn register(
-        &self,
-        owner: &Owner,
-        request: &Request,
-        offered: Option<Offered>,
-    ) -> Result<Arc<Life>> {
+    fn register(&self, owner: &Owner, request: &Request, offered: Option<Offered>) -> Result<Arc<Life>> {
         let mut table = self.table();
         // Again, under the lock that adds it: several may have got this far together.
         table.check_room(owner)?;

@@ -178,7 +178,9 @@ impl Haggling {
         }
         let mut allocation = None;
         if wish.allocation {
-            for (kind, data) in self.ask(number::SET_META_CONTEXT, &contexts(&wish.name, &[BASE_ALLOCATION]))? {
+            for (kind, data) in
+                self.ask(number::SET_META_CONTEXT, &contexts(&wish.name, &[BASE_ALLOCATION]))?
+            {
                 match kind {
                     answer::META_CONTEXT => {
                         assert_eq!(&data[4..], BASE_ALLOCATION.as_bytes(), "another context");
@@ -200,7 +202,8 @@ impl Haggling {
                     }
                     info::BLOCK_SIZE => {
                         assert_eq!(data.len(), 14, "INFO_BLOCK_SIZE");
-                        let at = |at: usize| u32::from_be_bytes(data[at..at + 4].try_into().expect("4 bytes"));
+                        let at =
+                            |at: usize| u32::from_be_bytes(data[at..at + 4].try_into().expect("4 bytes"));
                         sizes = Some([at(2), at(6), at(10)]);
                     }
                     _ => {}
@@ -316,11 +319,19 @@ impl Connection {
     ///
     /// # Errors
     /// As the socket's.
-    pub fn send(&mut self, command: Command, flags: u16, offset: u64, length: u64, payload: &[u8]) -> Result<u64> {
+    pub fn send(
+        &mut self,
+        command: Command,
+        flags: u16,
+        offset: u64,
+        length: u64,
+        payload: &[u8],
+    ) -> Result<u64> {
         let cookie = self.next;
         self.next += 1;
         let extended = self.style == Style::Extended;
-        let flags = if extended && command == Command::Write { flags | command_flags::PAYLOAD_LEN } else { flags };
+        let flags =
+            if extended && command == Command::Write { flags | command_flags::PAYLOAD_LEN } else { flags };
         let request = Request { command, flags, cookie, offset, length };
         let mut head = [0; EXTENDED_BYTES];
         let bytes = request.put(&mut head, extended);
@@ -328,7 +339,8 @@ impl Connection {
         whole.extend_from_slice(payload);
         self.raw(&whole)?;
         if command != Command::Disconnect {
-            self.pending.insert(cookie, Pending { request, answer: Answer::default(), parts: BTreeMap::new() });
+            self.pending
+                .insert(cookie, Pending { request, answer: Answer::default(), parts: BTreeMap::new() });
         }
         Ok(cookie)
     }
@@ -350,7 +362,11 @@ impl Connection {
             if let Some(done) = match reply::parse(&bytes[..len]) {
                 Header::Simple { error, cookie } => self.simple(error, cookie)?,
                 Header::Chunk { flags, kind, cookie, offset, length } => {
-                    assert_eq!(self.style == Style::Extended, len == reply::EXTENDED_CHUNK_BYTES, "wrong style");
+                    assert_eq!(
+                        self.style == Style::Extended,
+                        len == reply::EXTENDED_CHUNK_BYTES,
+                        "wrong style"
+                    );
                     self.chunk(flags, kind, cookie, offset, length)?
                 }
             } {
@@ -374,7 +390,14 @@ impl Connection {
         Ok(Some((cookie, answer)))
     }
 
-    fn chunk(&mut self, flags: u16, what: u16, cookie: u64, offset: u64, length: u64) -> Result<Option<(u64, Answer)>> {
+    fn chunk(
+        &mut self,
+        flags: u16,
+        what: u16,
+        cookie: u64,
+        offset: u64,
+        length: u64,
+    ) -> Result<Option<(u64, Answer)>> {
         assert!(self.style != Style::Simple, "a chunk that nobody asked for");
         assert!(length <= u64::from(PAYLOAD_MAX) + 8, "a chunk of {length} bytes");
         let mut payload = vec![0; usize::try_from(length).expect("bounded")];
@@ -482,7 +505,10 @@ impl Pending {
                 assert!(before.is_none_or(|(start, len)| start + len <= at), "data twice");
                 self.parts.insert(at, bytes);
                 self.answer.chunks += 1;
-                assert!(flags & command_flags::DF == 0 || self.answer.chunks == 1, "fragments in spite of DF");
+                assert!(
+                    flags & command_flags::DF == 0 || self.answer.chunks == 1,
+                    "fragments in spite of DF"
+                );
                 self.answer.data.resize(usize::try_from(length).expect("a length"), 0);
                 if what == kind::OFFSET_DATA {
                     let at = usize::try_from(at).expect("a length");

@@ -81,7 +81,9 @@ pub fn and_references(ours: &[Kind]) -> Vec<Kind> {
             kinds.push(kind);
         }
     }
-    if std::env::var_os("TEMP_REF").is_none() { kinds.extend_from_slice(ours); }
+    if std::env::var_os("TEMP_REF").is_none() {
+        kinds.extend_from_slice(ours);
+    }
     kinds
 }
 
@@ -209,7 +211,10 @@ impl Served {
     /// The process that serves.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.place.daemon.as_ref().map_or_else(|| self.running.as_ref().expect("running").pid(), crate::Daemon::pid)
+        self.place
+            .daemon
+            .as_ref()
+            .map_or_else(|| self.running.as_ref().expect("running").pid(), crate::Daemon::pid)
     }
 
     /// Bytes of memory it has just now.

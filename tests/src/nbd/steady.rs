@@ -136,7 +136,8 @@ impl Steady {
     fn pick(&mut self) -> Option<Range<usize>> {
         let Habit { sizes: (least, most), align, .. } = self.habit;
         for _ in 0..8 {
-            let length = (least + self.random.below(most - least + 1)).next_multiple_of(align).min(self.model.len());
+            let length =
+                (least + self.random.below(most - least + 1)).next_multiple_of(align).min(self.model.len());
             let start = self.random.below(self.model.len() - length + 1) / align * align;
             let range = start..start + length;
             if self.is_free(&range) {
@@ -173,10 +174,21 @@ impl Steady {
     fn land(&mut self) -> Result<()> {
         let (cookie, Answer { error, data, .. }) = self.connection.as_mut().expect("connected").receive()?;
         let Flight { range, new } = self.flights.remove(&cookie).expect("in flight");
-        assert_eq!(error, 0, "{} bytes at {}, write: {}", range.len(), self.offset(range.start), new.is_some());
+        assert_eq!(
+            error,
+            0,
+            "{} bytes at {}, write: {}",
+            range.len(),
+            self.offset(range.start),
+            new.is_some()
+        );
         match new {
             Some(new) => self.model[range].copy_from_slice(&new),
-            None => super::same(&data, &self.model[range.clone()], &format!("READ at {}", self.offset(range.start))),
+            None => super::same(
+                &data,
+                &self.model[range.clone()],
+                &format!("READ at {}", self.offset(range.start)),
+            ),
         }
         self.done += 1;
         Ok(())

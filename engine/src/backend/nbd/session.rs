@@ -241,11 +241,6 @@ impl Session {
             What::Receive { buf, .. } => self.settle(owner, Some(buf), Err(errno(libc::ESPIPE))),
             // Nothing needs to be waited for: requests are taken at any time.
             What::Ready { .. } => self.settle(owner, None, Ok(0)),
-            // Nobody receives from a volume, nor are its extents given back yet.
-            What::Receive { buf, .. } => {
-                self.settle(owner, Some(buf), Err(std::io::ErrorKind::Unsupported.into()));
-            }
-            What::Discard { .. } => self.settle(owner, None, Err(std::io::ErrorKind::Unsupported.into())),
         }
     }
 

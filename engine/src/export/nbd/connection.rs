@@ -16,8 +16,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::backend::Port;
-use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
 use crate::export::exported::Seat;
+use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
 use crate::export::nbd::hub::Admission;
 use crate::export::nbd::pool::WIRE_BYTES;
 use crate::export::nbd::sealed::Sealed;
