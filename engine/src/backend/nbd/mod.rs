@@ -26,6 +26,8 @@ mod extents;
 pub mod queue;
 mod reconnect;
 mod session;
+#[cfg(test)]
+mod tests;
 pub mod tls;
 mod transport;
 

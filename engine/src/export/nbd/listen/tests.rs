@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
 use crate::backend::device::{Device, Purpose};
-use crate::export::exported::{Course, Exported};
+use crate::export::exported::{Course, Exported, Seat};
 use crate::format::nbd::option::{
     BEGIN_BYTES, GREETING_BYTES, REPLY_BYTES, answer, number, parse_reply, put_go, put_option,
 };
