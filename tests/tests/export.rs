@@ -198,6 +198,11 @@ fn a_volume_in_use_is_refused_both_ways() {
     let writing = detached(&place, "@/v --nbd unix:@/s");
     refused("--nbd unix:@/t", "exported already");
     refused("--nbd unix:@/t --read-only", "exported already");
+    // Nor is it made anew under its clients; a passphrase more is as good as on a mapped volume.
+    let format = format!("luks format @/v --key file:@/one --force {CHEAP_PBKDF2}");
+    let _ = place.run(&format).exit(1, &["the volume is exported"]);
+    let add = format!("luks add-key @/v --key file:@/one --new-key file:@/wrong {CHEAP_PBKDF2}");
+    let _ = place.run(&add).done();
     let _ = place.run(&format!("export stop {writing}")).done();
     // Any number for reading only.
     let one = detached(&place, "@/v --nbd unix:@/s --read-only");
