@@ -506,9 +506,9 @@ pub enum Daemon {
         #[arg(long, value_name = "SECONDS", default_value_t = crate::launch::IDLE_EXIT_SECONDS)]
         idle_exit: u64,
     },
-    /// Stop the daemon when its jobs are done
+    /// Stop the daemon when its jobs are done and its exports are drained
     Stop {
-        /// Cancel running jobs instead of waiting for them
+        /// Cancel running jobs and drop clients of exports instead of waiting for them
         #[arg(long, action = ArgAction::SetTrue)]
         now: bool,
     },

@@ -142,6 +142,7 @@ random.seed(int(os.environ["seed"]))
 model = bytearray(open("next", "rb").read())
 for structured in (True, False):
     n = nbd.NBD()
+    n.set_uri_allow_local_file(True)
     n.set_request_structured_replies(structured)
     n.connect_uri(os.environ["uri"])
     assert n.get_tls_negotiated()
@@ -171,7 +172,7 @@ for structured in (True, False):
     n.shutdown()
 open("model", "wb").write(model)
 END
-nbdsh script.py"#,
+PATH=/usr/bin:$PATH nbdsh -c - < script.py"#,
         )
         .done();
     served.stop();
