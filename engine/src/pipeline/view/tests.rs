@@ -27,7 +27,9 @@ fn extent(start: u64, end: u64) -> Extent {
 fn begun(way: Way) -> (Arc<View>, Arc<AtomicUsize>) {
     let (view, told) = (View::new(old(), TOTAL), Arc::new(AtomicUsize::new(0)));
     let count = told.clone();
-    let quiet = Arc::new(move || drop(count.fetch_add(1, Ordering::SeqCst)));
+    let quiet = Arc::new(move || {
+        count.fetch_add(1, Ordering::SeqCst);
+    });
     view.begin(&old(), new(), way, 0, quiet).expect("begun");
     (view, told)
 }
