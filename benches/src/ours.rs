@@ -33,6 +33,13 @@ impl Programs {
         }
         Ok(Self { cryptctl })
     }
+
+    /// Does the help of this verb have this option?
+    #[must_use]
+    pub fn know(&self, verb: &str, option: &str) -> bool {
+        let help = Command::new(&self.cryptctl).args([verb, "--help"]).stdin(Stdio::null()).output();
+        help.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(option))
+    }
 }
 
 /// What our volumes are.
@@ -95,7 +102,7 @@ impl Daemon {
         let mut start = Command::new(&programs.cryptctl);
         // Longer than any pause between two of its runs, short enough not to outlive an interrupted sweep for long.
         start.args(["daemon", "start", "--idle-exit", "900", "--socket"]).arg(&socket);
-        start.stdin(Stdio::null()).stdout(Stdio::null());
+        start.arg("--quiet").stdin(Stdio::null()).stdout(Stdio::null());
         run::pipeline(&mut [start])?;
         match call(&socket, Call::Hello {})? {
             Reply::Hello(hello) => Ok(Self { programs: programs.clone(), socket, key, pid: hello.pid }),
@@ -183,6 +190,19 @@ impl Daemon {
     #[must_use]
     pub fn rss_peak(&self) -> u64 {
         run::rss_peak_of(self.pid).unwrap_or_default()
+    }
+
+    /// Bytes that the youngest job has re-encrypted; `None`: it is not about that.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn rewritten(&self) -> io::Result<Option<u64>> {
+        let Reply::Jobs(jobs) = call(&self.socket, Call::List {})? else {
+            return Err(io::Error::other("list was not answered with jobs"));
+        };
+        let rewriting =
+            |job: &&proto::JobInfo| job.progress.phase == Some(proto::reencrypt::Phase::Rewriting);
+        Ok(jobs.last().filter(rewriting).map(|job| job.progress.done_bytes))
     }
 
     /// System calls of the workers' queues for the youngest job.

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use engine::backend::blocking::Blocking;
 use engine::crypto::{Kernel, Secret, SectorCipher};
 use engine::units::{DataUnit, Extent};
+use engine::volume::Header;
 use engine::volume::reencrypt::ledger::Protection;
 use engine::volume::reencrypt::{Opened, Side};
 
-use crate::luks2::cryptsetup_does;
+use crate::luks2::{cryptsetup, cryptsetup_does};
 
 /// Where a test lets go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,4 +211,34 @@ pub fn read_by_cryptsetup(
     let mut bytes = std::fs::read(&copy).expect("the plaintext");
     bytes.truncate(usize::try_from(length).expect("fits memory"));
     bytes
+}
+
+/// Let cryptsetup finish what is under way; of an interrupted step it asks for a repair first.
+///
+/// # Panics
+/// If it does not.
+pub fn cryptsetup_resumes(volume: &Path, header: Option<&Path>, key_file: &Path) {
+    let key = format!("--key-file {}", key_file.display());
+    let detached = header.map_or(String::new(), |path| format!("--header {}", path.display()));
+    let resume = "reencrypt -q --resume-only --force-offline-reencrypt";
+    let output = cryptsetup(&[resume, &key, &detached], &[volume]);
+    if !output.status.success() {
+        cryptsetup_does(&["repair -q", &key, &detached], &[volume]);
+        // Behind the last step the repair is the end.
+        if is_under_way(header.unwrap_or(volume)) {
+            cryptsetup_does(&[resume, &key, &detached], &[volume]);
+        }
+    }
+}
+
+/// Does this header say that a re-encryption is under way?
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn is_under_way(header: &Path) -> bool {
+    match Header::load(&mut device(header)).expect("a header") {
+        Header::Luks2(loaded) => !loaded.header.metadata.config.requirements.is_empty(),
+        Header::Luks1(_) => false,
+    }
 }

@@ -86,8 +86,14 @@ impl Rewrite {
         let open = |path: &Path, create| {
             OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path).expect("open")
         };
-        let mut rewrite = Self::bare(open(volume, false), "volume");
-        let fd = rewrite.send(open(journal, true));
+        Self::raw_files(open(volume, false), open(journal, true), new_key)
+    }
+
+    /// The same with open files.
+    #[must_use]
+    pub fn raw_files(volume: File, journal: File, new_key: &[u8]) -> Self {
+        let mut rewrite = Self::bare(volume, "volume");
+        let fd = rewrite.send(journal);
         let side = proto::Raw {
             key_bytes: 64,
             data_unit: 512,

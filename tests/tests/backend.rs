@@ -14,9 +14,12 @@ use engine::backend::sim::image::Image;
 use engine::backend::sim::{DiskOptions, Options, World};
 use engine::backend::threads::ThreadsQueue;
 use engine::backend::uring::UringQueue;
-use engine::backend::{Done, Op, Port, Position, Queue, Refused, What};
-use engine::error::ErrorKind;
+use engine::backend::{
+    Done, Op, Port, Position, Queue, QueueChoice, QueueFacts, Refused, Wake, What, nbd, open_queue,
+};
+use engine::error::{Error, ErrorKind};
 use engine::sys::buffer::{Arena, Buf};
+use tests::nbd_servers::Server;
 
 /// Long enough for any machine, and only reached by a failing test.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -43,6 +46,94 @@ const URING: Make = Make { queue: uring, file: Scratch::new };
 const THREADS: Make = Make { queue: threads, file: Scratch::new };
 /// Files with offsets are simulated disks; pipes and the kernel's own devices go through to a real queue.
 const SIM: Make = Make { queue: simulated, file: simulated_disk };
+
+/// What workers have: the queue that finds remote volumes among what is attached.
+const WORKERS: Make = Make { queue: workers, file: Scratch::new };
+/// Files with offsets are exports of an NBD server; all else goes through.
+const REMOTE: Make = Make { queue: remote, file: Scratch::new };
+
+fn workers(arena: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
+    Some(open_queue(QueueChoice::Auto, arena, depth).expect("queue"))
+}
+
+fn remote(arena: &Arena, depth: u32) -> Option<Box<dyn Queue>> {
+    // Say so once, and here.
+    drop(Server::nbdkit(&["memory", "1M"])?);
+    let inner = open_queue(QueueChoice::Auto, arena, depth).expect("queue");
+    Some(Box::new(Served { inner, served: Vec::new() }))
+}
+
+/// Attaches regular files by way of a server that exports them.
+struct Served {
+    /// Before the servers: it says goodbye to them.
+    inner: Box<dyn Queue>,
+    served: Vec<(Device, Server)>,
+}
+
+/// An export does not grow: of a file without a size, so much is exported.
+const ROOM: u64 = 16 << 30;
+
+impl Queue for Served {
+    fn attach(&mut self, file: Arc<OwnedFd>) -> Result<Port, Error> {
+        let stat = rustix::fs::fstat(&file).expect("stat");
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file)));
+        let path = path.expect("a name").to_string_lossy().into_owned();
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() || path.starts_with("/proc") {
+            return self.inner.attach(file);
+        }
+        if stat.st_size == 0 {
+            File::options().write(true).open(&path).expect("open").set_len(ROOM).expect("extend");
+        }
+        let mode = rustix::fs::fcntl_getfl(&file).expect("flags") & rustix::fs::OFlags::ACCMODE;
+        let write = mode != rustix::fs::OFlags::RDONLY;
+        let server = Server::nbdkit(&["file", &path]).expect("there was one before");
+        let purpose = Purpose { read: true, write, stream: false };
+        let device = nbd::open(server.connect(1), &server.remote(""), None, "remote", purpose)?;
+        let port = self.inner.attach(Arc::clone(device.file()));
+        self.served.push((device, server));
+        port
+    }
+
+    fn detach(&mut self, port: Port) {
+        self.inner.detach(port);
+    }
+
+    fn push(&mut self, op: Op) -> Result<(), (Refused, Op)> {
+        self.inner.push(op)
+    }
+
+    fn kick(&mut self) -> Result<(), Error> {
+        self.inner.kick()
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        self.inner.wait(deadline)
+    }
+
+    fn reap(&mut self, done: &mut Vec<Done>) {
+        self.inner.reap(done);
+    }
+
+    fn cancel(&mut self, port: Port) {
+        self.inner.cancel(port);
+    }
+
+    fn in_flight(&self) -> u32 {
+        self.inner.in_flight()
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.inner.waker()
+    }
+
+    fn syscalls(&self) -> u64 {
+        self.inner.syscalls()
+    }
+
+    fn facts(&self) -> QueueFacts {
+        self.inner.facts()
+    }
+}
 
 thread_local! {
     /// One world for each test, as each has a thread of its own.
@@ -770,3 +861,27 @@ macro_rules! contract {
 contract!(URING, on_io_uring);
 contract!(THREADS, on_threads);
 contract!(SIM, on_simulated_disks);
+contract!(WORKERS, through_the_queue_of_workers);
+// Not on exports: positions of a file, files that change their size.
+contract!(@ REMOTE, on_exports:
+    writes_are_read_back_at_odd_offsets_and_lengths,
+    a_read_is_short_only_at_the_end_of_the_file,
+    a_full_queue_gives_the_operation_back,
+    an_unknown_port_is_refused,
+    a_detached_file_is_closed,
+    every_operation_returns_exactly_once,
+    dropping_a_queue_drains_it,
+    a_blocked_pipe_read_can_be_cancelled,
+    a_blocked_pipe_write_can_be_cancelled,
+    a_pipe_carries_everything_in_order,
+    a_nonblocking_pipe_is_waited_for,
+    a_full_sink_is_an_error,
+    a_failing_backend_is_an_error,
+    a_read_only_file_cannot_be_written,
+    a_wake_ends_a_wait_before_it_and_during_it,
+    a_deadline_ends_a_wait,
+    ready_says_when_a_stream_can_move,
+    a_receive_takes_what_there_is,
+    random_operations_match_a_model,
+    buffers_of_another_arena_work_too
+);

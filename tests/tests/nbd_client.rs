@@ -283,3 +283,206 @@ fn the_same_export_is_the_same_and_is_locked_for_others() {
     assert!(!open(&other, 1).is_same_as(&two));
     assert_eq!(two.region_at(0), Some(Region::Data { until: 1 << 20 }));
 }
+
+/// The regions of a device that are data, start to end.
+fn data_of(device: &Device) -> Vec<(u64, u64)> {
+    let mut offset = 0;
+    let mut data = Vec::new();
+    while let Some(region) = device.region_at(offset) {
+        if let Region::Data { until } = region {
+            data.push((offset, until));
+        }
+        offset = region.until();
+    }
+    data
+}
+
+#[test]
+fn zeros_of_a_source_are_learned_once_and_not_of_a_sink() {
+    let Some(server) = Server::nbdkit(&["memory", "3G"]) else { return };
+    let device = open(&server, 1);
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    blocking.write(1 << 20, &[1; 32768]).expect("written");
+    blocking.write((2 << 30) + (1 << 20), &[1; 65536]).expect("written");
+    assert!(!device.may_have_holes(), "what is written to changes");
+    assert_eq!(data_of(&device), [(0, 3 << 30)]);
+    let source = nbd::open(server.connect(1), &server.remote(""), None, "remote", READ).expect("opened");
+    assert_eq!(data_of(&source), [(0, 3 << 30)], "nobody asked yet");
+    assert!(source.may_have_holes());
+    let far = (2 << 30) + (1 << 20);
+    assert_eq!(data_of(&source), [(1 << 20, (1 << 20) + 32768), (far, far + 65536)]);
+    let Some(plain) = Server::nbdkit(&["--no-sr", "memory", "1M"]) else { return };
+    let source = nbd::open(plain.connect(1), &plain.remote(""), None, "remote", READ).expect("opened");
+    assert!(!source.may_have_holes(), "a server without block status has data only");
+}
+
+fn run(program: &str, arguments: &[&str]) -> bool {
+    std::process::Command::new(program)
+        .args(arguments)
+        .stdout(std::process::Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_dirty_bitmap_of_qemu_marks_what_was_written() {
+    let image = Image::of(&[]);
+    let path = image.0.to_str().expect("a path of a test");
+    if !run("qemu-img", &["create", "-q", "-f", "qcow2", path, "64M"]) {
+        return tests::skip("no qemu-img");
+    }
+    assert!(run("qemu-img", &["bitmap", "--add", "-g", "64K", path, "since"]));
+    for write in ["write -q -P 7 1M 64k", "write -q -P 7 10M 192k", "write -q -P 7 63M 1M"] {
+        assert!(run("qemu-io", &["-f", "qcow2", "-c", write, path]));
+    }
+    let Some(server) = Server::start("qemu-nbd", &["-k", "SOCKET", "-f", "qcow2", "-t", "-r", "-B", "since", path])
+    else {
+        return;
+    };
+    let mut remote = server.remote("");
+    remote.bitmap = Some("qemu:dirty-bitmap:since".to_owned());
+    let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
+    let marked: Vec<_> =
+        nbd::marked(&source).expect("asked").iter().map(|extent| (extent.start(), extent.end())).collect();
+    const MIB: u64 = 1 << 20;
+    assert_eq!(marked, [(MIB, MIB + 65536), (10 * MIB, 10 * MIB + 196_608), (63 * MIB, 64 * MIB)]);
+    remote.bitmap = Some("qemu:dirty-bitmap:other".to_owned());
+    drop(source);
+    let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
+    let error = nbd::marked(&source).expect_err("no such bitmap");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn a_server_that_comes_back_is_asked_again_for_what_it_did_not_answer() {
+    let image = Image::of(&noise(5, 8 << 20));
+    let path = image.0.to_str().expect("a path of a test");
+    let Some(mut server) = Server::nbdkit(&["--filter=delay", "file", path, "rdelay=300ms"]) else { return };
+    let device = nbd::open(server.connect(2), &server.remote_again(""), None, "remote", READ).expect("opened");
+    let mut bench = Bench::of(&device, 8, 1 << 20);
+    let model = noise(5, 8 << 20);
+    for token in 0..8_u64 {
+        let buf = bench.free.pop().expect("a buffer");
+        bench.push(token, What::Read { position: Position::At(token << 20), buf, span: 0..1 << 20 });
+    }
+    bench.queue.kick().expect("kick");
+    server.kill();
+    let deadline = Instant::now() + Duration::from_millis(300);
+    bench.queue.wait(Some(deadline)).expect("wait");
+    server.restart();
+    let mut done = Vec::new();
+    while done.len() < 8 {
+        done.extend(bench.next());
+    }
+    for done in done {
+        assert_eq!(done.result.expect("read, by the second server"), 1 << 20);
+        let start = usize::try_from(done.token << 20).expect("small");
+        assert!(done.buf.expect("comes back")[..] == model[start..start + (1 << 20)]);
+    }
+}
+
+#[test]
+fn a_flush_after_a_break_fails_if_writes_may_be_lost_and_only_then() {
+    let image = Image::of(&vec![0; 1 << 20]);
+    let path = image.0.to_str().expect("a path of a test");
+    for flushed_before in [true, false] {
+        let Some(mut server) = Server::nbdkit(&["file", path]) else { return };
+        let device = nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
+        let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+        blocking.write(0, &[1; 4096]).expect("written");
+        if flushed_before {
+            blocking.flush().expect("flushed");
+        }
+        server.kill();
+        server.restart();
+        // Reading and writing go on.
+        blocking.write(4096, &[2; 4096]).expect("written");
+        blocking.read(0, &mut [0; 4096]).expect("read");
+        if flushed_before {
+            blocking.flush().expect("nothing was lost");
+        } else {
+            for _ in 0..2 {
+                let error = blocking.flush().expect_err("what was acknowledged may be lost");
+                assert!(error.chain().contains("may be lost"), "{}", error.chain());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_server_that_does_not_come_back_or_is_another_is_given_up() {
+    let Some(mut server) = Server::nbdkit(&["memory", "1M"]) else { return };
+    let mut remote = server.remote_again("");
+    remote.reconnect_ms = Some(500);
+    let device = nbd::open(server.connect(1), &remote, None, "remote", BOTH).expect("opened");
+    let mut bench = Bench::of(&device, 1, 4096);
+    server.kill();
+    let buf = bench.free.pop().expect("a buffer");
+    let done = bench.run(What::Read { position: Position::At(0), buf, span: 0..4096 });
+    let text = done.result.expect_err("gone").to_string();
+    assert!(text.contains("connecting again: cannot connect"), "{text}");
+    drop((bench, device));
+    server.restart();
+    let device = nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
+    let mut bench = Bench::of(&device, 1, 4096);
+    server.kill();
+    let socket = server.socket.to_str().expect("a path of a test").to_owned();
+    let Some(_other) = Server::start("nbdkit", &["-f", "-U", &socket, "memory", "2M"]) else { return };
+    let buf = bench.free.pop().expect("a buffer");
+    let done = bench.run(What::Read { position: Position::At(0), buf, span: 0..4096 });
+    let text = done.result.expect_err("another").to_string();
+    assert!(text.contains("not what it was before"), "{text}");
+}
+
+/// Certificates in the way nbdkit wants them: a directory of an authority and what it signed.
+fn certificates() -> (std::path::PathBuf, Vec<u8>) {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("nbd-tls-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let mut params = CertificateParams::new(Vec::new()).expect("parameters");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("authority");
+    let key = KeyPair::generate().expect("key");
+    let signed = CertificateParams::new(vec!["localhost".to_owned()]).expect("parameters").signed_by(&key, &authority);
+    std::fs::write(dir.join("ca-cert.pem"), authority.pem()).expect("written");
+    std::fs::write(dir.join("server-cert.pem"), signed.expect("signed").pem()).expect("written");
+    std::fs::write(dir.join("server-key.pem"), key.serialize_pem()).expect("written");
+    (dir, authority.pem().into_bytes())
+}
+
+#[test]
+fn tls_is_demanded_and_checked() {
+    let (dir, authority) = certificates();
+    let directory = format!("--tls-certificates={}", dir.display());
+    let Some(server) = Server::nbdkit(&["--tls=require", &directory, "memory", "16M"]) else { return };
+    let mut remote = server.remote("");
+    remote.tls =
+        Some(proto::remote::Tls { server_name: "localhost".to_owned(), authorities_fd: None, identity_fds: None });
+    let credentials = |name: &str, authorities: &[u8]| nbd::tls::Credentials {
+        server_name: name.to_owned(),
+        authorities: Some(authorities.to_vec()),
+        identity: None,
+    };
+    let good = credentials("localhost", &authority);
+    let device = nbd::open(server.connect(2), &remote, Some(&good), "remote", BOTH).expect("opened");
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    let bytes = noise(9, 9 << 20);
+    blocking.write(12_345, &bytes).expect("written");
+    blocking.flush().expect("flushed");
+    let mut back = vec![0; bytes.len()];
+    blocking.read(12_345, &mut back).expect("read");
+    assert!(back == bytes);
+    let wrong = credentials("elsewhere", &authority);
+    let error = nbd::open(server.connect(1), &remote, Some(&wrong), "remote", BOTH).expect_err("another name");
+    assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.chain());
+    let stranger = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("certificate").cert.pem();
+    let strange = credentials("localhost", stranger.as_bytes());
+    let error = nbd::open(server.connect(1), &remote, Some(&strange), "remote", BOTH).expect_err("a stranger's");
+    assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.chain());
+    let error = nbd::open(server.connect(1), &server.remote(""), None, "remote", BOTH).expect_err("no TLS");
+    assert!(error.chain().contains("TLS"), "{}", error.chain());
+    let Some(plain) = Server::nbdkit(&["--tls=off", "memory", "1M"]) else { return };
+    let error = nbd::open(plain.connect(1), &remote, Some(&good), "remote", BOTH).expect_err("no TLS there");
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{}", error.chain());
+    let _ = std::fs::remove_dir_all(dir);
+}

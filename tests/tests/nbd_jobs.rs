@@ -111,7 +111,7 @@ fn headers_on_a_server_are_managed_as_cryptsetup_sees_them() {
     }
     // A question before the answer: a connection of its own.
     let _ = run("luks erase FAR --yes-destroy-all-keys");
-    let _ = place.run(&format!("luks open-test {far} --key file:@/two")).exit(4, &[]);
+    let _ = place.run(&format!("luks open-test {far} --key file:@/two")).exit(1, &["no keyslot"]);
     let _ = run("luks header-restore FAR @/backup");
     let _ = run("luks open-test FAR --key file:@/one");
     let _ = run("luks doctor FAR");
@@ -155,7 +155,7 @@ fn a_volume_on_a_server_is_re_encrypted_and_gone_on_with_when_the_daemon_was_kil
     let _ = place.moving();
     let daemon = place.daemon.take().expect("a daemon");
     daemon.signal(rustix::process::Signal::KILL);
-    let _ = running.wait().exit(3, &["--resume-only", "nbd+unix"]);
+    let _ = running.wait().exit(3, &["went away"]);
     drop(daemon);
     let daemon = Start::new().daemon();
     place.talk_to(&daemon.socket());
@@ -181,7 +181,8 @@ fn plain_data_on_a_server_is_encrypted_in_place_when_it_is_said_what_it_is() {
     let _ = place.run(&words).exit(2, &["is not looked at", "--filesystem-may-lose-its-end"]);
     assert!(place.read("far") == plain);
     let _ = place.run(&format!("{words} --filesystem-may-lose-its-end")).done();
-    check(&place, "far", "one", &plain[..16 * MIB]);
+    let _ = place.run("decrypt @/far @/moved --key file:@/one").done();
+    assert!(place.read("moved")[..16 * MIB] == plain[..16 * MIB], "all but what was given up");
     // A raw one, with its journal here.
     let plain = place.noise("plain", 8 * MIB);
     let _ = place.run("encrypt @/plain @/raw RAW").done();
@@ -449,7 +450,7 @@ fn one_volume_cannot_be_both_ends_nor_be_re_encrypted_twice() {
     let _ = place.moving();
     let _ = place
         .run(&format!("reencrypt {far} --key file:@/one --resume-only"))
-        .exit(1, &["another job re-encrypts this volume"]);
+        .exit(1, &["re-encrypt"]);
     running.signal(rustix::process::Signal::INT);
     let _ = running.wait();
 }

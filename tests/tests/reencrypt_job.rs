@@ -352,6 +352,49 @@ fn a_volume_without_a_header_goes_by_its_journal() {
 }
 
 #[test]
+fn what_is_left_of_a_finished_one_is_swept_and_only_that_is_no_error() {
+    let plain = noise(MIB, 3);
+    let new_key = noise(64, 99);
+    let volume = Image::of(&encrypted(&plain, 512));
+    let (mut stopped, mut swept, mut over) = (0, 0, 0);
+    for nth in 1..=20 {
+        let world = World::new(tests::seed());
+        for image in [volume.clone(), Image::default()] {
+            world.add(image, DiskOptions::default()).expect("a disk");
+        }
+        let registry = registry(world.choice());
+        let run = || {
+            let disk = |number| File::from(world.descriptor(number).expect("a descriptor"));
+            Rewrite::raw_files(disk(0), disk(1), &new_key).by(Resilience::Checksum).run(&registry)
+        };
+        world.inject(Fault { disk: 1, on: On::Write, when: When::Nth(nth), effect: Effect::Fail(5) });
+        let first = run();
+        world.heal();
+        let second = run();
+        if first.state == JobState::Done {
+            // It told its end, so there is nothing to go on with.
+            let (kind, message) = failure(&second);
+            assert_eq!(kind, ErrorKind::Invalid, "write {nth}: {message}");
+            assert!(message.contains("was finished"), "write {nth}: {message}");
+            continue;
+        }
+        stopped += 1;
+        if second.state == JobState::Done {
+            let what_was_left = |note: &String| note.contains("what was left");
+            swept += usize::from(report(&second).notes.iter().any(what_was_left));
+        } else {
+            over += 1;
+        }
+        let (kind, message) = failure(if second.state == JobState::Done { &run() } else { &second });
+        assert_eq!(kind, ErrorKind::Invalid, "write {nth}: {message}");
+        assert!(message.contains("was finished"), "write {nth}: {message}");
+    }
+    assert!(stopped > swept && swept > 0, "{stopped} were stopped, {swept} of them behind their last step");
+    // Only the last write of all, of the second copy of that there is nothing left, leaves nothing for the next one.
+    assert_eq!(over, 1);
+}
+
+#[test]
 fn plain_data_becomes_a_volume_and_the_volume_plain_data() {
     let registry = registry(QueueChoice::Auto);
     let scratch = Scratch::new();

@@ -13,8 +13,10 @@ use engine::volume::reencrypt::begin::{self, Wish};
 use engine::volume::reencrypt::{Opened, open, shift};
 use proto::luks::{KdfKind, KdfWish};
 use proto::reencrypt::{Luks, Resilience};
-use tests::luks2::{QUICK, cryptsetup, cryptsetup_does, has_cryptsetup};
-use tests::rewrite::{Until, bytes_of, device, go_on, plaintext, read_by_cryptsetup, secret};
+use tests::luks2::{QUICK, cryptsetup_does, has_cryptsetup};
+use tests::rewrite::{
+    Until, bytes_of, cryptsetup_resumes, device, go_on, is_under_way, plaintext, read_by_cryptsetup, secret,
+};
 use tests::{Random, Scratch, seed, skip};
 
 const DATA: u64 = (5 << 20) + 3 * 4096;
@@ -111,29 +113,25 @@ impl Data {
     }
 
     fn cryptsetup_resumes(&self) {
-        let key = format!("--key-file {}", self.pass_file().display());
-        let header =
-            self.header.as_ref().map_or(String::new(), |path| format!("--header {}", path.display()));
-        let resume = "reencrypt -q --resume-only --force-offline-reencrypt";
-        let output = cryptsetup(&[resume, &key, &header], &[&self.path]);
-        if !output.status.success() {
-            cryptsetup_does(&["repair -q", &key, &header], &[&self.path]);
-            if self.is_under_way() {
-                cryptsetup_does(&[resume, &key, &header], &[&self.path]);
-            }
-        }
+        cryptsetup_resumes(&self.path, self.header.as_deref(), &self.pass_file());
     }
 
-    fn is_under_way(&self) -> bool {
-        match Header::load(&mut device(self.header())).expect("a header") {
-            Header::Luks2(loaded) => !loaded.header.metadata.config.requirements.is_empty(),
-            Header::Luks1(_) => false,
+    /// Let go of it at `until`; if that is not its end, we (in steps of `step` bytes) or cryptsetup bring it there.
+    fn goes_on(&self, opened: Opened, until: Until, ours: Option<u64>, what: &str) {
+        if go_on(opened, &self.path, STEP, until) {
+            return;
         }
+        let Some(step) = ours else { return self.cryptsetup_resumes() };
+        let opened = self.open().expect("opens").expect("under way");
+        // With its last step recovered nothing may be left of what was moved.
+        let is_over = opened.moved.is_some() && opened.boundary == 0;
+        assert!(is_over || plaintext(&opened, &self.path) == self.plain, "{what}: at rest");
+        assert!(go_on(opened, &self.path, step, Until::Done), "{what}");
     }
 
     /// All is encrypted and over, and cryptsetup reads all of it.
     fn is_encrypted(&self, what: &str) {
-        assert!(!self.is_under_way(), "{what}");
+        assert!(!is_under_way(self.header()), "{what}");
         assert!(self.open().expect("nothing is wrong").is_none(), "{what}");
         let read = read_by_cryptsetup(
             &self.path,
@@ -153,7 +151,7 @@ impl Data {
     }
 
     fn is_plain(&self, what: &str) {
-        assert!(!self.is_under_way(), "{what}");
+        assert!(!is_under_way(self.header()), "{what}");
         assert!(std::fs::read(&self.path).expect("read") == self.plain, "{what}");
     }
 }
@@ -178,15 +176,7 @@ fn plain_data_becomes_a_volume_with_a_detached_header() {
                 let data = Data::new(DATA, 0, true);
                 let opened = data.encrypt(Some(resilience), unit);
                 assert!(std::fs::read(&data.path).expect("read") == data.plain, "{what}: begun");
-                if !go_on(opened, &data.path, STEP, until) {
-                    if ours {
-                        let opened = data.open().expect("opens").expect("under way");
-                        assert!(plaintext(&opened, &data.path) == data.plain, "{what}: at rest");
-                        assert!(go_on(opened, &data.path, STEP, Until::Done));
-                    } else {
-                        data.cryptsetup_resumes();
-                    }
-                }
+                data.goes_on(opened, until, ours.then_some(STEP), &what);
                 data.is_encrypted(&what);
             }
         }
@@ -212,19 +202,8 @@ fn plain_data_moves_out_of_the_way_of_its_header() {
                 let opened = data.encrypt(None, 4096);
                 assert_eq!((opened.direction, opened.boundary), (Direction::Backward, bytes), "{what}");
                 assert!(plaintext(&opened, &data.path) == data.plain, "{what}: begun");
-                let step = opened.ledger.hotzone_max().expect("a limit").min(STEP);
-                if !go_on(opened, &data.path, step, until) {
-                    if ours {
-                        let opened = data.open().expect("opens").expect("under way");
-                        assert!(
-                            plaintext(&opened, &data.path) == data.plain || opened.boundary == 0,
-                            "{what}: at rest"
-                        );
-                        assert!(go_on(opened, &data.path, REDUCE, Until::Done), "{what}");
-                    } else {
-                        data.cryptsetup_resumes();
-                    }
-                }
+                assert!(opened.ledger.hotzone_max().is_some(), "{what}: no further than what was moved");
+                data.goes_on(opened, until, ours.then_some(REDUCE), &what);
                 data.is_encrypted(&what);
             }
         }
@@ -314,15 +293,7 @@ fn a_volume_becomes_plain_data() {
                 let data = Data::volume(unit);
                 let luks = Luks { reduce_bytes: None, ..data.luks() };
                 let opened = data.begin(&luks, Mode::Decrypt, Some(resilience)).expect("begun");
-                if !go_on(opened, &data.path, STEP, until) {
-                    if ours {
-                        let opened = data.open().expect("opens").expect("under way");
-                        assert!(plaintext(&opened, &data.path) == data.plain, "{what}: at rest");
-                        assert!(go_on(opened, &data.path, STEP, Until::Done));
-                    } else {
-                        data.cryptsetup_resumes();
-                    }
-                }
+                data.goes_on(opened, until, ours.then_some(STEP), &what);
                 data.is_plain(&what);
             }
         }

@@ -13,7 +13,7 @@ use engine::error::{ErrorKind, Result};
 use engine::format::sidecar::{SLOT_BYTES, Slots, State};
 use engine::units::{DataUnit, Extent};
 use engine::volume::reencrypt::ledger::Protection;
-use engine::volume::reencrypt::sidecar::{self, Wish};
+use engine::volume::reencrypt::sidecar::{self, Found, Wish};
 use engine::volume::reencrypt::{Opened, Side};
 use proto::luks::File;
 use proto::reencrypt::{RawPair, Resilience};
@@ -128,11 +128,15 @@ impl Trial {
         world
     }
 
-    fn open(&self, world: &World) -> Result<Option<Opened>> {
+    fn find(&self, world: &World) -> Result<Found> {
         let [old, new] = self.keys();
         let volume = world.blocking(VOLUME, "volume")?;
         let journal = world.blocking(JOURNAL, "journal")?;
         sidecar::open(journal, volume, VOLUME_BYTES as u64, &self.pair, &old, &new)
+    }
+
+    fn open(&self, world: &World) -> Result<Option<Opened>> {
+        self.find(world).map(Found::under)
     }
 
     /// Go on with it or begin it, to the end.
@@ -141,9 +145,10 @@ impl Trial {
     }
 
     fn run_steps(&self, world: &World, most: usize) -> Result<()> {
-        let opened = match self.open(world)? {
-            Some(opened) => opened,
-            None => {
+        let opened = match self.find(world)? {
+            Found::Under(opened) => *opened,
+            Found::Swept | Found::Over => return Ok(()),
+            Found::None => {
                 let [old, new] = self.keys();
                 let journal = world.blocking(JOURNAL, "journal")?;
                 sidecar::begin(journal, world.blocking(VOLUME, "volume")?, &self.wish(), &old, &new)?
@@ -154,9 +159,12 @@ impl Trial {
 
     /// After a cut: what was begun is opened, which recovers it, and all plaintext is there; and it can be gone on with to the end.
     fn judge(&self, world: &World, completed: bool) -> Result<(), String> {
-        let found = self.open(world).map_err(|error| format!("not opened: {}", error.chain()))?;
-        let boundary = found.as_ref().map_or(0, |opened| opened.boundary);
-        drop(found);
+        let found = self.find(world).map_err(|error| format!("not opened: {}", error.chain()))?;
+        let boundary = match found {
+            Found::Under(opened) => opened.boundary,
+            Found::Swept | Found::Over => VOLUME_BYTES as u64,
+            Found::None => 0,
+        };
         self.plaintext_is_there(world, boundary)?;
         if completed && boundary != VOLUME_BYTES as u64 {
             return Err(format!("it was reported as done, but the boundary is at {boundary}"));

@@ -59,6 +59,9 @@ pub struct Row {
     pub client_cpu_seconds: f64,
     /// Peak resident set of the server, bytes.
     pub rss_peak_bytes: u64,
+    /// What was re-encrypted meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rotated_bytes_per_second: Option<f64>,
 }
 
 impl Row {
@@ -86,6 +89,7 @@ impl Row {
             cpu_system_seconds: cpu.system,
             client_cpu_seconds: told.cpu,
             rss_peak_bytes,
+            rotated_bytes_per_second: None,
         }
     }
 
@@ -174,7 +178,7 @@ pub fn table(rows: &[Row], rivals: &[&str]) -> String {
     for rival in rivals {
         write!(text, " {:>20}", format!("x {rival}")).expect(WRITES);
     }
-    let columns = ["p50 us", "p99 us", "CPU s/GiB", "CPU s/k I/O", "client", "RSS MiB"];
+    let columns = ["p50 us", "p99 us", "CPU s/GiB", "CPU s/k I/O", "client", "RSS MiB", "rotated"];
     for column in columns {
         write!(text, " {column:>11}").expect(WRITES);
     }
@@ -211,6 +215,7 @@ pub fn table(rows: &[Row], rivals: &[&str]) -> String {
             median(&Row::cpu_per_thousand, 4),
             median(&|row| Some(row.client_cpu_seconds / (row.bytes as f64 / GIB)), 2),
             median(&|row| Some(row.rss_peak_bytes as f64 / MIB), 1),
+            median(&|row| row.rotated_bytes_per_second.map(|rate| rate / MIB), 0),
         ];
         for cell in cells {
             write!(text, " {cell:>11}").expect(WRITES);

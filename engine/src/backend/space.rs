@@ -5,22 +5,31 @@ use rustix::io::Errno;
 
 use crate::backend::device::{Device, Nature, Region};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::nbd::BASE_ALLOCATION;
 
 impl Device {
     /// Can it have holes that are worth asking for? Not where a file has as many blocks as bytes, nor where the question
     /// goes to another program or machine: a worker asks, and must not wait for either.
     ///
-    /// An NBD server is asked here and now for the zeros of what is only read; [`Device::region_at`] never asks it.
+    /// Of what an NBD server has and is only read, holes are what [`Device::learn_holes`] has learned by then.
     #[must_use]
     pub fn may_have_holes(&self) -> bool {
         if let Some(volume) = self.remote() {
-            return !self.is_written() && volume.learn_zeros();
+            return !self.is_written() && volume.facts().context(BASE_ALLOCATION).is_some();
         }
         if self.nature() != Nature::File || self.is_stream() || self.is_remote() {
             return false;
         }
         let blocks = fstat(self.file()).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
         self.size().is_some_and(|size| blocks.saturating_mul(512) < size)
+    }
+
+    /// Ask an NBD server for the zeros of what is only read, before a worker wants to know: [`Device::region_at`] never waits for one.
+    /// When its job begins, since what was zeros when it was submitted may have been written to while it waited.
+    pub fn learn_holes(&self) {
+        if let Some(volume) = self.remote().filter(|_| self.may_have_holes()) {
+            volume.learn_zeros();
+        }
     }
 
     /// Bytes in it now, whatever [`Device::size`] was.

@@ -91,6 +91,7 @@ fn carry(
         }
     };
     make_room(job, prepared)?;
+    [&prepared.source, &prepared.sink].into_iter().for_each(|end| end.learn_holes());
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = transfer.began_at();
     let tick = keeper.as_ref().map_or(TICK, |keeper| keeper.interval().min(TICK));

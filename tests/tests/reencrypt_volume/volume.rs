@@ -12,8 +12,8 @@ use engine::volume::reencrypt::{Opened, luks};
 use engine::volume::{Header, unlock};
 use proto::luks::{KdfKind, KdfWish};
 use proto::reencrypt::{Luks, Resilience};
-use tests::luks2::{QUICK, cryptsetup, cryptsetup_does};
-use tests::rewrite::{bytes_of, device, read_by_cryptsetup, secret};
+use tests::luks2::{QUICK, cryptsetup_does};
+use tests::rewrite::{bytes_of, cryptsetup_resumes, device, read_by_cryptsetup, secret};
 use tests::{Random, Scratch};
 
 /// Bytes of data: some steps of [`STEP`] and an odd rest.
@@ -155,20 +155,9 @@ impl Volume {
         open::open(device(self.header()), &mut device(&self.path), data, &keys, &never)
     }
 
-    /// Let cryptsetup finish it; of an interrupted step it asks for a repair first.
+    /// Let cryptsetup finish it.
     pub fn cryptsetup_resumes(&self) {
-        let key = format!("--key-file {}", self.pass_file().display());
-        let header =
-            self.header.as_ref().map_or(String::new(), |path| format!("--header {}", path.display()));
-        let resume = "reencrypt -q --resume-only --force-offline-reencrypt";
-        let output = cryptsetup(&[resume, &key, &header], &[&self.path]);
-        if !output.status.success() {
-            cryptsetup_does(&["repair -q", &key, &header], &[&self.path]);
-            // Behind the last step the repair is the end.
-            if !self.metadata().config.requirements.is_empty() {
-                cryptsetup_does(&[resume, &key, &header], &[&self.path]);
-            }
-        }
+        cryptsetup_resumes(&self.path, self.header.as_deref(), &self.pass_file());
     }
 
     /// Nothing of a re-encryption is left.

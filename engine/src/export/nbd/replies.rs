@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 /// Extents in one reply to BLOCK_STATUS.
 const STATUS_MAX: usize = 64;
 /// Bytes of the longest such reply.
-const STATUS_BYTES: u32 = 32 + 8 + 16 * STATUS_MAX as u32;
+const STATUS_BYTES: u32 = 32 + 8 + 16 * 64;
 
 impl Server {
     /// Count a request that failed.

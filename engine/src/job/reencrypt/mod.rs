@@ -81,7 +81,9 @@ fn carry(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared, place_free: &d
     let Some(mut opened) = opened? else {
         // What clients use is all new, too, if they did not know.
         prepared.beside_export.iter().for_each(|export| export.view.finish());
-        proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        if matches!(prepared.format, Format::Luks(_)) {
+            proof::is_over(&mut desk.blocking(prepared.header())?)?;
+        }
         job.report(Report { notes: vec![SWEPT.to_owned()], ..Report::default() });
         return Ok(Ending::default());
     };
@@ -183,7 +185,7 @@ impl<'a> Desk<'a> {
         let mut data = self.blocking(&prepared.data)?;
         let luks = match &prepared.format {
             Format::Luks(luks) => luks,
-            Format::Raw(pair) => return self.open_raw(prepared, pair, data).map(Some),
+            Format::Raw(pair) => return self.open_raw(prepared, pair, data),
         };
         if self.has_header(prepared)? {
             same::check(&mut self.blocking(prepared.header())?, prepared, luks, &give_up)?;
@@ -257,7 +259,7 @@ impl<'a> Desk<'a> {
         prepared: &Prepared,
         pair: &proto::reencrypt::RawPair,
         data: Blocking,
-    ) -> Result<Opened> {
+    ) -> Result<Option<Opened>> {
         let beside = prepared.beside.as_ref().expect("a journal was opened");
         let ([old], Some(new)) = (prepared.keys.as_slice(), &prepared.new_key) else {
             return Err(Error::new(
@@ -266,16 +268,20 @@ impl<'a> Desk<'a> {
             ));
         };
         let data_bytes = prepared.data_bytes();
-        if let Some(opened) = sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
-            if sidecar::was_over(&opened) {
+        match sidecar::open(self.blocking(beside)?, data, data_bytes, pair, old, new)? {
+            sidecar::Found::Under(opened) => {
+                same::check_protection(opened.resilience, prepared)?;
+                return Ok(Some(*opened));
+            }
+            sidecar::Found::Swept => return Ok(None),
+            sidecar::Found::Over => {
                 let what =
                     "the re-encryption of this journal was finished: all of its volume is under the new key";
                 return Err(Error::new(ErrorKind::Invalid, what)
                     .at(beside.name())
                     .hint("remove the journal; another re-encryption begins with a new one"));
             }
-            same::check_protection(opened.resilience, prepared)?;
-            return Ok(opened);
+            sidecar::Found::None => {}
         }
         if prepared.resume_only {
             let what = "this journal knows of no re-encryption to go on with";
@@ -285,7 +291,7 @@ impl<'a> Desk<'a> {
             ));
         }
         let data = self.blocking(&prepared.data)?;
-        sidecar::begin(self.blocking(beside)?, data, &self.raw_wish(prepared, pair), old, new)
+        sidecar::begin(self.blocking(beside)?, data, &self.raw_wish(prepared, pair), old, new).map(Some)
     }
 
     fn raw_wish<'b>(&self, prepared: &Prepared, pair: &'b proto::reencrypt::RawPair) -> sidecar::Wish<'b> {

@@ -221,8 +221,30 @@ pub fn begin(
     Ok(opened(ledger, sides, 0, notes))
 }
 
-/// Open the re-encryption under way, and recover an interrupted step. `Ok(None)`: the journal's file is empty, or holds one that was being made and
-/// never was: there is none. What is left to do may be nothing: then `boundary` is at the end.
+/// What a journal's file tells.
+pub enum Found {
+    /// It is under way. What is left to do may be nothing: then the last step was recovered just now, and `boundary` is at the end.
+    Under(Box<Opened>),
+    /// It was over but for what had to be overwritten, which has been done now.
+    Swept,
+    /// It was over.
+    Over,
+    /// There is none: the file is empty, or holds one that was being made and never was.
+    None,
+}
+
+impl Found {
+    /// The one under way.
+    #[must_use]
+    pub fn under(self) -> Option<Opened> {
+        match self {
+            Self::Under(opened) => Some(*opened),
+            Self::Swept | Self::Over | Self::None => None,
+        }
+    }
+}
+
+/// Open the re-encryption under way, and recover an interrupted step.
 ///
 /// # Errors
 /// `WrongKey`: other keys than those it was begun with, or somebody without them wrote the journal. `Conflict`: it belongs to another volume.
@@ -235,9 +257,9 @@ pub fn open(
     pair: &proto::reencrypt::RawPair,
     old: &Secret,
     new: &Secret,
-) -> Result<Option<Opened>> {
+) -> Result<Found> {
     let name = journal.name().to_owned();
-    let Some((unproven, other)) = load(&mut journal)? else { return Ok(None) };
+    let Some((unproven, other)) = load(&mut journal)? else { return Ok(Found::None) };
     let claims = unproven.claims();
     if claims.fixed.old != pair.old || claims.fixed.new != pair.new {
         let what = format!(
@@ -273,7 +295,7 @@ pub fn open(
     let mut recovered = 0;
     ledger.heal()?;
     match state {
-        State::Preparing | State::Clean { .. } | State::Swept => {}
+        State::Preparing | State::Clean { .. } => {}
         State::Crash { start, bytes } => {
             let hot = Extent::new(start, start + bytes).expect("a superblock's hotzone is not empty");
             let proven = Proven { process: &process, old: &sides[0], new: &sides[1], total };
@@ -283,15 +305,13 @@ pub fn open(
             recovered = hot.len();
             notes.push(format!("an interrupted step of {recovered} bytes was recovered"));
         }
-        State::Finished => ledger.sweep()?,
+        State::Finished => {
+            ledger.sweep()?;
+            return Ok(Found::Swept);
+        }
+        State::Swept => return Ok(Found::Over),
     }
-    Ok(Some(opened(ledger, sides, recovered, notes)))
-}
-
-/// Nothing is left to do of it, and nothing was when it was opened.
-#[must_use]
-pub fn was_over(opened: &Opened) -> bool {
-    opened.boundary == opened.total && opened.recovered_bytes == 0
+    Ok(Found::Under(Box::new(opened(ledger, sides, recovered, notes))))
 }
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {
@@ -420,10 +440,10 @@ fn turn_back(sides: &[Side; 2], at: u64, bytes: &mut [u8]) -> Result<()> {
 }
 
 /// What is in force, and what the other slot holds if that is whole.
-type Found = (Box<Unproven>, Option<Box<Unproven>>);
+type Read = (Box<Unproven>, Option<Box<Unproven>>);
 
 /// The superblocks of a journal that says that something was begun.
-fn load(journal: &mut Blocking) -> Result<Option<Found>> {
+fn load(journal: &mut Blocking) -> Result<Option<Read>> {
     let slots = read_slots(journal)?;
     match Slots::read(&slots).map_err(|error| named(error, journal))? {
         Slots::Empty => Ok(None),

@@ -7,6 +7,10 @@
 //!
 //! Before its first run each server's plaintext is read through it and compared; after the last, all of it is written through it, and read
 //! back another way (ours: by `cryptctl decrypt`) and compared. Without nbdcopy that is skipped aloud.
+//!
+//! The case `rotate` is ours alone, see its module.
+
+mod rotate;
 
 use std::cell::Cell;
 use std::fs;
@@ -90,6 +94,8 @@ enum Case {
     ConnsRead,
     /// the same, writing
     ConnsWrite,
+    /// ours alone: 4 KiB anywhere, reads and writes, while the volume key is changed, beside a server at rest
+    Rotate,
 }
 
 impl Case {
@@ -105,6 +111,7 @@ impl Case {
             Self::CopyWrite => "copy-write",
             Self::ConnsRead => "conns-read",
             Self::ConnsWrite => "conns-write",
+            Self::Rotate => "rotate",
         }
     }
 
@@ -113,7 +120,7 @@ impl Case {
         let direction = match self {
             Self::RandRead | Self::LatRead | Self::StreamRead | Self::ConnsRead => Direction::Read,
             Self::RandWrite | Self::LatWrite | Self::StreamWrite | Self::ConnsWrite => Direction::Write,
-            Self::CopyRead | Self::CopyWrite => return None,
+            Self::CopyRead | Self::CopyWrite | Self::Rotate => return None,
         };
         let (block_bytes, depth, connections) = match self {
             Self::LatRead | Self::LatWrite => (4096, 1, 1),
@@ -133,7 +140,10 @@ impl Case {
 
     /// The tool that plays the client.
     fn client(self) -> &'static str {
-        if self.load().is_some() { "fio" } else { "nbdcopy" }
+        match self {
+            Self::CopyRead | Self::CopyWrite => "nbdcopy",
+            _ => "fio",
+        }
     }
 }
 
@@ -266,6 +276,9 @@ impl Bench {
         }
         for medium in self.arguments.media.clone() {
             for case in self.cases() {
+                if case == Case::Rotate {
+                    continue;
+                }
                 for round in 0..self.arguments.rounds {
                     for place in 0..contenders.len() {
                         let contender = contenders[(place + round as usize) % contenders.len()];
@@ -275,6 +288,9 @@ impl Bench {
                     }
                 }
             }
+        }
+        if self.cases().contains(&Case::Rotate) && contenders.contains(&Contender::Ours) {
+            rotate::rounds(self)?;
         }
         if copies {
             for &contender in &contenders {
@@ -405,9 +421,13 @@ impl Bench {
             told,
             (cpu, server.rss_peak()),
         );
-        eprintln!("{} {} round {round} {}: {:.0}", row.medium, row.case, row.server, row.rate());
-        self.rows.push(row);
+        self.keep(row);
         Ok(())
+    }
+
+    fn keep(&mut self, row: Row) {
+        eprintln!("{} {} round {} {}: {:.0}", row.medium, row.case, row.round, row.server, row.rate());
+        self.rows.push(row);
     }
 
     fn ask(&self, case: Case, uri: &str) -> io::Result<Told> {

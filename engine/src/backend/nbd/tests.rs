@@ -1,0 +1,461 @@
+//! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use super::*;
+use crate::backend::{Done, Op, Port, Position, Queue, QueueChoice, What, open_queue};
+use crate::format::nbd::option::{answer, info, number};
+use crate::format::nbd::reply::{FLAG_DONE, kind, put_chunk, put_simple};
+use crate::format::nbd::{CHUNK_MAGIC, GREETING_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC};
+use crate::sys::buffer::{Arena, Buf};
+
+const BOTH: Purpose = Purpose { read: true, write: true, stream: false };
+const PATIENCE: Duration = Duration::from_secs(60);
+const PLAIN: u16 = flags::HAS_FLAGS | flags::SEND_FLUSH;
+
+fn remote() -> Remote {
+    Remote { export: "disk".to_owned(), ..Remote::default() }
+}
+
+fn greeting(flags: u16) -> Vec<u8> {
+    [&GREETING_MAGIC.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &flags.to_be_bytes()].concat()
+}
+
+fn reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(data.len()).expect("short");
+    [
+        &OPTION_REPLY_MAGIC.to_be_bytes()[..],
+        &option.to_be_bytes(),
+        &kind.to_be_bytes(),
+        &length.to_be_bytes(),
+        data,
+    ]
+    .concat()
+}
+
+fn export(size: u64, flags: u16) -> Vec<u8> {
+    let data = [&info::EXPORT.to_be_bytes()[..], &size.to_be_bytes(), &flags.to_be_bytes()].concat();
+    reply(number::GO, answer::INFO, &data)
+}
+
+fn blocks(min: u32, preferred: u32, max: u32) -> Vec<u8> {
+    let data = [
+        &info::BLOCK_SIZE.to_be_bytes()[..],
+        &min.to_be_bytes(),
+        &preferred.to_be_bytes(),
+        &max.to_be_bytes(),
+    ]
+    .concat();
+    reply(number::GO, answer::INFO, &data)
+}
+
+/// What a server says up to GO: structured replies, no contexts.
+fn before_go() -> Vec<u8> {
+    [
+        greeting(3),
+        reply(number::EXTENDED_HEADERS, answer::ERR_UNSUP, b"what?"),
+        reply(number::STRUCTURED_REPLY, answer::ACK, &[]),
+        reply(number::SET_META_CONTEXT, answer::ACK, &[]),
+    ]
+    .concat()
+}
+
+fn script(go: &[Vec<u8>]) -> Vec<u8> {
+    [before_go(), go.concat(), reply(number::GO, answer::ACK, &[])].concat()
+}
+
+/// Open an export of a server that says all of this at once, whatever it hears.
+fn open_scripted(bytes: &[u8]) -> Result<(Device, UnixStream)> {
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    theirs.write_all(bytes).expect("room for a script");
+    // Nothing follows: a client that waits for more finds the end.
+    theirs.shutdown(std::net::Shutdown::Write).expect("shut down");
+    nbd_open(ours).map(|device| (device, theirs))
+}
+
+fn nbd_open(ours: UnixStream) -> Result<Device> {
+    open(vec![ours.into()], &remote(), None, "remote", BOTH)
+}
+
+#[test]
+fn a_server_that_makes_sense_is_believed() {
+    let (device, _theirs) =
+        open_scripted(&script(&[export(1 << 20, PLAIN), blocks(512, 4096, 1 << 20)])).expect("opened");
+    assert_eq!((device.size(), device.direct_alignment()), (Some(1 << 20), Some(512)));
+    let facts = device.remote().expect("remote").facts().clone();
+    assert_eq!((facts.payload_max, facts.block_preferred, facts.contexts.len()), (1 << 20, 4096, 0));
+    assert!(find(device.file()).is_some());
+    let file = Arc::clone(device.file());
+    drop(device);
+    assert!(find(&file).is_some(), "open as long as anybody has the descriptor");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let go = |parts: &[Vec<u8>]| script(parts);
+    let huge = [
+        &OPTION_REPLY_MAGIC.to_be_bytes()[..],
+        &number::EXTENDED_HEADERS.to_be_bytes(),
+        &1_u32.to_be_bytes(),
+        &u32::MAX.to_be_bytes(),
+    ]
+    .concat();
+    let cases: Vec<(&str, Vec<u8>, ErrorKind)> = vec![
+        ("greeting", b"HTTP/1.1 400 Bad Request".to_vec(), ErrorKind::Io),
+        (
+            "old style",
+            [&GREETING_MAGIC.to_be_bytes()[..], &0x0000_4202_8186_1253_u64.to_be_bytes()].concat(),
+            ErrorKind::Unsupported,
+        ),
+        ("a reply of 4 GiB", [greeting(3), huge].concat(), ErrorKind::Io),
+        ("size", go(&[export(1 << 63, PLAIN)]), ErrorKind::Io),
+        ("flags", go(&[export(1 << 20, 0)]), ErrorKind::Io),
+        ("no size", go(&[]), ErrorKind::Io),
+        ("block 3", go(&[export(1 << 20, PLAIN), blocks(3, 4096, 1 << 20)]), ErrorKind::Io),
+        ("block 0", go(&[export(1 << 20, PLAIN), blocks(0, 4096, 1 << 20)]), ErrorKind::Io),
+        ("block 1 GiB", go(&[export(1 << 30, PLAIN), blocks(1 << 30, 1 << 30, 1 << 30)]), ErrorKind::Io),
+        ("preferred", go(&[export(1 << 20, PLAIN), blocks(4096, 512, 1 << 20)]), ErrorKind::Io),
+        ("maximum", go(&[export(1 << 20, PLAIN), blocks(512, 4096, 0)]), ErrorKind::Io),
+        ("small maximum", go(&[export(1 << 20, PLAIN), blocks(1, 4096, 100)]), ErrorKind::Unsupported),
+        ("odd size", go(&[export((1 << 20) + 1, PLAIN), blocks(512, 4096, 1 << 20)]), ErrorKind::Io),
+        ("read-only", go(&[export(1 << 20, PLAIN | flags::READ_ONLY)]), ErrorKind::Denied),
+        (
+            "unknown",
+            [before_go(), reply(number::GO, answer::ERR_UNKNOWN, b"no \x1b[31msuch")].concat(),
+            ErrorKind::NotFound,
+        ),
+        ("policy", [before_go(), reply(number::GO, answer::ERR_POLICY, &[])].concat(), ErrorKind::Denied),
+        (
+            "tls",
+            [greeting(3), reply(number::EXTENDED_HEADERS, answer::ERR_TLS_REQD, &[])].concat(),
+            ErrorKind::Denied,
+        ),
+        (
+            "another option's reply",
+            [greeting(3), reply(number::LIST, answer::ACK, &[])].concat(),
+            ErrorKind::Io,
+        ),
+        (
+            "information without end",
+            [before_go(), export(1 << 20, PLAIN).repeat(300)].concat(),
+            ErrorKind::Io,
+        ),
+    ];
+    for (name, bytes, expected) in cases {
+        let error = open_scripted(&bytes).map(drop).expect_err(name);
+        assert_eq!(error.kind(), expected, "{name}: {}", error.chain());
+        assert!(!error.chain().contains('\x1b'), "{name}: control characters of the server");
+    }
+}
+
+#[test]
+fn an_end_at_any_byte_is_an_error_and_not_a_hang() {
+    let whole = script(&[export(1 << 20, PLAIN), blocks(512, 4096, 1 << 20)]);
+    for length in 0..whole.len() {
+        let error = open_scripted(&whole[..length]).map(drop).expect_err("cut off");
+        assert_eq!(error.kind(), ErrorKind::Io, "{length}: {}", error.chain());
+    }
+    open_scripted(&whole).expect("all of it");
+}
+
+#[test]
+fn a_server_that_knows_no_options_is_asked_by_name() {
+    for (server, zeros) in [(3, 0), (1, 124), (0, 124)] {
+        let mut bytes = greeting(server);
+        if server & 1 != 0 {
+            for option in [number::EXTENDED_HEADERS, number::STRUCTURED_REPLY, number::GO] {
+                bytes.extend(reply(option, answer::ERR_UNSUP, &[]));
+            }
+        }
+        bytes.extend(8192_u64.to_be_bytes());
+        bytes.extend(PLAIN.to_be_bytes());
+        bytes.extend(vec![0; zeros]);
+        let (device, mut theirs) = open_scripted(&bytes).expect("opened");
+        assert_eq!(device.size(), Some(8192));
+        drop(device);
+        let mut heard = Vec::new();
+        theirs.read_to_end(&mut heard).expect("heard");
+        assert!(heard.windows(4).any(|bytes| bytes == b"disk"));
+    }
+}
+
+/// A queue on a server whose half of the conversation after haggling is `serve`.
+struct Bench {
+    queue: Box<dyn Queue>,
+    port: Port,
+    free: Vec<Buf>,
+    _device: Device,
+    /// Last: the server ends when the connection does.
+    _server: Joined,
+}
+
+impl Bench {
+    fn new(serve: impl FnOnce(UnixStream) + Send + 'static) -> Self {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        theirs.write_all(&script(&[export(1 << 20, PLAIN), blocks(1, 4096, 1 << 16)])).expect("room");
+        let device = nbd_open(ours).expect("opened");
+        // What the client said: flags, three options with and one without data.
+        let mut heard = [0; 4 + 16 + 16 + (16 + 4 + 4 + 4 + 4 + 15) + (16 + 4 + 4 + 2 + 2)];
+        theirs.read_exact(&mut heard).expect("heard");
+        let server = std::thread::spawn(move || serve(theirs));
+        let mut arena = Arena::new(4, 1 << 17).expect("arena");
+        let mut queue = open_queue(QueueChoice::Threads, &arena, 8).expect("queue");
+        let port = queue.attach(Arc::clone(device.file())).expect("attached");
+        Self { queue, port, free: arena.take_all(), _device: device, _server: Joined(Some(server)) }
+    }
+
+    fn read(&mut self, token: u64, length: u32) {
+        let mut buf = self.free.pop().expect("a buffer");
+        buf.fill(0xee);
+        let what = What::Read { position: Position::At(0), buf, span: 0..length };
+        self.queue.push(Op { token, port: self.port, what }).expect("accepted");
+    }
+
+    fn next(&mut self, count: usize) -> Vec<Done> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut done = Vec::new();
+        while done.len() < count {
+            assert!(Instant::now() < deadline, "nothing completes");
+            self.queue.wait(Some(deadline)).expect("wait");
+            self.queue.reap(&mut done);
+        }
+        done
+    }
+}
+
+struct Joined(Option<JoinHandle<()>>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if let Some(server) = self.0.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+fn cookie_of(request: &[u8]) -> u64 {
+    u64::from_be_bytes(request[8..16].try_into().expect("8 bytes"))
+}
+
+fn hear(stream: &mut UnixStream) -> u64 {
+    let mut request = [0; 28];
+    stream.read_exact(&mut request).expect("a request");
+    cookie_of(&request)
+}
+
+fn chunk(flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; 32];
+    let count = put_chunk(&mut bytes, false, flags, kind, cookie, 0, payload.len() as u64);
+    bytes.truncate(count);
+    bytes.extend(payload);
+    bytes
+}
+
+fn data(flags: u16, cookie: u64, offset: u64, bytes: &[u8]) -> Vec<u8> {
+    chunk(flags, kind::OFFSET_DATA, cookie, &[&offset.to_be_bytes()[..], bytes].concat())
+}
+
+fn hole(flags: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    chunk(flags, kind::OFFSET_HOLE, cookie, &[&offset.to_be_bytes()[..], &length.to_be_bytes()].concat())
+}
+
+fn fault(kind: u16, cookie: u64, error: u32, told: u16, text: &[u8]) -> Vec<u8> {
+    chunk(FLAG_DONE, kind, cookie, &[&error.to_be_bytes()[..], &told.to_be_bytes(), text].concat())
+}
+
+#[test]
+fn replies_in_pieces_and_out_of_order_make_what_was_asked() {
+    let mut bench = Bench::new(|mut stream| {
+        let (one, two) = (hear(&mut stream), hear(&mut stream));
+        let mut bytes = data(0, two, 4, &[4, 5, 6, 7]);
+        bytes.extend(data(0, one, 0, &[1; 8]));
+        bytes.extend(hole(0, two, 2, 2));
+        bytes.extend(data(0, two, 0, &[0xa, 0xb]));
+        bytes.extend(chunk(FLAG_DONE, kind::NONE, two, &[]));
+        bytes.extend(chunk(FLAG_DONE, kind::NONE, one, &[]));
+        for byte in bytes {
+            stream.write_all(&[byte]).expect("sent");
+        }
+        let _ = stream.read(&mut [0; 64]);
+    });
+    bench.read(1, 8);
+    bench.read(2, 8);
+    let done = bench.next(2);
+    assert_eq!((done[0].token, done[1].token), (2, 1));
+    assert_eq!(done[0].buf.as_ref().expect("back")[..9], [0xa, 0xb, 0, 0, 4, 5, 6, 7, 0xee]);
+    assert_eq!(done[1].buf.as_ref().expect("back")[..8], [1; 8]);
+    assert!(done.iter().all(|done| matches!(done.result, Ok(8))));
+    bench.queue.detach(bench.port);
+    drop(done);
+    bench.free.clear();
+}
+
+/// What the server says to a read of 8 bytes, and words of the error that must come of it.
+type Lie = (&'static str, fn(u64) -> Vec<u8>, &'static str);
+
+#[test]
+fn lies_end_the_connection_and_bring_every_operation_back() {
+    let lies: [Lie; 18] = [
+        ("magic", |_| vec![0x55; 32], "magics"),
+        ("cookie", |cookie| data(FLAG_DONE, cookie ^ 1, 0, &[0; 8]), "not asked"),
+        ("old cookie", |cookie| data(FLAG_DONE, cookie + (1 << 24), 0, &[0; 8]), "not asked"),
+        (
+            "twice",
+            |cookie| [data(FLAG_DONE, cookie, 0, &[0; 8]), data(FLAG_DONE, cookie, 0, &[0; 8])].concat(),
+            "not asked",
+        ),
+        ("too long", |cookie| data(FLAG_DONE, cookie, 0, &[0; 9]), "beyond"),
+        ("before", |cookie| data(FLAG_DONE, cookie, u64::MAX, &[0; 8]), "beyond"),
+        (
+            "overlap",
+            |cookie| [data(0, cookie, 0, &[0; 5]), data(FLAG_DONE, cookie, 4, &[0; 4])].concat(),
+            "overlap",
+        ),
+        ("missing", |cookie| data(FLAG_DONE, cookie, 0, &[0; 7]), "the end of a reply"),
+        ("nothing", |cookie| chunk(FLAG_DONE, kind::NONE, cookie, &[]), "the end of a reply"),
+        ("endless nothing", |cookie| chunk(0, kind::NONE, cookie, &[]), "no answer"),
+        ("hole of 4 GiB", |cookie| hole(FLAG_DONE, cookie, 0, u32::MAX), "beyond"),
+        ("hole of none", |cookie| hole(FLAG_DONE, cookie, 0, 0), "overlap"),
+        ("hole too long", |cookie| chunk(FLAG_DONE, kind::OFFSET_HOLE, cookie, &[0; 13]), "no answer"),
+        ("status", |cookie| chunk(FLAG_DONE, kind::BLOCK_STATUS, cookie, &[0; 12]), "no answer"),
+        ("text beyond", |cookie| fault(kind::ERROR, cookie, 5, 100, b"short"), "text is longer"),
+        ("no error", |cookie| fault(kind::ERROR, cookie, 0, 0, b""), "without an error"),
+        (
+            "simple",
+            |cookie| {
+                let mut bytes = vec![0; 16];
+                put_simple(&mut bytes, 0, cookie);
+                bytes
+            },
+            "structured",
+        ),
+        (
+            "length",
+            |cookie| {
+                let head = [
+                    &CHUNK_MAGIC.to_be_bytes()[..],
+                    &[0, 1, 0, 1],
+                    &cookie.to_be_bytes(),
+                    &u32::MAX.to_be_bytes(),
+                ];
+                [&head.concat()[..], &[0; 8]].concat()
+            },
+            "beyond",
+        ),
+    ];
+    for (name, lie, words) in lies {
+        let mut bench = Bench::new(move |mut stream| {
+            let cookie = hear(&mut stream);
+            // The client may be gone before it has heard all of it.
+            let _ = stream.write_all(&lie(cookie));
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        bench.read(1, 8);
+        bench.queue.kick().expect("kick");
+        bench.read(2, 8);
+        let done = bench.next(2);
+        assert_eq!(bench.queue.in_flight(), 0, "{name}");
+        // One may have been answered before the lie; the last was not.
+        let error = done.iter().find_map(|done| done.result.as_ref().err()).expect(name).to_string();
+        let last = done.iter().find(|done| done.token == 2).expect("back");
+        let text = last.result.as_ref().expect_err(name).to_string();
+        assert!(text.contains(words) && text.contains("breaks the protocol"), "{name}: {text} / {error}");
+        assert!(done.iter().all(|done| done.buf.is_some()), "{name}");
+        // And so does everything that follows.
+        bench.free.extend(done.into_iter().filter_map(|done| done.buf));
+        bench.read(3, 8);
+        assert!(bench.next(1)[0].result.is_err(), "{name}");
+        bench.queue.detach(bench.port);
+        bench.queue =
+            open_queue(QueueChoice::Threads, &Arena::new(1, 4096).expect("arena"), 1).expect("queue");
+    }
+}
+
+#[test]
+fn an_error_with_words_is_the_operations_alone() {
+    let mut bench = Bench::new(|mut stream| {
+        let cookie = hear(&mut stream);
+        stream.write_all(&fault(kind::ERROR, cookie, 5, 8, b"no\x07 luck")).expect("sent");
+        let cookie = hear(&mut stream);
+        stream.write_all(&data(FLAG_DONE, cookie, 0, &[7; 8])).expect("sent");
+        let _ = stream.read(&mut [0; 64]);
+    });
+    bench.read(1, 8);
+    let done = bench.next(1).remove(0);
+    let text = done.result.expect_err("failed").to_string();
+    assert_eq!(text, "input/output error (EIO); the server says: no\\u{7} luck");
+    bench.read(2, 8);
+    let done = bench.next(1).remove(0);
+    assert_eq!(done.result.expect("read"), 8);
+    bench.queue.detach(bench.port);
+}
+
+#[test]
+fn an_end_at_any_byte_of_a_reply_brings_every_operation_back() {
+    let whole = |cookie| [data(0, cookie, 0, &[9; 4]), hole(FLAG_DONE, cookie, 4, 4)].concat();
+    for length in 0..whole(0).len() {
+        let mut bench = Bench::new(move |mut stream| {
+            let cookie = hear(&mut stream);
+            stream.write_all(&whole(cookie)[..length]).expect("sent");
+        });
+        bench.read(1, 8);
+        let done = bench.next(1).remove(0);
+        let text = done.result.expect_err("cut off").to_string();
+        assert!(text.contains("the connection to the NBD server is lost"), "{length}: {text}");
+        assert!(done.buf.is_some());
+    }
+}
+
+#[test]
+fn a_large_write_goes_out_in_pieces_the_server_takes() {
+    let mut bench = Bench::new(|mut stream| {
+        let mut cookies = Vec::new();
+        for at in 0..2_u64 {
+            let mut request = [0; 28];
+            stream.read_exact(&mut request).expect("a request");
+            assert_eq!(request[16..24], (at << 16).to_be_bytes());
+            assert_eq!(request[24..28], (1_u32 << 16).to_be_bytes());
+            let mut payload = vec![0; 1 << 16];
+            stream.read_exact(&mut payload).expect("its payload");
+            assert!(payload.iter().all(|&byte| byte == 0x42));
+            cookies.push(cookie_of(&request));
+        }
+        for cookie in cookies.into_iter().rev() {
+            stream.write_all(&chunk(FLAG_DONE, kind::NONE, cookie, &[])).expect("sent");
+        }
+        let _ = stream.read(&mut [0; 64]);
+    });
+    let mut buf = bench.free.pop().expect("a buffer");
+    buf.fill(0x42);
+    let what = What::Write { position: Position::At(0), buf, span: 0..1 << 17 };
+    bench.queue.push(Op { token: 1, port: bench.port, what }).expect("accepted");
+    assert_eq!(bench.next(1).remove(0).result.expect("written"), 1 << 17);
+    bench.queue.detach(bench.port);
+}
+
+#[test]
+fn a_write_that_a_stalled_server_has_half_of_can_be_given_up() {
+    let (tell, told) = std::sync::mpsc::channel::<()>();
+    let mut bench = Bench::new(move |stream| {
+        // Reads nothing, and stays until the end of the test.
+        let _ = told.recv();
+        drop(stream);
+    });
+    let ports = bench.free.len();
+    for token in 0..4 {
+        let buf = bench.free.pop().expect("a buffer");
+        let what = What::Write { position: Position::At(0), buf, span: 0..1 << 17 };
+        bench.queue.push(Op { token, port: bench.port, what }).expect("accepted");
+    }
+    bench.queue.kick().expect("kick");
+    bench.queue.cancel(bench.port);
+    let done = bench.next(ports);
+    assert!(done.iter().all(|done| done.buf.is_some()));
+    let cancelled =
+        |done: &Done| done.result.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ECANCELED));
+    assert!(done.iter().all(cancelled));
+    bench.queue.detach(bench.port);
+    tell.send(()).expect("the server waits");
+}
