@@ -74,7 +74,8 @@ fn leaving(jobs: u32, exports: u32) -> String {
         1 => Some(format!("1 {what}")),
         count => Some(format!("{count} {what}s")),
     };
-    let awaited: Vec<String> = [some(jobs, "running job"), some(exports, "export")].into_iter().flatten().collect();
+    let awaited: Vec<String> =
+        [some(jobs, "running job"), some(exports, "export")].into_iter().flatten().collect();
     let verb = if jobs + exports == 1 { "has" } else { "have" };
     format!("cryptd leaves when {} {verb} ended", awaited.join(" and "))
 }
