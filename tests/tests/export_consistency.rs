@@ -27,7 +27,14 @@ struct Written {
 }
 
 /// Writes overlapping runs of data units with others at the same time; all it wrote.
-fn overlap(connection: &mut Connection, clock: &AtomicU64, client: u64, units: usize, rounds: u64, mut random: Random) -> Vec<Written> {
+fn overlap(
+    connection: &mut Connection,
+    clock: &AtomicU64,
+    client: u64,
+    units: usize,
+    rounds: u64,
+    mut random: Random,
+) -> Vec<Written> {
     let mut flights: HashMap<u64, Written> = HashMap::new();
     let mut written = Vec::new();
     let mut sent = 0;
@@ -78,7 +85,8 @@ fn overlapping_writes_never_mix_within_a_data_unit() {
                 let found = reader.read((unit * UNIT) as u64, UNIT);
                 for (block, noise) in found.chunks(16).zip(served.plain[unit * UNIT..].chunks(16)) {
                     let tag = u64::from_le_bytes(block[..8].try_into().expect("8 bytes"));
-                    let of_a_client = (1..5).contains(&(tag >> 32)) && (1..=1500).contains(&(tag & 0xffff_ffff));
+                    let of_a_client =
+                        (1..5).contains(&(tag >> 32)) && (1..=1500).contains(&(tag & 0xffff_ffff));
                     assert!(
                         block == noise || (of_a_client && block[8..] == block[..8]),
                         "{kind:?}: nobody wrote {block:x?} to unit {unit}"
@@ -137,7 +145,8 @@ fn parts_of_one_data_unit_are_written_by_several_and_none_is_lost() {
                                 continue;
                             }
                             let from = random.below(100);
-                            let (start, end) = (run * 100 + from, run * 100 + from + 1 + random.below(100 - from));
+                            let (start, end) =
+                                (run * 100 + from, run * 100 + from + 1 + random.below(100 - from));
                             let offset = start as u64;
                             let length = (end - start) as u64;
                             // Runs of one client may follow one another: only one at a time has an order.
@@ -145,13 +154,16 @@ fn parts_of_one_data_unit_are_written_by_several_and_none_is_lost() {
                                 assert_eq!(connection.receive().expect("answered").1.error, 0);
                                 outstanding -= 1;
                             }
-                            let zeroes = connection.flags & flags::SEND_WRITE_ZEROES != 0 && random.below(4) == 0;
+                            let zeroes =
+                                connection.flags & flags::SEND_WRITE_ZEROES != 0 && random.below(4) == 0;
                             if zeroes {
                                 model[start..end].fill(0);
                                 connection.send(Command::WriteZeroes, 0, offset, length, &[]).expect("sent");
                             } else {
                                 random.fill(&mut model[start..end]);
-                                connection.send(Command::Write, 0, offset, length, &model[start..end]).expect("sent");
+                                connection
+                                    .send(Command::Write, 0, offset, length, &model[start..end])
+                                    .expect("sent");
                             }
                             outstanding += 1;
                         }
@@ -217,7 +229,8 @@ fn what_one_connection_was_told_is_done_all_others_see() {
             let writer = random.below(4);
             assert_eq!(connections[writer].write(0, at as u64, &expected[at..at + length]), 0);
             let reader = random.below(4);
-            let (from, to) = (at.saturating_sub(random.below(5000)), (at + length + random.below(5000)).min(MIB));
+            let (from, to) =
+                (at.saturating_sub(random.below(5000)), (at + length + random.below(5000)).min(MIB));
             same(&connections[reader].read(from as u64, to - from), &expected[from..to], "read elsewhere");
         }
         // A flush on one covers all.
