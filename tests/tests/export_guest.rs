@@ -47,12 +47,8 @@ fn a_kernel_keeps_filesystems_on_exports() {
     let luks = |shape: Shape| (format!("{} --key file:@/pass", shape.ours()), "--key file:@/pass".to_owned());
     let raw = |unit: u32| (format!("RAW --sector-size {unit}"), format!("RAW --sector-size {unit}"));
     // The first one is not ours.
-    let volumes = [
-        None,
-        Some(luks(Shape::luks2(4096, 512, "pbkdf2"))),
-        Some(luks(Shape::luks1(512))),
-        Some(raw(512)),
-    ];
+    let volumes =
+        [None, Some(luks(Shape::luks2(4096, 512, "pbkdf2"))), Some(luks(Shape::luks1(512))), Some(raw(512))];
     let mut servers: Vec<(u16, Running)> = Vec::new();
     let mut script = SCRIPT.replace("HOST", HOST);
     for (n, volume) in volumes.iter().enumerate() {

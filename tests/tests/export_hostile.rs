@@ -90,13 +90,15 @@ impl Scene {
         drop(good);
         self.served.plain = model;
         // Newcomers get in, and find what is there.
-        eventually("a newcomer gets in", || match Connection::open(&this_socket(self), &Wish::of(Style::Structured)) {
-            Ok(mut connection) => {
-                same(&connection.read(0, 4096), &self.served.plain[..4096], about);
-                connection.leave();
-                true
+        eventually("a newcomer gets in", || {
+            match Connection::open(&this_socket(self), &Wish::of(Style::Structured)) {
+                Ok(mut connection) => {
+                    same(&connection.read(0, 4096), &self.served.plain[..4096], about);
+                    connection.leave();
+                    true
+                }
+                Err(_) => false,
             }
-            Err(_) => false,
         });
     }
 
@@ -162,7 +164,11 @@ fn session(random: &mut Random) -> (Vec<u8>, Vec<usize>) {
 fn spoil(bytes: &mut Vec<u8>, marks: &[usize], random: &mut Random) {
     // What is said first is where most can go wrong: half of all changes are within the heads of parts.
     let near = |random: &mut Random, len: usize| {
-        let at = if random.below(2) == 0 { marks[random.below(marks.len())] + random.below(32) } else { random.below(len) };
+        let at = if random.below(2) == 0 {
+            marks[random.below(marks.len())] + random.below(32)
+        } else {
+            random.below(len)
+        };
         at.min(len - 1)
     };
     for _ in 0..=random.below(4) {
@@ -174,9 +180,20 @@ fn spoil(bytes: &mut Vec<u8>, marks: &[usize], random: &mut Random) {
             0 => bytes[at] ^= 1 << random.below(8),
             1 => bytes[at] = random.next_u64() as u8,
             2 | 3 => {
-                let values = [0, 1, 0x7fff_ffff, 0x8000_0000, u32::MAX, u32::MAX - 27, 1 << 20, 32 << 20, (32 << 20) + 1];
+                let values = [
+                    0,
+                    1,
+                    0x7fff_ffff,
+                    0x8000_0000,
+                    u32::MAX,
+                    u32::MAX - 27,
+                    1 << 20,
+                    32 << 20,
+                    (32 << 20) + 1,
+                ];
                 let end = (at + 4).min(bytes.len());
-                bytes[at..end].copy_from_slice(&u32::to_be_bytes(values[random.below(values.len())])[..end - at]);
+                bytes[at..end]
+                    .copy_from_slice(&u32::to_be_bytes(values[random.below(values.len())])[..end - at]);
             }
             4 => {
                 let end = (at + 8).min(bytes.len());
@@ -205,7 +222,8 @@ fn say(socket: &std::path::Path, bytes: &[u8], random: &mut Random) {
     let mut idle = 0;
     let mut sink = vec![0; 64 << 10];
     while idle < 20 {
-        let piece = rest.len().min(1 + random.below(if random.below(4) == 0 { 16 } else { 100_000 }));
+        let most = if random.below(4) == 0 { 16 } else { 100_000 };
+        let piece = rest.len().min(1 + random.below(most));
         let wrote = stream.write(&rest[..piece]);
         let read = stream.read(&mut sink);
         match &wrote {
@@ -231,7 +249,8 @@ fn say(socket: &std::path::Path, bytes: &[u8], random: &mut Random) {
 
 /// How many sessions are spoilt.
 fn sessions() -> usize {
-    std::env::var("NBD_HOSTILE_SESSIONS").map_or(1500, |text| text.parse().expect("NBD_HOSTILE_SESSIONS is a number"))
+    std::env::var("NBD_HOSTILE_SESSIONS")
+        .map_or(1500, |text| text.parse().expect("NBD_HOSTILE_SESSIONS is a number"))
 }
 
 #[test]
@@ -265,10 +284,7 @@ fn who_stalls_or_takes_nothing_stalls_alone() {
     let held = std::sync::Mutex::new(Vec::new());
     scene.beside("stalled clients", |scene| {
         let mut held = held.lock().expect("alone");
-        let mut new = |style: Style| {
-            let connection = scene.connect(style).expect("connected");
-            connection
-        };
+        let new = |style: Style| scene.connect(style).expect("connected");
         // Half a payload, for ever.
         for n in 0..8_u64 {
             let mut connection = new(Style::Structured);
@@ -295,7 +311,8 @@ fn who_stalls_or_takes_nothing_stalls_alone() {
             let connection = new(Style::Structured);
             let mut bytes = Vec::new();
             for cookie in 0..500 {
-                let request = Request { command: Command::Read, flags: 0, cookie, offset: 0, length: 4 << 20 };
+                let request =
+                    Request { command: Command::Read, flags: 0, cookie, offset: 0, length: 4 << 20 };
                 let mut head = [0; EXTENDED_BYTES];
                 let len = request.put(&mut head, false);
                 bytes.extend_from_slice(&head[..len]);
@@ -333,7 +350,9 @@ fn who_dies_in_the_midst_of_a_write_takes_nothing_along() {
     scene.beside("deaths", |scene| {
         let mut random = Random::new(seed);
         for round in 0..300 {
-            let mut connection = scene.connect(if round % 2 == 0 { Style::Simple } else { Style::Extended }).expect("connected");
+            let mut connection = scene
+                .connect(if round % 2 == 0 { Style::Simple } else { Style::Extended })
+                .expect("connected");
             let payload = vec![9; 200_000];
             for _ in 0..random.below(6) {
                 let offset = random.below(8 * MIB - 200_000) as u64;
@@ -353,7 +372,9 @@ fn thousands_of_connections_keep_nobody_out_for_long() {
     const MANY: usize = 5000;
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    if setrlimit(Resource::Nofile, limit).is_err() || getrlimit(Resource::Nofile).current.is_some_and(|most| most < 6000) {
+    if setrlimit(Resource::Nofile, limit).is_err()
+        || getrlimit(Resource::Nofile).current.is_some_and(|most| most < 6000)
+    {
         return tests::skip("a process may not have 6000 descriptors here");
     }
     let mut scene = Scene::new(Kind::LUKS2);
@@ -364,7 +385,8 @@ fn thousands_of_connections_keep_nobody_out_for_long() {
         let (mut connected, mut full) = (0, 0);
         while connected < MANY && full < 20_000 {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("a socket");
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+                .expect("a socket");
             match rustix::net::connect(&socket, &address) {
                 Ok(()) => {
                     connected += 1;

@@ -81,7 +81,9 @@ fn nbdcopy_copies_both_ways() {
     }
     for kind in and_references(&Kind::OURS) {
         let mut served = Served::over_noise(kind, ODD);
-        for options in ["", "--connections=4 --requests=64", "--synchronous", "--connections=2 --request-size=4194304"] {
+        for options in
+            ["", "--connections=4 --requests=64", "--synchronous", "--connections=2 --request-size=4194304"]
+        {
             let _ = served.shell(&format!("rm -f @/out && nbdcopy {options} \"$uri\" @/out"));
             same(&served.place.read("out"), &served.plain, &format!("{kind:?}, nbdcopy {options}"));
         }
@@ -350,7 +352,9 @@ fn qemu_img_converts_compares_and_maps() {
         let info = json(&served.shell("qemu-img info --output=json \"$uri\""));
         assert_eq!(info["virtual-size"], ODD, "{info}");
         let _ = served.shell("qemu-img compare -f raw -F raw \"$uri\" @/plain");
-        let _ = served.shell("qemu-img convert -f raw -O qcow2 \"$uri\" @/out.qcow2 && qemu-img compare @/out.qcow2 @/plain");
+        let _ = served.shell(
+            "qemu-img convert -f raw -O qcow2 \"$uri\" @/out.qcow2 && qemu-img compare @/out.qcow2 @/plain",
+        );
         let _ = served.shell("qemu-img convert -m 8 -W -f raw -O raw \"$uri\" @/out");
         same(&served.place.read("out"), &served.plain, "qemu-img convert");
         // The other way, with zeros and with clusters that are not there.
@@ -364,10 +368,16 @@ fn qemu_img_converts_compares_and_maps() {
              qemu-img compare -f raw -F qcow2 \"$uri\" @/new.qcow2",
         );
         let map = json(&served.shell("qemu-img map --output=json -f raw \"$uri\""));
-        let bytes: u64 = map.as_array().expect("extents").iter().map(|extent| extent["length"].as_u64().expect("bytes")).sum();
+        let bytes: u64 = map
+            .as_array()
+            .expect("extents")
+            .iter()
+            .map(|extent| extent["length"].as_u64().expect("bytes"))
+            .sum();
         assert_eq!(bytes, ODD as u64, "{map}");
         for extent in map.as_array().expect("extents").iter().filter(|extent| extent["zero"] == true) {
-            let [start, length] = ["start", "length"].map(|key| extent[key].as_u64().expect("bytes") as usize);
+            let [start, length] =
+                ["start", "length"].map(|key| extent[key].as_u64().expect("bytes") as usize);
             assert!(new[start..start + length].iter().all(|byte| *byte == 0), "not zero: {extent}");
         }
         served.stop();
@@ -399,7 +409,9 @@ fn qemu_io_verifies_random_patterns() {
                     model[at..at + length].fill(pattern);
                     script.push_str(&format!("write -f -P {pattern} {at} {length}\n"));
                 }
-                2 => script.push_str(&format!("flush\nblock_status {at} {length}\n").replace("block_status", "read")),
+                2 => script.push_str(
+                    &format!("flush\nblock_status {at} {length}\n").replace("block_status", "read"),
+                ),
                 _ => {
                     model[at..at + length].fill(pattern);
                     // Two more in flight beside it, elsewhere, and its own verification at once.

@@ -59,12 +59,18 @@ fn wrong_options_are_refused_and_haggling_goes_on() {
             ("INFO without data", number::INFO, vec![], answer::ERR_INVALID),
             ("INFO cut", number::INFO, cut(asking("", &[3])), answer::ERR_INVALID),
             ("INFO with a name behind its end", number::INFO, lying.clone(), answer::ERR_INVALID),
-            ("contexts before structured replies", number::SET_META_CONTEXT, contexts("", &[BASE_ALLOCATION]), answer::ERR_INVALID),
+            (
+                "contexts before structured replies",
+                number::SET_META_CONTEXT,
+                contexts("", &[BASE_ALLOCATION]),
+                answer::ERR_INVALID,
+            ),
             ("INFO of a long name", number::INFO, asking(&long, &[]), answer::ERR_INVALID),
         ];
         for (words, option, data, expected) in wrong {
             let verdict = haggling.verdict(option, &data).expect("answered");
-            let too_big = words.contains("long") && [answer::ERR_TOO_BIG, answer::ERR_UNKNOWN].contains(&verdict);
+            let too_big =
+                words.contains("long") && [answer::ERR_TOO_BIG, answer::ERR_UNKNOWN].contains(&verdict);
             assert!(verdict == expected || too_big, "{kind:?}: {words}: {verdict:#x}");
         }
         let tls = haggling.verdict(number::STARTTLS, &[]).expect("answered");
@@ -87,7 +93,12 @@ fn wrong_options_are_refused_and_haggling_goes_on() {
         }
         // Still there, and still polite.
         let contexts = haggling.ask(number::LIST_META_CONTEXT, &contexts("", &[])).expect("answered");
-        assert!(contexts.iter().any(|(kind, data)| *kind == answer::META_CONTEXT && data.ends_with(BASE_ALLOCATION.as_bytes())));
+        assert!(
+            contexts
+                .iter()
+                .any(|(kind, data)| *kind == answer::META_CONTEXT
+                    && data.ends_with(BASE_ALLOCATION.as_bytes()))
+        );
         assert_eq!(haggling.verdict(number::ABORT, &[]).expect("answered"), answer::ACK);
         haggling.wire.ends();
         works(&served);
@@ -135,7 +146,9 @@ fn an_option_of_any_length_is_skipped_or_ends_it() {
             if sent.is_ok() && u64::from(length) < 2 << 20 {
                 match haggling.reply(number::INFO) {
                     Ok((kind, _)) => assert!(kind & answer::ERROR_BIT != 0, "{length}: {kind:#x}"),
-                    Err(error) => assert!(error.kind() != std::io::ErrorKind::TimedOut, "neither refused nor ended"),
+                    Err(error) => {
+                        assert!(error.kind() != std::io::ErrorKind::TimedOut, "neither refused nor ended")
+                    }
                 }
             }
         }
@@ -275,7 +288,10 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
                 let about = format!("{kind:?} {style:?}: {command:?} {flags:#x} {offset}+{length}");
                 let error = connection.error(command, flags, offset, length);
                 let ours = kind.is_ours() || !loose;
-                assert!(if ours { errors.contains(&error) } else { error != 0 || flags != 0 }, "{about}: {error}");
+                assert!(
+                    if ours { errors.contains(&error) } else { error != 0 || flags != 0 },
+                    "{about}: {error}"
+                );
                 same(&connection.read(0, 512), &served.plain[..512], &about);
             }
             connection.leave();
@@ -301,7 +317,9 @@ fn a_refused_write_takes_its_payload_with_it() {
             ] {
                 // Others as well, before and behind it.
                 let before = connection.send(Command::Read, 0, 0, 512, &[]).expect("sent");
-                let wrong = connection.send(Command::Write, flags, offset, length as u64, &payload[..length]).expect("sent");
+                let wrong = connection
+                    .send(Command::Write, flags, offset, length as u64, &payload[..length])
+                    .expect("sent");
                 let behind = connection.send(Command::Read, 0, 512, 512, &[]).expect("sent");
                 let mut answers = std::collections::BTreeMap::new();
                 while connection.outstanding() > 0 {
@@ -312,7 +330,10 @@ fn a_refused_write_takes_its_payload_with_it() {
                 same(&answers[&behind].data, &served.plain[512..1024], "behind");
                 let error = answers[&wrong].error;
                 let expected = if flags == 0 { ENOSPC } else { EINVAL };
-                assert!(error == expected || !kind.is_ours() && error == EINVAL, "{kind:?} {style:?} {offset}+{length}: {error}");
+                assert!(
+                    error == expected || !kind.is_ours() && error == EINVAL,
+                    "{kind:?} {style:?} {offset}+{length}: {error}"
+                );
             }
             connection.leave();
         }
@@ -335,7 +356,10 @@ fn a_write_of_gigabytes_ends_the_connection_or_is_refused_and_allocates_nothing(
             let _ = connection.send(Command::Write, 0, 0, length, &[1; 4096]).expect("sent");
             match connection.receive() {
                 Ok((_, answer)) => assert!(answer.error != 0),
-                Err(error) => assert!(error.kind() != std::io::ErrorKind::TimedOut, "{kind:?}: neither refused nor ended"),
+                Err(error) => assert!(
+                    error.kind() != std::io::ErrorKind::TimedOut,
+                    "{kind:?}: neither refused nor ended"
+                ),
             }
         }
         // qemu-nbd takes its buffers one by one; ours are there from the beginning.
@@ -410,7 +434,8 @@ fn commands_leave_only_what_they_say() {
             assert_eq!(connection.error(Command::Flush, 0, 0, 0), 0);
             assert_eq!(connection.error(Command::Cache, 0, base as u64 + 5, 100_000), 0);
             if kind.is_ours() {
-                let fast = connection.error(Command::WriteZeroes, command_flags::FAST_ZERO, base as u64, 4096);
+                let fast =
+                    connection.error(Command::WriteZeroes, command_flags::FAST_ZERO, base as u64, 4096);
                 assert_eq!(fast, ENOTSUP);
             }
             same(&connection.read(base as u64, MIB), &model[base..base + MIB], "nothing more");
@@ -434,7 +459,8 @@ fn with_discard_only_whole_places_are_given_back() {
     use std::os::unix::fs::MetadataExt;
     for kind in and_references(&[Kind::LUKS2, Kind::Raw(512)]) {
         let mut served = Served::with(kind, SIZE as usize, if kind.is_ours() { "--discard" } else { "" });
-        let blocks = |served: &Served| std::fs::metadata(served.place.path("volume")).expect("there").blocks();
+        let blocks =
+            |served: &Served| std::fs::metadata(served.place.path("volume")).expect("there").blocks();
         let before = blocks(&served);
         let mut connection = served.connect();
         assert_eq!(connection.error(Command::Trim, 0, 1 << 20, 2 << 20), 0);
@@ -469,7 +495,8 @@ fn extents_longer_than_32_bits_are_told_right() {
             let mut at = 0;
             let mut rounds = 0;
             while at < LONG {
-                let most = if style == Style::Extended { LONG - at } else { (LONG - at).min(u32::MAX.into()) };
+                let most =
+                    if style == Style::Extended { LONG - at } else { (LONG - at).min(u32::MAX.into()) };
                 let answer = connection.call(Command::BlockStatus, 0, at, most).expect("answered");
                 assert_eq!(answer.error, 0);
                 for (bytes, flags) in answer.extents {
@@ -503,7 +530,8 @@ fn n_of(style: Style) -> u8 {
 #[test]
 fn a_read_only_export_refuses_every_change() {
     for kind in and_references(&[Kind::LUKS2]) {
-        let mut served = Served::with(kind, MIB, if kind == Kind::Nbdkit { "--readonly" } else { "--read-only" });
+        let mut served =
+            Served::with(kind, MIB, if kind == Kind::Nbdkit { "--readonly" } else { "--read-only" });
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             assert!(connection.flags & flags::READ_ONLY != 0);
@@ -511,7 +539,10 @@ fn a_read_only_export_refuses_every_change() {
             for command in [Command::WriteZeroes, Command::Trim] {
                 let error = connection.error(command, 0, 0, 4096);
                 // qemu-nbd has none of them then.
-                assert!(error == EPERM || !kind.is_ours() && error != 0, "{kind:?}: {command:?} gave {error}");
+                assert!(
+                    error == EPERM || !kind.is_ours() && error != 0,
+                    "{kind:?}: {command:?} gave {error}"
+                );
             }
             same(&connection.read(0, MIB), &served.plain, "read only");
             connection.leave();

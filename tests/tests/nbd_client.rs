@@ -335,7 +335,8 @@ fn a_dirty_bitmap_of_qemu_marks_what_was_written() {
     for write in ["write -q -P 7 1M 64k", "write -q -P 7 10M 192k", "write -q -P 7 63M 1M"] {
         assert!(run("qemu-io", &["-f", "qcow2", "-c", write, path]));
     }
-    let Some(server) = Server::start("qemu-nbd", &["-k", "SOCKET", "-f", "qcow2", "-t", "-r", "-B", "since", path])
+    let Some(server) =
+        Server::start("qemu-nbd", &["-k", "SOCKET", "-f", "qcow2", "-t", "-r", "-B", "since", path])
     else {
         return;
     };
@@ -358,7 +359,8 @@ fn a_server_that_comes_back_is_asked_again_for_what_it_did_not_answer() {
     let image = Image::of(&noise(5, 8 << 20));
     let path = image.0.to_str().expect("a path of a test");
     let Some(mut server) = Server::nbdkit(&["--filter=delay", "file", path, "rdelay=300ms"]) else { return };
-    let device = nbd::open(server.connect(2), &server.remote_again(""), None, "remote", READ).expect("opened");
+    let device =
+        nbd::open(server.connect(2), &server.remote_again(""), None, "remote", READ).expect("opened");
     let mut bench = Bench::of(&device, 8, 1 << 20);
     let model = noise(5, 8 << 20);
     for token in 0..8_u64 {
@@ -387,7 +389,8 @@ fn a_flush_after_a_break_fails_if_writes_may_be_lost_and_only_then() {
     let path = image.0.to_str().expect("a path of a test");
     for flushed_before in [true, false] {
         let Some(mut server) = Server::nbdkit(&["file", path]) else { return };
-        let device = nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
+        let device =
+            nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
         let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
         blocking.write(0, &[1; 4096]).expect("written");
         if flushed_before {
@@ -423,7 +426,8 @@ fn a_server_that_does_not_come_back_or_is_another_is_given_up() {
     assert!(text.contains("connecting again: cannot connect"), "{text}");
     drop((bench, device));
     server.restart();
-    let device = nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
+    let device =
+        nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
     let mut bench = Bench::of(&device, 1, 4096);
     server.kill();
     let socket = server.socket.to_str().expect("a path of a test").to_owned();
@@ -437,13 +441,16 @@ fn a_server_that_does_not_come_back_or_is_another_is_given_up() {
 /// Certificates in the way nbdkit wants them: a directory of an authority and what it signed.
 fn certificates() -> (std::path::PathBuf, Vec<u8>) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("nbd-tls-{}", std::process::id()));
+    let dir =
+        std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("nbd-tls-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a directory");
     let mut params = CertificateParams::new(Vec::new()).expect("parameters");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("authority");
+    let authority =
+        CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("authority");
     let key = KeyPair::generate().expect("key");
-    let signed = CertificateParams::new(vec!["localhost".to_owned()]).expect("parameters").signed_by(&key, &authority);
+    let signed =
+        CertificateParams::new(vec!["localhost".to_owned()]).expect("parameters").signed_by(&key, &authority);
     std::fs::write(dir.join("ca-cert.pem"), authority.pem()).expect("written");
     std::fs::write(dir.join("server-cert.pem"), signed.expect("signed").pem()).expect("written");
     std::fs::write(dir.join("server-key.pem"), key.serialize_pem()).expect("written");
@@ -456,8 +463,11 @@ fn tls_is_demanded_and_checked() {
     let directory = format!("--tls-certificates={}", dir.display());
     let Some(server) = Server::nbdkit(&["--tls=require", &directory, "memory", "16M"]) else { return };
     let mut remote = server.remote("");
-    remote.tls =
-        Some(proto::remote::Tls { server_name: "localhost".to_owned(), authorities_fd: None, identity_fds: None });
+    remote.tls = Some(proto::remote::Tls {
+        server_name: "localhost".to_owned(),
+        authorities_fd: None,
+        identity_fds: None,
+    });
     let credentials = |name: &str, authorities: &[u8]| nbd::tls::Credentials {
         server_name: name.to_owned(),
         authorities: Some(authorities.to_vec()),
@@ -473,11 +483,14 @@ fn tls_is_demanded_and_checked() {
     blocking.read(12_345, &mut back).expect("read");
     assert!(back == bytes);
     let wrong = credentials("elsewhere", &authority);
-    let error = nbd::open(server.connect(1), &remote, Some(&wrong), "remote", BOTH).expect_err("another name");
+    let error =
+        nbd::open(server.connect(1), &remote, Some(&wrong), "remote", BOTH).expect_err("another name");
     assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.chain());
-    let stranger = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("certificate").cert.pem();
+    let stranger =
+        rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("certificate").cert.pem();
     let strange = credentials("localhost", stranger.as_bytes());
-    let error = nbd::open(server.connect(1), &remote, Some(&strange), "remote", BOTH).expect_err("a stranger's");
+    let error =
+        nbd::open(server.connect(1), &remote, Some(&strange), "remote", BOTH).expect_err("a stranger's");
     assert_eq!(error.kind(), ErrorKind::Denied, "{}", error.chain());
     let error = nbd::open(server.connect(1), &server.remote(""), None, "remote", BOTH).expect_err("no TLS");
     assert!(error.chain().contains("TLS"), "{}", error.chain());
