@@ -209,8 +209,9 @@ pub struct Nbd {
     pub bitmap: Option<String>,
     /// Seconds to try to connect again when a connection to a server breaks; 0: not at all [default: 10]
     ///
-    /// Requests that were not answered are sent again. It takes a daemon that may do what you may: your own, or root's for
-    /// root. Others end with the connection.
+    /// Requests that were not answered are sent again. What a server had acknowledged and was not yet told to make durable may be
+    /// lost: a job that wrote such bytes fails, and with --checkpoint goes on from the last one. It takes a daemon of your own, or
+    /// root's for root: others connect nowhere for you.
     #[arg(long, value_name = "SECONDS", value_parser = parse_reconnect)]
     pub reconnect: Option<u32>,
 }
@@ -506,9 +507,9 @@ pub enum Daemon {
         #[arg(long, value_name = "SECONDS", default_value_t = crate::launch::IDLE_EXIT_SECONDS)]
         idle_exit: u64,
     },
-    /// Stop the daemon when its jobs are done
+    /// Stop the daemon when its jobs are done and its exports are drained
     Stop {
-        /// Cancel running jobs instead of waiting for them
+        /// Cancel running jobs and drop clients of exports instead of waiting for them
         #[arg(long, action = ArgAction::SetTrue)]
         now: bool,
     },

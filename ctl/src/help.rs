@@ -2,7 +2,7 @@
 
 /// Shown by `cryptctl --help`.
 pub const TOP: &str = "\
-Encrypts, decrypts, verifies and re-encrypts volumes at the speed of the device.
+Encrypts, decrypts, verifies and re-encrypts volumes at the speed of the device, and serves their plaintext to NBD clients.
 
 cryptctl opens files, devices and keys with your rights and hands them to cryptd, which moves the data. If no daemon \
 answers, one is started for you; it leaves when it has been idle for a while. No root is needed: who may open a \
@@ -55,8 +55,9 @@ EXIT STATUS
   The first interrupt (Ctrl-C, SIGTERM, SIGHUP) of encrypt, decrypt, verify
   and bench cancels the job, waits until it is undone, and ends with status 1.
   So does, with --json, a reader of the events that goes away. A re-encryption
-  is not undone but stopped between two steps, and can be gone on with. What an
-  interrupt does to a change of a header, `cryptctl luks --help` tells.
+  is not undone but stopped between two steps, and can be gone on with; an
+  export is drained, and ends with status 0. What an interrupt does to a change
+  of a header, `cryptctl luks --help` tells.
 
 FILES
   $XDG_RUNTIME_DIR/cryptd/cryptd.sock
@@ -254,7 +255,8 @@ EXIT STATUS
 pub const DAEMON: &str = "\
 Starts, stops or describes the daemon.
 
-Starting is rarely needed: encrypt, decrypt, verify, reencrypt, bench and luks start a daemon when none answers, unless --no-start.";
+Starting is rarely needed: encrypt, decrypt, verify, reencrypt, export, bench and luks start a daemon when none answers, unless \
+--no-start. One that is stopped drains its exports, and leaves when its jobs are done.";
 
 /// The end of `daemon --help`.
 pub const DAEMON_AFTER: &str = "\

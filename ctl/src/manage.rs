@@ -55,19 +55,29 @@ pub fn daemon(verb: &Daemon, global: &Global) -> Result<Exit> {
 
 fn stop(mut client: Client, now: bool, global: &Global) -> Result<Exit> {
     let (reply, text) = client.call(Call::Shutdown { now }, &[])?;
-    let Reply::ShuttingDown { jobs, .. } = reply else { return Err(out_of_turn()) };
+    let Reply::ShuttingDown { jobs, exports } = reply else { return Err(out_of_turn()) };
     let mut output = Output::new(false);
     if global.json {
         output.line(&text);
-    } else if jobs > 0 && !global.quiet {
-        note(&format!(
-            "cryptd leaves when {jobs} running job{} ended",
-            if jobs == 1 { " has" } else { "s have" }
-        ));
+    } else if jobs + exports > 0 && !global.quiet {
+        note(&leaving(jobs, exports));
     }
     // It closes its connections when it leaves, so a new daemon can be started as soon as this returns.
     client.wait_for_end();
     output.end().map(|()| Exit::Done)
+}
+
+/// What a daemon that leaves waits for.
+fn leaving(jobs: u32, exports: u32) -> String {
+    let some = |count: u32, what: &str| match count {
+        0 => None,
+        1 => Some(format!("1 {what}")),
+        count => Some(format!("{count} {what}s")),
+    };
+    let awaited: Vec<String> =
+        [some(jobs, "running job"), some(exports, "export")].into_iter().flatten().collect();
+    let verb = if jobs + exports == 1 { "has" } else { "have" };
+    format!("cryptd leaves when {} {verb} ended", awaited.join(" and "))
 }
 
 fn ask(global: &Global, call: Call) -> Result<Exit> {
@@ -93,4 +103,16 @@ fn ask(global: &Global, call: Call) -> Result<Exit> {
         | Reply::ExportStats(_) => return Err(out_of_turn()),
     });
     output.end().map(|()| Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_waited_for_is_said_in_words() {
+        assert_eq!(leaving(1, 0), "cryptd leaves when 1 running job has ended");
+        assert_eq!(leaving(0, 2), "cryptd leaves when 2 exports have ended");
+        assert_eq!(leaving(2, 1), "cryptd leaves when 2 running jobs and 1 export have ended");
+    }
 }

@@ -866,7 +866,6 @@ contract!(WORKERS, through_the_queue_of_workers);
 contract!(@ REMOTE, on_exports:
     writes_are_read_back_at_odd_offsets_and_lengths,
     a_read_is_short_only_at_the_end_of_the_file,
-    a_direct_read_finds_the_odd_end_of_a_file,
     a_full_queue_gives_the_operation_back,
     an_unknown_port_is_refused,
     a_detached_file_is_closed,
@@ -883,7 +882,6 @@ contract!(@ REMOTE, on_exports:
     a_deadline_ends_a_wait,
     ready_says_when_a_stream_can_move,
     a_receive_takes_what_there_is,
-    discarded_space_reads_as_zeros,
     random_operations_match_a_model,
     buffers_of_another_arena_work_too
 );

@@ -15,7 +15,7 @@ use rcgen::{
 };
 use rustix::process::Signal;
 use tests::luks::{have, secret};
-use tests::place::{Place, Running, User};
+use tests::{Place, Running, User};
 use tests::{eventually, seed};
 
 const MIB: usize = 1 << 20;
@@ -100,7 +100,7 @@ impl Served {
     }
 
     /// A script with `$uri` of a client with these certificates.
-    fn shell(&self, certificates: &str, script: &str) -> tests::place::Ran {
+    fn shell(&self, certificates: &str, script: &str) -> tests::Ran {
         let directory = self.place.path(certificates);
         let uri = format!("nbds://127.0.0.1:{}/?tls-certificates={}", self.port, directory.display());
         let mut command = self.place.script(script);
@@ -142,6 +142,7 @@ random.seed(int(os.environ["seed"]))
 model = bytearray(open("next", "rb").read())
 for structured in (True, False):
     n = nbd.NBD()
+    n.set_uri_allow_local_file(True)
     n.set_request_structured_replies(structured)
     n.connect_uri(os.environ["uri"])
     assert n.get_tls_negotiated()
@@ -171,7 +172,7 @@ for structured in (True, False):
     n.shutdown()
 open("model", "wb").write(model)
 END
-nbdsh script.py"#,
+PATH=/usr/bin:$PATH nbdsh -c - < script.py"#,
         )
         .done();
     served.stop();

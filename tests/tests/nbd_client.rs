@@ -308,11 +308,13 @@ fn zeros_of_a_source_are_learned_once_and_not_of_a_sink() {
     assert_eq!(data_of(&device), [(0, 3 << 30)]);
     let source = nbd::open(server.connect(1), &server.remote(""), None, "remote", READ).expect("opened");
     assert_eq!(data_of(&source), [(0, 3 << 30)], "nobody asked yet");
+    assert!(source.remote().expect("remote").learn_zeros());
     assert!(source.may_have_holes());
     let far = (2 << 30) + (1 << 20);
     assert_eq!(data_of(&source), [(1 << 20, (1 << 20) + 32768), (far, far + 65536)]);
     let Some(plain) = Server::nbdkit(&["--no-sr", "memory", "1M"]) else { return };
     let source = nbd::open(plain.connect(1), &plain.remote(""), None, "remote", READ).expect("opened");
+    assert!(!source.remote().expect("remote").learn_zeros());
     assert!(!source.may_have_holes(), "a server without block status has data only");
 }
 

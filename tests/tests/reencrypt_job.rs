@@ -379,13 +379,15 @@ fn what_is_left_of_a_finished_one_is_swept_and_only_that_is_no_error() {
             continue;
         }
         stopped += 1;
-        if second.state == JobState::Done {
+        let last = if second.state == JobState::Done {
             let what_was_left = |note: &String| note.contains("what was left");
             swept += usize::from(report(&second).notes.iter().any(what_was_left));
+            run()
         } else {
             over += 1;
-        }
-        let (kind, message) = failure(if second.state == JobState::Done { &run() } else { &second });
+            second
+        };
+        let (kind, message) = failure(&last);
         assert_eq!(kind, ErrorKind::Invalid, "write {nth}: {message}");
         assert!(message.contains("was finished"), "write {nth}: {message}");
     }

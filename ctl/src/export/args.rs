@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use crate::args::VolumeArgs;
 use crate::export::help;
 use crate::export::listen::Address;
+use crate::secret::KeyText;
 
 /// Either a volume and its options, or a verb: a volume called `list` is `./list`.
 #[derive(Debug, Args)]
@@ -59,6 +60,9 @@ pub struct Serve {
     pub nbd: Option<Address>,
     #[command(flatten)]
     pub volume_args: VolumeArgs,
+    /// A further passphrase, for a volume in the middle of a re-encryption whose two sides have different ones; may be repeated
+    #[arg(long, value_name = "REF", conflicts_with = "volume_key", help_heading = "Volume")]
+    pub other_key: Vec<KeyText>,
     #[command(flatten)]
     pub shown: Shown,
     #[command(flatten)]

@@ -13,7 +13,7 @@ use crate::export::args::{self, Serve};
 use crate::export::listen::{self, Address, Name};
 use crate::passing::Passing;
 use crate::report::{Error, Result};
-use crate::secret::{self, Secret};
+use crate::secret::{self, Purpose, Secret};
 use crate::volume::{self, Keys};
 
 /// A checked export: volume open, key at hand, nothing changed yet.
@@ -23,6 +23,7 @@ pub struct Opened<'a> {
     header: Option<End>,
     format: Format,
     keys: Keys,
+    others: Vec<Secret>,
     tls: Option<[Secret; 3]>,
     address: Address,
     /// Sentences for the user.
@@ -46,8 +47,9 @@ pub struct Prepared {
 /// Open everything but the socket.
 pub fn open(args: &Serve) -> Result<Opened<'_>> {
     let path = args.volume.as_deref().expect("required unless a verb is typed");
-    let address = args.nbd.as_ref().expect("required unless a verb is typed").whole()?;
-    check_access(&address, &args.access)?;
+    let typed = args.nbd.as_ref().expect("required unless a verb is typed");
+    check_access(typed, &args.access)?;
+    let address = typed.whole()?;
     let mut wanted = volume::to_open(&args.volume_args)?;
     wanted.refuse_shared_descriptor()?;
     let access = if args.shown.read_only { Access::ReadAlone } else { Access::Replace };
@@ -74,10 +76,16 @@ pub fn open(args: &Serve) -> Result<Opened<'_>> {
         _ => None,
     };
     let mut keys = wanted.fetch(&volume.name, false)?;
+    let others = args.other_key.iter().map(|key| {
+        let at = key.parse("--other-key")?;
+        secret::passphrase(&at, "--other-key", Purpose::Open(&volume.name))
+    });
+    let mut others = others.collect::<Result<Vec<_>>>()?;
     let mut warnings = std::mem::take(&mut keys.key.warnings);
     warnings.extend(tls.iter().flatten().flat_map(|pem| pem.warnings.clone()));
+    warnings.extend(others.iter_mut().flat_map(|other| std::mem::take(&mut other.warnings)));
     let doubt = keys.key.doubt.take();
-    Ok(Opened { args, volume, header, format: wanted.format, keys, tls, address, warnings, doubt })
+    Ok(Opened { args, volume, header, format: wanted.format, keys, others, tls, address, warnings, doubt })
 }
 
 /// Options of one kind of socket are refused with the other: what is silently ignored would be access that was not meant.
@@ -102,7 +110,7 @@ fn check_access(address: &Address, access: &args::Access) -> Result<()> {
 impl Opened<'_> {
     /// Take the socket: a new one, or that of an export of ours, of which `exports` are what there is.
     pub fn create(self, exports: &[Info]) -> Result<Prepared> {
-        let Self { args, volume, header, mut format, keys, tls, address, .. } = self;
+        let Self { args, volume, header, mut format, keys, others, tls, address, .. } = self;
         let uid = rustix::process::geteuid().as_raw();
         let text = address.to_string();
         let shared = exports
@@ -110,6 +118,7 @@ impl Opened<'_> {
             .find(|info| info.uid == uid && info.address == text && info.state != State::Stopped);
         let mut passing = Passing::default();
         let key_fd = passing.secret(keys.key)?;
+        let more_key_fds = others.into_iter().map(|other| passing.secret(other)).collect::<Result<_>>()?;
         let file = passing.file(volume)?;
         if let (Format::Luks(open), Some(end)) = (&mut format, header) {
             open.header = Some(passing.file(end)?);
@@ -159,7 +168,7 @@ impl Opened<'_> {
         let request = Request {
             file,
             volume: proto::Volume { format, key_fd },
-            more_key_fds: Vec::new(),
+            more_key_fds,
             remotes: passing.remotes(),
             listen,
             name: export,

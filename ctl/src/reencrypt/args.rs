@@ -163,6 +163,11 @@ pub struct Safety {
     /// Larger steps need fewer header writes; a crash costs at most one step to be looked through again.
     #[arg(long, value_name = "SIZE", value_parser = parse_step)]
     pub hotzone_size: Option<u64>,
+    /// Percent of the time to take while clients use the volume, if it is exported [default: 50]
+    ///
+    /// When they have asked for nothing for a second it takes all of it.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub background_share: Option<u32>,
     /// Read everything once more in the end, and compare it with what was read under the old key
     ///
     /// By a keyed digest of the plaintext. Takes about as long as reading the volume.

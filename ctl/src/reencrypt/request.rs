@@ -155,7 +155,8 @@ pub fn open(args: &Reencrypt, ask: Ask<'_>) -> Result<Opened> {
         verify: args.safety.verify,
         lock_fds: Vec::new(),
     };
-    let submit = request::submit(Action::Reencrypt, &args.moving, request::tuning(&args.moving));
+    let mut submit = request::submit(Action::Reencrypt, &args.moving, request::tuning(&args.moving));
+    submit.background_share = args.safety.background_share;
     let (keys, new_key) = (Vec::new(), None);
     let go_on = go_on(args);
     let mut opened = Opened {

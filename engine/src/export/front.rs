@@ -77,11 +77,12 @@ impl Server {
     fn start(pipeline: &Pipeline) -> Result<Self> {
         let hub = Arc::new(Hub::new(pipeline)?);
         let workers = hub.clone();
-        let haggler = Haggler::start(Box::new(move |negotiated| {
+        let deliver = Box::new(move |negotiated| {
             if let Err(error) = workers.hand_over(negotiated) {
                 tracing::warn!("a client of an export was not served: {}", error.chain());
             }
-        }))?;
+        });
+        let haggler = Haggler::start(deliver, hub.places())?;
         Ok(Self { haggler, hub })
     }
 }

@@ -6,6 +6,7 @@
 //! | `exported` | one export as its connections see it |
 //! | `life` | one export as its owner sees it |
 //! | `open` | from a request to an opened volume |
+//! | `midway` | a volume in the middle of a re-encryption |
 //! | `socket` | listening sockets as callers pass them |
 //! | `front` | what the registry asks of the NBD server |
 //! | `nbd` | the NBD server |
@@ -24,6 +25,7 @@
 pub mod exported;
 mod front;
 pub mod life;
+pub mod midway;
 pub mod nbd;
 pub mod open;
 pub mod socket;

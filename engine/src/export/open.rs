@@ -15,14 +15,16 @@ use crate::backend::device::{Device, Purpose};
 use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Secret};
 use crate::error::{Error, ErrorKind, Result};
+use crate::export::midway;
 use crate::export::nbd::served::BLOCK_MAX;
 use crate::format::raw;
 use crate::job::encrypted;
 use crate::job::geometry::Geometry;
+use crate::job::reencrypt::course;
 use crate::key::Descriptors;
 use crate::pipeline::view::View;
 use crate::volume::held::Held;
-use crate::volume::{AreaCipher, DataArea, Header, device, store, unlock};
+use crate::volume::{AreaCipher, DataArea, Header, device, reencrypt, store, unlock};
 
 /// A volume that nobody else may use, not opened yet.
 pub struct Closed {
@@ -30,6 +32,9 @@ pub struct Closed {
     header: Option<Arc<Device>>,
     format: Format,
     key: Secret,
+    /// Of the other side of a re-encryption.
+    more_keys: Vec<Secret>,
+    read_only: bool,
     direct: Option<bool>,
     held: Held,
 }
@@ -78,17 +83,35 @@ impl Closed {
             None => None,
         };
         let key = descriptors.secret(request.volume.key_fd, "key")?;
+        let more_keys = request.more_key_fds.iter().map(|&fd| descriptors.secret(fd, "key"));
+        let more_keys = more_keys.collect::<Result<_>>()?;
         let device = Arc::new(device);
         let held = Held::to_serve(&device, request.read_only)?;
-        Ok(Self { device, header, format: request.volume.format.clone(), key, direct: request.direct, held })
+        Ok(Self {
+            device,
+            header,
+            format: request.volume.format.clone(),
+            key,
+            more_keys,
+            read_only: request.read_only,
+            direct: request.direct,
+            held,
+        })
     }
 
     /// Open it. `give_up`: nobody waits for it any more.
     ///
     /// # Errors
     /// `WrongKey`; `Damaged`, `Unsupported`: its header; `Invalid`: a size or key that does not fit; `Cancelled`.
-    pub fn open(self, kernel: Kernel, give_up: &dyn Fn() -> bool) -> Result<Opened> {
-        let Self { device, header, format, key, direct, held } = self;
+    pub fn open(mut self, kernel: Kernel, give_up: &dyn Fn() -> bool) -> Result<Opened> {
+        if let Some(midway) = self.midway(give_up)? {
+            let Self { device, direct, held, .. } = self;
+            let fits = |align: u32| course::is_aligned(&midway, align);
+            let align = choose_direct(&device, device.size().unwrap_or(0), &fits, direct);
+            let view = midway::view(&midway, kernel)?;
+            return Ok(Opened { device, align, view, warnings: midway.notes, held });
+        }
+        let Self { device, header, format, key, direct, held, .. } = self;
         let mut warnings = Vec::new();
         let (geometry, key) = match &format {
             Format::Luks(open) => unlock_luks(&device, header.as_deref(), open, key, give_up)?,
@@ -101,13 +124,40 @@ impl Closed {
             let what = "the volume has no data: it ends where its data begins, as a header backup does";
             return Err(Error::new(ErrorKind::Invalid, what).at(device.name()));
         }
-        let align = choose_direct(&device, bytes, &geometry, direct);
+        let align = choose_direct(&device, bytes, &|align| geometry.is_aligned(align), direct);
         if direct == Some(true) && align == 1 {
             warnings.push("direct I/O was asked for, but the volume cannot do it".to_owned());
         }
         let view = View::new(geometry.segments(kernel, &key)?, total);
         Ok(Opened { device, align, view, warnings, held })
     }
+
+    /// It is in the middle of a re-encryption: that, opened. What was interrupted has been recovered.
+    fn midway(&mut self, give_up: &dyn Fn() -> bool) -> Result<Option<reencrypt::Opened>> {
+        let Format::Luks(open) = &self.format else { return Ok(None) };
+        let at = self.header.as_ref().unwrap_or(&self.device);
+        let (header, _) = load(at)?;
+        if !midway::is_under_way(&header) {
+            return Ok(None);
+        }
+        if open.secret != proto::luks::Secret::Passphrase {
+            let what = "the volume is in the middle of a re-encryption, and has two volume keys";
+            return Err(Error::new(ErrorKind::Unsupported, what).at(at.name()).hint("name a passphrase"));
+        }
+        let mut keys = vec![Secret::copy_of(self.key.as_bytes())?];
+        keys.append(&mut self.more_keys);
+        midway::open(&self.device, (self.header.is_some(), self.read_only), &keys, give_up)
+    }
+}
+
+/// The header on a device, read through the page cache: what other programs of this machine write is seen, and no alignment is asked.
+fn load(at: &Device) -> Result<(Header, Blocking)> {
+    at.disable_direct();
+    let mut blocking = Blocking::open(Arc::clone(at.file()), at.name(), 1)?;
+    let lock = store::lock(at.file(), at.name(), false)?;
+    let header = Header::load(&mut blocking)?;
+    drop(lock);
+    Ok((header, blocking))
 }
 
 /// Where the data lies, and its key, by the header.
@@ -119,12 +169,7 @@ fn unlock_luks(
     give_up: &dyn Fn() -> bool,
 ) -> Result<(Geometry, Secret)> {
     let at = detached.unwrap_or(device);
-    // Through the page cache: what other programs of this machine write is seen, and no alignment is asked.
-    at.disable_direct();
-    let mut blocking = Blocking::open(Arc::clone(at.file()), at.name(), 1)?;
-    let lock = store::lock(at.file(), at.name(), false)?;
-    let header = Header::load(&mut blocking)?;
-    drop(lock);
+    let (header, mut blocking) = load(at)?;
     let geometry =
         encrypted::geometry_of(&header, detached.is_some()).map_err(|error| error.at(at.name()))?;
     let unlocked = match open.secret {
@@ -154,10 +199,9 @@ fn raw_geometry(raw: &proto::Raw, key: &Secret) -> Result<Geometry> {
 
 /// Bypass the page cache where every data unit can be reached that way: areas that begin on device blocks, and a device that
 /// ends on one (a write to an odd end would make a file longer).
-fn choose_direct(device: &Device, bytes: u64, geometry: &Geometry, wish: Option<bool>) -> u32 {
-    let fits = |align: &u32| {
-        *align <= BLOCK_MAX && bytes.is_multiple_of((*align).into()) && geometry.is_aligned(*align)
-    };
+fn choose_direct(device: &Device, bytes: u64, is_aligned: &dyn Fn(u32) -> bool, wish: Option<bool>) -> u32 {
+    let fits =
+        |align: &u32| *align <= BLOCK_MAX && bytes.is_multiple_of((*align).into()) && is_aligned(*align);
     match device.direct_alignment().filter(fits) {
         Some(align) if wish != Some(false) && device.enable_direct() => align,
         _ => {

@@ -11,6 +11,7 @@ use proto::remote::Remote;
 use proto::{Action, Sink, Source};
 
 use crate::backend::device::{Device, Nature};
+use crate::backend::nbd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::geometry::Geometry;
 use crate::job::prepare::Sizes;
@@ -87,7 +88,7 @@ pub fn extents(
     step: u64,
 ) -> Result<Vec<Extent>> {
     let mut marked = Marked::new(total, step);
-    for extent in marked_of(source)? {
+    for extent in nbd::marked(source)? {
         if work == Work::Decrypt {
             inside(geometry, extent, total).for_each(|(start, end)| marked.add(start, end));
         } else {
@@ -95,11 +96,6 @@ pub fn extents(
         }
     }
     Ok(marked.extents)
-}
-
-/// What the server says is marked.
-fn marked_of(source: &Device) -> Result<Vec<Extent>> {
-    Err(Error::new(ErrorKind::Unsupported, "bitmaps are not asked for yet").at(source.name()))
 }
 
 /// Bytes of plaintext whose ciphertext lies in this extent of the encrypted side.

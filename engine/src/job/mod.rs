@@ -35,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use proto::{Action, JobId, JobInfo, JobState, Stats, Submit};
 
+use crate::backend::nbd;
 use crate::crypto::Kernel;
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::clock::per_second;
@@ -335,6 +336,8 @@ impl Registry {
 
     fn ended(self: &Arc<Self>, job: &Job, ended: Result<run::Ending>) {
         job.end(ended);
+        // With the job's transfer its descriptors went.
+        nbd::close_unused();
         {
             let mut table = self.table();
             table.running.remove(&job.id);

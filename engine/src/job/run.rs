@@ -165,7 +165,10 @@ fn make_room(job: &Job, prepared: &Prepared) -> Result<()> {
     let whole = sink_end(&prepared.transfer, total);
     sink.set_len(whole)?;
     // A memory filesystem would clear every page now, on one core, instead of while it is written.
-    if !prepared.transfer.rules.skip_zeros && whole > 0 && !sink.is_memory() {
+    // What is not written stays a hole.
+    let is_dense =
+        !prepared.transfer.rules.skip_zeros && prepared.transfer.plan.covered_bytes() == Some(total);
+    if is_dense && whole > 0 && !sink.is_memory() {
         sink.reserve(whole)?;
     }
     Ok(())

@@ -233,6 +233,7 @@ impl Heard {
                 self.written.push(extent);
                 add(&mut self.proof, proof);
             }
+            News::Quiet => panic!("nobody waits for clients here"),
         }
     }
 }

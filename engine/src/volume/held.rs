@@ -208,6 +208,19 @@ impl Held {
     }
 }
 
+/// Nobody of this process serves it just now: for what would pull a volume from under its clients.
+///
+/// # Errors
+/// `Conflict`.
+pub fn refuse_served(device: &Device) -> Result<()> {
+    match table().as_ref().and_then(|table| table.get(&device.identity())) {
+        Some(uses) if uses.serving || uses.readers > 0 => {
+            conflict(device, "the volume is exported", EXPORT_LIST)
+        }
+        _ => Ok(()),
+    }
+}
+
 impl std::fmt::Debug for Held {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?} of {}", self.uses, self.device.name())
@@ -359,7 +372,10 @@ mod tests {
         for read_only in [false, true] {
             let export = Held::to_serve(&two, read_only).expect("free");
             assert_eq!(refusal(Held::to_write(&one)), "the sink is a volume that is exported: volume");
+            let error = refuse_served(&one).expect_err("refused");
+            assert_eq!(error.chain(), "the volume is exported: volume");
             drop(export);
+            refuse_served(&one).expect("free");
         }
         let rewriting = Held::to_rewrite(&two).expect("free");
         assert_eq!(refusal(Held::to_write(&one)), "a job re-encrypts the sink: volume");

@@ -23,7 +23,7 @@ use crate::volume::backup::{self, Backup};
 use crate::volume::device;
 use crate::volume::doctor::{self, Patient};
 use crate::volume::keyslots::{self, GiveUp, Proof, stop};
-use crate::volume::{Header, create, repair, store, tokens};
+use crate::volume::{Header, create, held, repair, store, tokens};
 
 /// Whose filesystem rights commits are made with: the peer's.
 pub struct Caller<'a> {
@@ -283,6 +283,7 @@ fn run(place: &Place, operation: Prepared, caller: &Caller<'_>) -> Result<Reply>
         }
         Prepared::Backup(file) => save(device, target, file, caller)?,
         Prepared::Restore { file, allow_other } => {
+            place.volume.iter().chain(&place.header).try_for_each(held::refuse_served)?;
             if file.is_same_as(target) {
                 let what = "the backup and the volume are the same file or device";
                 return Err(Error::new(ErrorKind::Invalid, what).at(file.name()));
@@ -363,6 +364,8 @@ fn format(
         data_capacity: data.and_then(Device::size),
         align: data.and_then(Device::direct_alignment).unwrap_or(512),
     };
+    let free = || [Some(header), data].into_iter().flatten().try_for_each(held::refuse_served);
+    free()?;
     create::plan(new, &room)?;
     // A file made for this header is empty; one that holds a header already is locked against those who use it, once all is
     // derived.
@@ -377,6 +380,8 @@ fn format(
         Some(_) => None,
         None => Some(store::lock(Arc::clone(header.file()), header.name(), true)?),
     };
+    // Keys have been derived meanwhile.
+    free()?;
     let mut device = blocking(header)?;
     made.clear(&mut device)?;
     made.write(&mut device)?;

@@ -4,7 +4,7 @@
 //! without clients, off the clock, so that every turn finds a whole volume.
 
 use std::io;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use benches::nbd::load::{self, Direction, Load};
@@ -51,6 +51,8 @@ impl Beside {
 
     fn command(self, bench: &Bench, daemon: &Daemon) -> Option<Command> {
         let mut command = daemon.reencrypt(&bench.file(Contender::Ours), RESILIENCE);
+        // That it was stopped is no news.
+        command.stderr(Stdio::null());
         if self == Self::Share {
             command.args([FLAG, SHARE]);
         }

@@ -29,7 +29,7 @@ use crate::format::nbd::{
 };
 
 /// Second 8 bytes of a greeting of the old style, which has no options.
-const OLD_STYLE_MAGIC: u64 = 0x0042_0281_861253;
+const OLD_STYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// Replies to one option, and bytes of one, beyond which a server makes fun of us.
 const REPLIES_MAX: u32 = 256;
 const REPLY_BYTES_MAX: u32 = 2 * STRING_MAX;

@@ -120,6 +120,7 @@ impl Connection {
     /// Accept an operation. Nothing is sent before [`Connection::pump`]; what fails at once is in the inbox then.
     pub fn submit(&self, owner: Owner, what: What) {
         let mut state = self.lock();
+        let me = Arc::clone(&owner.inbox);
         let refusal = match (&state.link, &what) {
             (Link::Dead(why), _) => Some(dead(why)),
             (_, What::Write { .. } | What::Discard { .. }) if !self.shared.writable => {
@@ -140,12 +141,13 @@ impl Connection {
             None => state.session.push(owner, what, self.shared.acknowledged.load(Ordering::Acquire)),
         }
         self.account(&mut state);
-        deliver(&mut state, None);
+        deliver(&mut state, Some(&me));
     }
 
     /// Ask for block status; the extents are in `answer` when the operation comes back.
     pub fn submit_status(&self, owner: Owner, offset: u64, length: u32, answer: Answer) {
         let mut state = self.lock();
+        let me = Arc::clone(&owner.inbox);
         match &state.link {
             Link::Dead(why) => {
                 let error = dead(why);
@@ -153,7 +155,7 @@ impl Connection {
             }
             Link::Up(_) | Link::Down => state.session.push_status(owner, offset, length, answer),
         }
-        deliver(&mut state, None);
+        deliver(&mut state, Some(&me));
     }
 
     /// Send what can be sent and, if asked to, take what has arrived. Completions are in the inboxes afterwards; those who wait elsewhere
@@ -294,12 +296,12 @@ fn lost() -> std::io::Error {
     )
 }
 
-/// Completions to those they belong to.
+/// Completions to those they belong to, who are woken, but for `me`.
 fn deliver(state: &mut State, me: Option<&Arc<Inbox>>) {
     for Finished { owner, done } in state.session.finished().drain(..) {
         let elsewhere = me.is_none_or(|me| !Arc::ptr_eq(me, &owner.inbox));
         owner.inbox.put(owner.port, done);
-        if elsewhere && me.is_some() {
+        if elsewhere {
             owner.inbox.wake();
         }
     }

@@ -156,15 +156,21 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.0 = None;
-        let mut register = register();
-        let gone: Vec<_> = register.open.extract_if(.., |(file, _)| file.strong_count() == 0).collect();
-        if let Some(anchors) = &mut register.anchors {
-            anchors.retain(|_, anchor| anchor.strong_count() > 0);
-        }
-        drop(register);
-        // Closing talks to servers, which nobody else needs to wait for.
-        drop(gone);
+        close_unused();
     }
+}
+
+/// Close the volumes whose descriptors are gone. For who lets go of a descriptor that may have outlived its [`Lease`]: a server that
+/// takes few clients keeps the next one waiting until then.
+pub fn close_unused() {
+    let mut register = register();
+    let gone: Vec<_> = register.open.extract_if(.., |(file, _)| file.strong_count() == 0).collect();
+    if let Some(anchors) = &mut register.anchors {
+        anchors.retain(|_, anchor| anchor.strong_count() > 0);
+    }
+    drop(register);
+    // Closing talks to servers, which nobody else needs to wait for.
+    drop(gone);
 }
 
 /// Haggle with a server over connections the caller made (the first is the volume's, the others are used if the server allows several),

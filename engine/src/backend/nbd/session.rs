@@ -336,7 +336,7 @@ impl Session {
             return self.settle(owner, None, Err(errno(libc::EINVAL)));
         };
         if length == 0 {
-            return self.settle(owner, None, Ok(0));
+            return self.settle(owner, None, Err(errno(libc::EINVAL)));
         }
         let flight = self.flight(owner, Command::WriteZeroes, None, 0..0);
         for start in (offset..end).step_by(ZEROES_MAX as usize) {

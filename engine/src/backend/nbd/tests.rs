@@ -106,7 +106,7 @@ fn what_makes_no_sense_is_refused() {
         ("greeting", b"HTTP/1.1 400 Bad Request".to_vec(), ErrorKind::Io),
         (
             "old style",
-            [&GREETING_MAGIC.to_be_bytes()[..], &0x0042_0281_8612_53_u64.to_be_bytes()].concat(),
+            [&GREETING_MAGIC.to_be_bytes()[..], &0x0000_4202_8186_1253_u64.to_be_bytes()].concat(),
             ErrorKind::Unsupported,
         ),
         ("a reply of 4 GiB", [greeting(3), huge].concat(), ErrorKind::Io),

@@ -52,7 +52,7 @@ pub struct Offer {
     pub read_only: bool,
     /// What a request should be aligned to, bytes: a power of two.
     pub preferred: u32,
-    /// It has as many connections as it may have.
+    /// It, or its owner, has as many connections as it may have.
     pub full: bool,
 }
 
@@ -373,7 +373,7 @@ impl Haggle {
         let go = Go::parse(data).map_err(invalid)?;
         let offer = catalogue.find(go.name).ok_or(UNKNOWN)?;
         if offer.full && option == number::GO {
-            return Err((answer::ERR_POLICY, "the export has as many connections as it may have"));
+            return Err((answer::ERR_POLICY, "as many clients are connected as may be"));
         }
         Block::Export { size: offer.size, flags: self.flags(&offer) }.put(out, option);
         if go.wants(info::NAME) {

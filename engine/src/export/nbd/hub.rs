@@ -117,7 +117,7 @@ impl Hub {
         let load = |end: &&End| end.shared.connections.load(Ordering::Relaxed);
         let end = self.workers.iter().min_by_key(load).filter(|end| load(end) < CONNECTIONS_MAX);
         let Some(end) = end else {
-            let most = CONNECTIONS_MAX as usize * self.workers.len();
+            let most = self.places();
             return Err(Error::new(ErrorKind::Limit, format!("{most} clients are connected already")));
         };
         let admission = Admission::new(export.clone(), end.shared.clone());
@@ -130,6 +130,12 @@ impl Hub {
         let _ = end.news.send(News::Connection(Box::new(negotiated), admission));
         end.wake.wake();
         Ok(())
+    }
+
+    /// Connections that can be served at one time.
+    #[must_use]
+    pub fn places(&self) -> u32 {
+        CONNECTIONS_MAX * u32::try_from(self.workers.len()).expect("few workers")
     }
 
     /// An export has changed its course: let the workers look.

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | a peer with [`limits::HAGGLERS_PER_PEER_MAX`] clients | its newcomer, or its oldest client if that one hangs |
 //! | more than [`limits::HAGGLERS_MAX`] clients | the oldest of the peer that has most, on the listening socket that has most |
+//! | half of all connections there can be | of one owner's exports (not root's): whoever wants more of them, with an error |
 //! | no descriptors left | nobody: accepting pauses, and the kernel's queue holds |
 //!
 //! Clients that have agreed are not here any more, so nothing of this touches them. A listening socket is its owner's, who can still
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use proto::export::ExportId;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec};
 use rustix::io::Errno;
@@ -31,7 +33,7 @@ use rustls::ServerConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::caller::{Caller, Progress};
-use crate::export::nbd::haggle::Agreed;
+use crate::export::nbd::haggle::{Agreed, Catalogue, Offer};
 use crate::export::nbd::shelf::Shelf;
 use crate::export::nbd::stuck::Watch;
 use crate::export::nbd::tls::TlsStream;
@@ -101,11 +103,12 @@ impl Mailbox {
 }
 
 impl Haggler {
-    /// Start the thread.
+    /// Start the thread. `places` is how many connections can be served at all: half of them at most go to the exports of one owner,
+    /// who is not root, so that no user can keep all others from serving.
     ///
     /// # Errors
     /// Out of descriptors or threads.
-    pub fn start(deliver: Deliver) -> Result<Self> {
+    pub fn start(deliver: Deliver, places: u32) -> Result<Self> {
         let failed = |error: Errno| Error::io("cannot set up the thread that haggles", error);
         let wake =
             rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?;
@@ -117,6 +120,7 @@ impl Haggler {
             mailbox: mailbox.clone(),
             watch: Watch::start()?,
             deliver,
+            places_of_owner: places / 2,
             doors: HashMap::new(),
             guests: BTreeMap::new(),
             next: FIRST_GUEST,
@@ -228,6 +232,8 @@ struct Hall {
     mailbox: Arc<Mailbox>,
     watch: Watch,
     deliver: Deliver,
+    /// Connections that one owner's exports may have.
+    places_of_owner: u32,
     doors: HashMap<ListenerId, Door>,
     guests: BTreeMap<u64, Guest>,
     next: u64,
@@ -429,7 +435,11 @@ impl Hall {
         // It may have been disconnected since the event.
         let Some(guest) = self.guests.get_mut(&key) else { return };
         let Some(door) = self.doors.get(&guest.door) else { return };
-        match guest.caller.drive(&*door.shelf, &mut self.scratch) {
+        let (owner, most) = (door.access.owner, self.places_of_owner);
+        let theirs = || self.doors.values().filter(|door| door.access.owner == owner);
+        let crowded = || owner != 0 && theirs().map(|door| door.shelf.connections()).sum::<u32>() >= most;
+        let offers = Bounded { shelf: &door.shelf, crowded: &crowded };
+        match guest.caller.drive(&offers, &mut self.scratch) {
             Progress::Waits(flags) => {
                 if flags != guest.waits_for {
                     guest.waits_for = flags;
@@ -458,6 +468,23 @@ impl Hall {
         let export = seat.export().clone();
         let Agreed { style, allocation, early, .. } = agreed;
         (self.deliver)(Negotiated { socket, export, seat, style, allocation, early, tls });
+    }
+}
+
+/// The exports of a socket, all of which are full when their owner has no place left.
+struct Bounded<'a> {
+    shelf: &'a Shelf,
+    crowded: &'a dyn Fn() -> bool,
+}
+
+impl Catalogue for Bounded<'_> {
+    fn find(&self, name: &str) -> Option<Offer> {
+        let offer = self.shelf.find(name)?;
+        Some(Offer { full: offer.full || (self.crowded)(), ..offer })
+    }
+
+    fn after(&self, id: ExportId) -> Option<Offer> {
+        self.shelf.after(id)
     }
 }
 

@@ -63,6 +63,12 @@ impl Server {
             None => {
                 let access = if piece.work == Work::Read { Access::Read } else { Access::Write };
                 let Some(grant) = served.export.view.admit(access, extent) else {
+                    if served.export.view.refuses(access, extent) {
+                        let at = Some(start.max(piece.asks.start));
+                        let text = "a step of the volume's re-encryption failed here: resume it";
+                        self.fail_piece(key, Failure { errno: errors::EIO, text, at }, queue);
+                        return;
+                    }
                     piece.step = Step::Grant;
                     served.waiting.push_back(key);
                     return;

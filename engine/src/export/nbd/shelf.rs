@@ -44,6 +44,12 @@ impl Shelf {
         !exports.is_empty()
     }
 
+    /// Connections that all of its exports have.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.exports().iter().map(|export| export.connections()).sum()
+    }
+
     /// A place in an export. Whoever has taken it off the shelf knows of every place there will ever be.
     #[must_use]
     pub fn seat(&self, id: ExportId) -> Option<Seat> {

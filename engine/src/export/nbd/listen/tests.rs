@@ -16,6 +16,9 @@ use crate::pipeline::view::View;
 /// Long enough for anything that happens at all.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Connections there can be.
+const PLACES: u32 = 1000;
+
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -68,14 +71,24 @@ impl House {
     fn new(name: &str) -> Self {
         let (sender, negotiated) = channel();
         let deliver = Box::new(move |one| drop(sender.send(one)));
-        Self { scratch: Scratch::new(name), haggler: Haggler::start(deliver).expect("starts"), negotiated }
+        let haggler = Haggler::start(deliver, PLACES).expect("starts");
+        Self { scratch: Scratch::new(name), haggler, negotiated }
     }
 
     fn open(&self, name: &str, exports: &[Arc<Exported>]) -> (ListenerId, PathBuf, Arc<Shelf>) {
+        self.open_of(rustix::process::geteuid().as_raw(), name, exports)
+    }
+
+    fn open_of(
+        &self,
+        owner: u32,
+        name: &str,
+        exports: &[Arc<Exported>],
+    ) -> (ListenerId, PathBuf, Arc<Shelf>) {
         let (socket, path) = self.scratch.socket(name);
         let shelf = Arc::new(Shelf::default());
         exports.iter().for_each(|export| shelf.put(export.clone()).expect("room"));
-        let access = Access { owner: rustix::process::geteuid().as_raw(), uids: vec![], any_uid: false };
+        let access = Access { owner, uids: vec![], any_uid: true };
         let address = format!("unix:{name}");
         let listening = Listening { socket, address, access, tls: None, shelf: shelf.clone() };
         (self.haggler.add_listener(listening).expect("listens"), path, shelf)
@@ -210,6 +223,23 @@ fn an_export_has_no_more_connections_than_it_may() {
     assert_eq!(go(&path, "").expect("let in").1, [answer::ERR_POLICY]);
     seats.pop();
     began(&path, "");
+}
+
+#[test]
+fn an_owner_has_at_most_half_of_all_connections() {
+    let house = House::new("owner");
+    let (one, two, other) =
+        (house.scratch.export(1, ""), house.scratch.export(2, ""), house.scratch.export(3, ""));
+    let (_, first, _) = house.open_of(1001, "first", &[one.clone()]);
+    let (_, second, _) = house.open_of(1001, "second", &[two.clone()]);
+    let (_, third, _) = house.open_of(1002, "third", &[other]);
+    let mut seats: Vec<Seat> = (0..PLACES / 4).map(|_| Seat::take(one.clone())).collect();
+    seats.extend((0..PLACES / 4).map(|_| Seat::take(two.clone())));
+    assert_eq!(go(&first, "").expect("let in").1, [answer::ERR_POLICY]);
+    assert_eq!(go(&second, "").expect("let in").1, [answer::ERR_POLICY]);
+    began(&third, "");
+    seats.pop();
+    began(&first, "");
 }
 
 #[test]
