@@ -222,7 +222,8 @@ fn say(socket: &std::path::Path, bytes: &[u8], random: &mut Random) {
     let mut idle = 0;
     let mut sink = vec![0; 64 << 10];
     while idle < 20 {
-        let piece = rest.len().min(1 + random.below(if random.below(4) == 0 { 16 } else { 100_000 }));
+        let most = if random.below(4) == 0 { 16 } else { 100_000 };
+        let piece = rest.len().min(1 + random.below(most));
         let wrote = stream.write(&rest[..piece]);
         let read = stream.read(&mut sink);
         match &wrote {
@@ -283,10 +284,7 @@ fn who_stalls_or_takes_nothing_stalls_alone() {
     let held = std::sync::Mutex::new(Vec::new());
     scene.beside("stalled clients", |scene| {
         let mut held = held.lock().expect("alone");
-        let mut new = |style: Style| {
-            let connection = scene.connect(style).expect("connected");
-            connection
-        };
+        let new = |style: Style| scene.connect(style).expect("connected");
         // Half a payload, for ever.
         for n in 0..8_u64 {
             let mut connection = new(Style::Structured);
