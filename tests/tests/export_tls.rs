@@ -126,14 +126,14 @@ fn a_volume_is_read_and_written_over_tls() {
         return;
     }
     let mut served = Served::new(24 * MIB);
-    served.shell("right", "nbdinfo --list \"$uri\" && nbdinfo --map \"$uri\"").done();
-    served.shell("right", "nbdcopy \"$uri\" copy && cmp copy plain").done();
+    let _ = served.shell("right", "nbdinfo --list \"$uri\" && nbdinfo --map \"$uri\"").done();
+    let _ = served.shell("right", "nbdcopy \"$uri\" copy && cmp copy plain").done();
     let next = served.place.noise("next", served.plain.len());
     assert_ne!(next, served.plain);
-    served.shell("right", "nbdcopy --connections=4 --requests=32 --flush next \"$uri\"").done();
-    served.shell("right", "nbdcopy --connections=4 \"$uri\" copy && cmp copy next").done();
+    let _ = served.shell("right", "nbdcopy --connections=4 --requests=32 --flush next \"$uri\"").done();
+    let _ = served.shell("right", "nbdcopy --connections=4 \"$uri\" copy && cmp copy next").done();
     // Every length around a record, a buffer and what is sealed at a time; many in flight; simple replies, too.
-    served
+    let _ = served
         .shell(
             "right",
             r#"cat > script.py <<'END'
@@ -196,7 +196,7 @@ fn who_shows_no_certificate_of_ours_gets_nothing() {
         assert_ne!(ran.code, Some(0), "{script}: {ran:?}");
         assert!(!ran.text().contains("export-size"), "{script}: {ran:?}");
     }
-    served.shell("right", "nbdinfo \"$uri\" | grep export-size").done();
+    let _ = served.shell("right", "nbdinfo \"$uri\" | grep export-size").done();
     served.stop();
     let log = served.place.daemon.as_ref().expect("a daemon").log();
     assert!(log.contains("a client of an export was refused"), "{log}");
