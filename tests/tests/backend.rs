@@ -569,7 +569,7 @@ fn a_receive_takes_what_there_is(make: Make) {
     let Some(mut bench) = bench(make, 2, 65536, 4) else { return };
     let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
     let port = bench.attach(ours);
-    let mut receive = |bench: &mut Bench, span: std::ops::Range<u32>| {
+    let receive = |bench: &mut Bench, span: std::ops::Range<u32>| {
         let buf = bench.buf();
         let start = span.start as usize;
         let done = bench.run(port, What::Receive { buf, span });
