@@ -59,19 +59,19 @@ fn clients(rig: &Rig, seed: u64) -> Ledger {
     let mut version = 0;
     for round in 0..ROUNDS {
         let mut sent: Vec<BTreeSet<u64>> = vec![BTreeSet::new(); BLOCKS];
-        let mut asked: [Vec<(u64, usize, bool)>; 2] = Default::default();
+        let mut asked: [Vec<(u64, usize, usize, bool)>; 2] = Default::default();
         for _ in 0..6 {
             let client = random.below(2);
             let (block, count) = (random.below(BLOCKS - 1), 1 + random.below(2));
             let fua = random.below(4) == 0;
             version += 1;
-            for at in block..block + count {
-                possible.0[at].insert(version);
-                sent[at].insert(version);
+            for (possible, sent) in possible.0.iter_mut().zip(&mut sent).skip(block).take(count) {
+                possible.insert(version);
+                sent.insert(version);
             }
             let payload = pattern(version).repeat(count);
             let cookie = wires[client].ask_write(if fua { FUA } else { 0 }, (block * BLOCK) as u64, &payload);
-            asked[client].push((cookie, block + count * 100, fua));
+            asked[client].push((cookie, block, count, fua));
         }
         for client in 0..2 {
             for _ in 0..asked[client].len() {
@@ -80,11 +80,10 @@ fn clients(rig: &Rig, seed: u64) -> Ledger {
                     return possible;
                 }
                 let place = asked[client].iter().position(|one| one.0 == answer.cookie).expect("asked");
-                let (_, block, fua) = asked[client][place];
-                for at in block % 100..block % 100 + block / 100 {
-                    if fua {
-                        possible.0[at].clone_from(&sent[at]);
-                    }
+                let (_, block, count, fua) = asked[client][place];
+                let touched = possible.0.iter_mut().zip(&sent).skip(block).take(count);
+                for (possible, sent) in touched.filter(|_| fua) {
+                    possible.clone_from(sent);
                 }
             }
         }

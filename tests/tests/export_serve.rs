@@ -376,15 +376,15 @@ fn writes_of_several_connections_never_mix_within_a_data_unit() {
 fn neighbours_in_one_block_are_all_kept() {
     let rig = Rig::new(Setup { workers: 2, total: 64 << 10, direct: true, ..Setup::default() });
     std::thread::scope(|scope| {
-        for client in 0..8_u64 {
+        for client in 0..8_u8 {
             let mut wire = rig.client(Style::Structured);
             scope.spawn(move || {
                 // Each client owns every eighth run of 100 bytes: read-modify-write of shared blocks throughout.
                 for round in 1..=20_u8 {
-                    let places: Vec<u64> = (0..640).filter(|place| place % 8 == client).collect();
+                    let places: Vec<u64> = (0..640).filter(|place| place % 8 == u64::from(client)).collect();
                     for chunk in places.chunks(40) {
                         for place in chunk {
-                            wire.ask_write(0, place * 100, &[round * 8 + client as u8; 100]);
+                            wire.ask_write(0, place * 100, &[round * 8 + client; 100]);
                         }
                         for _ in chunk {
                             assert_eq!(wire.answer().expect("an answer").error, 0);
@@ -396,7 +396,7 @@ fn neighbours_in_one_block_are_all_kept() {
     });
     let bytes = rig.plaintext(0, 64 << 10);
     for (place, run) in bytes[..64_000].chunks(100).enumerate() {
-        let expected = 160 + (place % 8) as u8;
+        let expected = 160 + u8::try_from(place % 8).expect("small");
         assert!(run.iter().all(|&byte| byte == expected), "run {place}: {:?}", &run[..8]);
     }
 }
