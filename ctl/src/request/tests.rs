@@ -1,3 +1,5 @@
+//! Tests of what is asked of the daemon.
+
 use super::*;
 use crate::args::{Cli, Verb};
 use clap::Parser;

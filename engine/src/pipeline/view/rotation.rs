@@ -139,7 +139,7 @@ impl View {
     }
 
     /// 1. Foreign writes keep out of what lies before this order, from now on. True: none is in flight there. Else ask again, when
-    /// told so.
+    ///   told so.
     ///
     /// # Panics
     /// If no re-encryption runs.
@@ -152,7 +152,7 @@ impl View {
     }
 
     /// 3. Foreign reads keep out of the hotzone, which ends at this order, from now on. True: none is in flight there. Else ask again, when
-    /// told so.
+    ///   told so.
     ///
     /// # Panics
     /// If no re-encryption runs, or the hotzone is not frozen.
@@ -203,7 +203,7 @@ impl View {
     }
 
     /// 7. and 6. The re-encryption stops, and nobody reads or writes for it any more. `hot`: at rest, nothing; else the order behind the step that
-    /// was not finished. No effect where none runs.
+    ///   was not finished. No effect where none runs.
     pub fn stop(&self, hot: Option<u64>) {
         let mut inner = self.inner();
         let Some(rotation) = inner.rotation.as_mut().filter(|rotation| rotation.quiet.is_some()) else {

@@ -1,3 +1,5 @@
+//! Tests of who may touch what, beside a moving re-encryption.
+
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Tests of haggling: every option, wrong ones, hostile bytes.
+
 use super::*;
 use crate::format::nbd::option::{ReplyHeader, put_contexts, put_go, put_option};
 

@@ -1,3 +1,5 @@
+//! Tests of accepting: bounds on clients, slow and silent ones, floods.
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
