@@ -630,3 +630,30 @@ fn a_device_that_ends_early_is_an_error_and_the_connection_goes_on() {
         }
     }
 }
+
+#[test]
+fn a_re_encryption_is_waited_for_and_where_it_failed_is_an_error() {
+    use engine::pipeline::view::Way;
+    use tests::served::segments;
+    let rig = Rig::new(Setup::default());
+    let mut wire = rig.client(Style::Structured);
+    let before = wire.read(0, 1 << 20);
+    let view = &rig.export.view;
+    view.begin(&segments(4096), segments(4096), Way::Forward, 0, std::sync::Arc::new(|| {})).expect("begins");
+    assert!(view.freeze(65_536));
+    assert!(wire.read(0, 1 << 20) == before, "reads go on");
+    let waiting_write = wire.ask_write(0, 60_000, &[1; 100]);
+    assert!(view.exclude(65_536));
+    let waiting_read = wire.ask(Command::Read, 0, 61_440, 8192);
+    // Half of this one is beside it.
+    assert_eq!(wire.write(0, 65_536, &[2; 4096]).error, 0);
+    view.stop(Some(65_536));
+    for _ in 0..2 {
+        let answer = wire.answer().expect("an answer");
+        assert!([waiting_write, waiting_read].contains(&answer.cookie));
+        assert_eq!(answer.error, EIO);
+        assert!(answer.text.contains("re-encryption"), "{}", answer.text);
+    }
+    assert_eq!(wire.call(Command::Read, 0, 0, 4096).error, EIO);
+    assert_eq!(wire.read(65_536, 4096), [2; 4096]);
+}

@@ -64,7 +64,9 @@ impl Durability {
     pub fn begin(&self, waker: &Arc<dyn Wake>) -> bool {
         let mut flushing = lock(&self.flushing);
         if flushing.busy {
-            flushing.waiting.push(waker.clone());
+            if !flushing.waiting.iter().any(|other| Arc::ptr_eq(other, waker)) {
+                flushing.waiting.push(waker.clone());
+            }
             return false;
         }
         flushing.busy = true;

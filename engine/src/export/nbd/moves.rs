@@ -22,6 +22,10 @@ use std::time::Instant;
 pub(super) const LOST: Failure =
     Failure { errno: errors::EIO, text: "an earlier flush failed: what was written may be lost", at: None };
 
+/// A re-encryption has failed over it.
+const UNRECOVERED: Failure =
+    Failure { errno: errors::EIO, text: "a re-encryption failed here: resume it to recover", at: None };
+
 impl Server {
     /// A piece has all it needs of the client.
     pub(super) fn start(&mut self, key: usize, queue: &mut dyn Queue) {
@@ -65,8 +69,7 @@ impl Server {
                 let Some(grant) = served.export.view.admit(access, extent) else {
                     if served.export.view.refuses(access, extent) {
                         let at = Some(start.max(piece.asks.start));
-                        let text = "a step of the volume's re-encryption failed here: resume it";
-                        self.fail_piece(key, Failure { errno: errors::EIO, text, at }, queue);
+                        self.fail_piece(key, Failure { at, ..UNRECOVERED }, queue);
                         return;
                     }
                     piece.step = Step::Grant;

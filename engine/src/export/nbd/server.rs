@@ -394,16 +394,16 @@ impl Service for Server {
         self.now = Instant::now();
         self.take_news(queue);
         self.retry_all(queue);
-        while !self.dirty.is_empty() {
-            for at in (0..self.dirty.len()).rev() {
-                // `disconnect` shortens the list.
-                if let Some(&key) = self.dirty.get(at) {
-                    self.dirty.swap_remove(at);
-                    self.look_after(key, queue);
-                }
+        loop {
+            while let Some(key) = self.dirty.pop() {
+                self.look_after(key, queue);
+            }
+            // Flushes that are refused at once are answered now: nothing would begin another turn.
+            self.flush_all(queue);
+            if self.dirty.is_empty() {
+                break;
             }
         }
-        self.flush_all(queue);
         if std::mem::take(&mut self.crypted) {
             // Once a batch: no frame keeps a round key while the worker sleeps.
             burn_stack();

@@ -166,8 +166,12 @@ impl View {
     }
 
     /// A worker that asks for extents: it is woken when one it was refused may be free.
+    /// One that watches already is not noted twice: workers let go of a volume and come back.
     pub fn watch(&self, waker: Arc<dyn Wake>) {
-        self.wakers.lock().unwrap_or_else(PoisonError::into_inner).push(waker);
+        let mut wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wakers.iter().any(|other| Arc::ptr_eq(other, &waker)) {
+            wakers.push(waker);
+        }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
