@@ -429,12 +429,10 @@ fn the_longest_read_and_write_are_of_32_mib() {
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             same(&connection.read(1, LONGEST), &served.plain[1..=LONGEST], "the longest read");
-            let error = connection.call(Command::Read, 0, 0, LONGEST as u64 + 1).map(|answer| answer.error);
             // nbdkit takes 64 MiB.
-            assert!(
-                !kind.is_ours() || matches!(error, Ok(EINVAL)),
-                "{kind:?}: longer than the longest: {error:?}"
-            );
+            if kind.is_ours() {
+                assert_eq!(connection.error(Command::Read, 0, 0, LONGEST as u64 + 1), EINVAL);
+            }
         }
         let mut model = served.plain.clone();
         let mut connection = served.connect();
