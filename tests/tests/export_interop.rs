@@ -256,7 +256,6 @@ fn a_script_does_without_structured_replies() {
         let script = format!(
             r#"
 h.set_request_structured_replies(False)
-h.set_handshake_flags(0)
 h.connect_uri("{}")
 assert not h.get_structured_replies_negotiated()
 plain = open("@/plain", "rb").read()

@@ -216,6 +216,8 @@ fn how_bytes_are_cut_into_packets_does_not_matter() {
         replies.iter_mut().for_each(|reply| haggling.wire.take(reply).expect("a simple reply"));
         assert!(replies.iter().all(|reply| reply[4..8] == [0; 4]), "{replies:x?}");
 
+        drop(haggling);
+
         // All at once: greeting, option, and the first requests in one piece.
         let mut haggling = Haggling::connect(&served.socket()).expect("connected");
         let mut bytes = bytes[..bytes.len() - 28 - 328].to_vec();
@@ -371,8 +373,38 @@ fn a_write_of_gigabytes_ends_the_connection_or_is_refused_and_allocates_nothing(
 }
 
 #[test]
-fn a_wrong_magic_ends_the_connection() {
+fn a_write_with_extended_headers_that_does_not_say_so_is_one() {
+    // QEMU's client sends such ones, and its server takes them.
     for kind in and_references(&[Kind::LUKS2]) {
+        if kind == Kind::Nbdkit {
+            continue;
+        }
+        let mut served = Served::over_noise(kind, MIB);
+        let mut connection = match Connection::open(&served.socket(), &Wish::of(Style::Extended)) {
+            Ok(connection) => connection,
+            Err(error) if !kind.is_ours() => return tests::skip(&format!("qemu-nbd is too old: {error}")),
+            Err(error) => panic!("{error}"),
+        };
+        let request = Request { command: Command::Write, flags: 0, cookie: 1, offset: 4000, length: 500 };
+        let mut bytes = [0x77; EXTENDED_BYTES + 500];
+        let _ = request.put(&mut bytes, true);
+        connection.raw(&bytes).expect("sent");
+        let mut reply = [0; 32];
+        connection.wire.take(&mut reply).expect("answered");
+        assert_eq!(reply[6..8], [0; 2], "not a chunk of type NONE");
+        same(&connection.read(4000, 500), &[0x77; 500], "written");
+        connection.leave();
+        let mut expected = served.plain.clone();
+        expected[4000..4500].fill(0x77);
+        served.stop();
+        served.holds(&expected);
+    }
+}
+
+#[test]
+fn a_wrong_magic_ends_the_connection() {
+    // nbdkit does so too; qemu-nbd answers what it did not understand.
+    for kind in [Kind::LUKS2] {
         let mut served = Served::over_noise(kind, MIB);
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
@@ -397,8 +429,10 @@ fn the_longest_read_and_write_are_of_32_mib() {
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             same(&connection.read(1, LONGEST), &served.plain[1..=LONGEST], "the longest read");
-            let error = connection.call(Command::Read, 0, 0, LONGEST as u64 + 1).map(|answer| answer.error);
-            assert!(matches!(error, Ok(EINVAL) | Err(_)), "{kind:?}: longer than the longest: {error:?}");
+            // nbdkit takes 64 MiB.
+            if kind.is_ours() {
+                assert_eq!(connection.error(Command::Read, 0, 0, LONGEST as u64 + 1), EINVAL);
+            }
         }
         let mut model = served.plain.clone();
         let mut connection = served.connect();
@@ -535,7 +569,8 @@ fn a_read_only_export_refuses_every_change() {
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             assert!(connection.flags & flags::READ_ONLY != 0);
-            assert_eq!(connection.write(0, 0, &[1; 4096]), EPERM);
+            let error = connection.write(0, 0, &[1; 4096]);
+            assert!(error == EPERM || !kind.is_ours() && error != 0, "{kind:?}: {error}");
             for command in [Command::WriteZeroes, Command::Trim] {
                 let error = connection.error(command, 0, 0, 4096);
                 // qemu-nbd has none of them then.

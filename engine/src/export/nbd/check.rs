@@ -45,9 +45,6 @@ pub fn check(
     if flags & !flags_of(command, style) != 0 {
         return refuse(errors::EINVAL, "unknown flag for this command");
     }
-    if command == Command::Write && style == Style::Extended && flags & flag::PAYLOAD_LEN == 0 {
-        return refuse(errors::EINVAL, "a write with extended headers says that a payload follows");
-    }
     if command == Command::Flush {
         if offset != 0 || length != 0 {
             return refuse(errors::EINVAL, "a flush has neither offset nor length");

@@ -126,17 +126,33 @@ impl Request {
         COMPACT_BYTES
     }
 
-    /// Bytes that follow the request on the wire: its payload.
+    /// Bytes that follow the request on the wire: its payload. A WRITE has one whether it says so or not: with extended headers it
+    /// must say so, but QEMU's client (10.0) does not, and sends the payload all the same.
     #[must_use]
     pub fn payload(&self, extended: bool) -> u64 {
         let announced = extended && self.flags & command_flags::PAYLOAD_LEN != 0;
-        if announced || (!extended && self.command == Command::Write) { self.length } else { 0 }
+        if announced || self.command == Command::Write { self.length } else { 0 }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_write_has_a_payload_whether_it_says_so_or_not() {
+        for (command, flags, extended, payload) in [
+            (Command::Write, 0, false, 9),
+            (Command::Write, 0, true, 9),
+            (Command::Write, command_flags::PAYLOAD_LEN, true, 9),
+            (Command::BlockStatus, command_flags::PAYLOAD_LEN, true, 9),
+            (Command::BlockStatus, command_flags::PAYLOAD_LEN, false, 0),
+            (Command::Read, 0, true, 0),
+        ] {
+            let request = Request { command, flags, cookie: 0, offset: 0, length: 9 };
+            assert_eq!(request.payload(extended), payload, "{request:?} {extended}");
+        }
+    }
 
     #[test]
     fn a_request_comes_back_as_it_was_written() {
