@@ -13,13 +13,14 @@
 //! |---|---|
 //! | 0 | `units` `error` `limits` `telemetry` `telemetry::record` (and the wire crate `proto`) |
 //! | 1 | `sys` `crypto` |
-//! | 2 | `backend` `format` `key` |
-//! | 3 | `pipeline` |
-//! | 4 | `volume` |
-//! | 5 | `job` |
-//! | 6 | `export` `telemetry::prometheus` `config` |
-//! | 7 | `control` |
-//! | 8 | `daemon` `main` |
+//! | 2 | `format` `key` |
+//! | 3 | `backend` |
+//! | 4 | `pipeline` |
+//! | 5 | `volume` |
+//! | 6 | `job` |
+//! | 7 | `export` `telemetry::prometheus` `config` |
+//! | 8 | `control` |
+//! | 9 | `daemon` `main` |
 
 pub mod backend;
 pub mod config;

@@ -39,7 +39,7 @@ fn overlap(
     let mut flights: HashMap<u64, Written> = HashMap::new();
     let mut written = Vec::new();
     let mut sent = 0;
-    while written.len() < rounds as usize {
+    while (written.len() as u64) < rounds {
         while flights.len() < 8 && sent < rounds {
             sent += 1;
             let tag = client << 32 | sent;
@@ -199,8 +199,9 @@ fn one_connection_may_have_parts_of_a_data_unit_in_flight_at_once() {
             // 64 pieces of 67 bytes: over the border of the unit as well.
             for piece in 0..64 {
                 let at = base + piece * 67;
-                expected[at..at + 67].fill((round + piece) as u8);
-                let data = [(round + piece) as u8; 67];
+                let mark = u8::try_from((round + piece) % 256).expect("a byte");
+                expected[at..at + 67].fill(mark);
+                let data = [mark; 67];
                 connection.send(Command::Write, 0, at as u64, 67, &data).expect("sent");
             }
             while connection.outstanding() > 0 {

@@ -375,8 +375,8 @@ fn qemu_img_converts_compares_and_maps() {
             .sum();
         assert_eq!(bytes, ODD as u64, "{map}");
         for extent in map.as_array().expect("extents").iter().filter(|extent| extent["zero"] == true) {
-            let [start, length] =
-                ["start", "length"].map(|key| extent[key].as_u64().expect("bytes") as usize);
+            let [start, length] = ["start", "length"]
+                .map(|key| usize::try_from(extent[key].as_u64().expect("bytes")).expect("in memory"));
             assert!(new[start..start + length].iter().all(|byte| *byte == 0), "not zero: {extent}");
         }
         served.stop();
@@ -396,7 +396,7 @@ fn qemu_io_verifies_random_patterns() {
         let mut model = served.plain.clone();
         let mut script = String::new();
         for round in 0..300_usize {
-            let pattern = (1 + round % 250) as u8;
+            let pattern = u8::try_from(1 + round % 250).expect("a byte");
             let length = 1 + random.below(if round % 10 == 0 { 600_000 } else { 20_000 });
             let at = random.below(ODD - length);
             match random.below(8) {

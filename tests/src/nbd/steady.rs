@@ -106,7 +106,9 @@ impl Steady {
             let mut at = 0;
             while at < range.len() {
                 // To the end of the cipher block, counted from the beginning of the volume.
-                let end = (at + BLOCK - (self.start as usize + range.start + at) % BLOCK).min(range.len());
+                let end = (at + BLOCK
+                    - (usize::try_from(self.start).expect("an offset in memory") + range.start + at) % BLOCK)
+                    .min(range.len());
                 let found = &answer.data[at..end];
                 assert!(
                     found == &old[at..end] || found == &new[at..end],

@@ -138,8 +138,8 @@ impl View {
         Ok(())
     }
 
-    /// 1. Foreign writes keep out of what lies before this order, from now on. True: none is in flight there. Else ask again, when
-    ///   told so.
+    /// Rule 1: foreign writes keep out of what lies before this order, from now on. True: none is in flight there. Else ask again, when
+    /// told so.
     ///
     /// # Panics
     /// If no re-encryption runs.
@@ -151,8 +151,8 @@ impl View {
         })
     }
 
-    /// 3. Foreign reads keep out of the hotzone, which ends at this order, from now on. True: none is in flight there. Else ask again, when
-    ///   told so.
+    /// Rule 3: foreign reads keep out of the hotzone, which ends at this order, from now on. True: none is in flight there. Else ask again, when
+    /// told so.
     ///
     /// # Panics
     /// If no re-encryption runs, or the hotzone is not frozen.
@@ -176,7 +176,7 @@ impl View {
         !busy
     }
 
-    /// 4. All of the hotzone has been written: reads of it go on.
+    /// Rule 4: all of the hotzone has been written: reads of it go on.
     ///
     /// # Panics
     /// If no re-encryption runs.
@@ -185,7 +185,7 @@ impl View {
         self.moved();
     }
 
-    /// 5. The hotzone is new, and the header says so durably. Behind the last one the re-encryption is over.
+    /// Rule 5: the hotzone is new, and the header says so durably. Behind the last one the re-encryption is over.
     ///
     /// # Panics
     /// If no re-encryption runs, or that was not the hotzone.
@@ -202,8 +202,8 @@ impl View {
         self.moved();
     }
 
-    /// 7. and 6. The re-encryption stops, and nobody reads or writes for it any more. `hot`: at rest, nothing; else the order behind the step that
-    ///   was not finished. No effect where none runs.
+    /// Rules 6 and 7: the re-encryption stops, and nobody reads or writes for it any more. `hot`: at rest, nothing; else the order behind the step that
+    /// was not finished. No effect where none runs.
     pub fn stop(&self, hot: Option<u64>) {
         let mut inner = self.inner();
         let Some(rotation) = inner.rotation.as_mut().filter(|rotation| rotation.quiet.is_some()) else {
