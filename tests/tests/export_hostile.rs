@@ -77,7 +77,7 @@ impl Scene {
             over.store(true, Ordering::Relaxed);
             worker.join().expect("the one that behaves was disturbed");
         });
-        let grown = (peak.into_inner() as usize).saturating_sub(before);
+        let grown = usize::try_from(peak.into_inner()).expect("bytes in memory").saturating_sub(before);
         eprintln!(
             "{about}: {} requests of a good client meanwhile; {} MiB, {} MiB more at most",
             answered.into_inner(),
@@ -125,7 +125,7 @@ fn session(random: &mut Random) -> (Vec<u8>, Vec<usize>) {
     let mut option = |bytes: &mut Vec<u8>, number: u32, data: &[u8]| {
         bytes.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         bytes.extend_from_slice(&number.to_be_bytes());
-        bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
+        bytes.extend_from_slice(&u32::try_from(data.len()).expect("short").to_be_bytes());
         bytes.extend_from_slice(data);
         marks.push(bytes.len());
     };
@@ -143,7 +143,7 @@ fn session(random: &mut Random) -> (Vec<u8>, Vec<usize>) {
     for cookie in 0..16 {
         let length = [1, 512, 4096, 70_000][random.below(4)];
         let offset = random.below(8 * MIB - 70_000) as u64;
-        let command = Command::of(random.below(9) as u16);
+        let command = Command::of(u16::try_from(random.below(9)).expect("a digit"));
         let flags = if extended && command == Command::Write { command_flags::PAYLOAD_LEN } else { 0 };
         if command == Command::Disconnect && cookie < 12 {
             continue;
@@ -153,7 +153,8 @@ fn session(random: &mut Random) -> (Vec<u8>, Vec<usize>) {
         let len = request.put(&mut head, extended);
         bytes.extend_from_slice(&head[..len]);
         if command == Command::Write {
-            bytes.resize(bytes.len() + length as usize, cookie as u8);
+            let payload = usize::try_from(length).expect("short");
+            bytes.resize(bytes.len() + payload, cookie.to_le_bytes()[0]);
         }
         marks.push(bytes.len());
     }
@@ -178,7 +179,7 @@ fn spoil(bytes: &mut Vec<u8>, marks: &[usize], random: &mut Random) {
         let at = near(random, bytes.len());
         match random.below(8) {
             0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = random.next_u64() as u8,
+            1 => bytes[at] = random.next_u64().to_le_bytes()[0],
             2 | 3 => {
                 let values = [
                     0,

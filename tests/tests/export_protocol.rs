@@ -13,6 +13,8 @@ use tests::nbd::{Kind, Served, and_references, same};
 
 const MIB: usize = 1 << 20;
 const SIZE: u64 = 5 << 20;
+/// The same, as a length in memory.
+const SIZE_BYTES: usize = 5 << 20;
 
 /// The styles this kind of server speaks.
 fn styles(kind: Kind) -> Vec<Style> {
@@ -221,10 +223,10 @@ fn how_bytes_are_cut_into_packets_does_not_matter() {
         // All at once: greeting, option, and the first requests in one piece.
         let mut haggling = Haggling::connect(&served.socket()).expect("connected");
         let mut bytes = bytes[..bytes.len() - 28 - 328].to_vec();
-        for n in 0..40_u64 {
-            let offset = 10_000 + n * 1000;
-            put(&mut bytes, Command::Write, n, offset, &[n as u8; 1000], 1000);
-            model[offset as usize..offset as usize + 1000].fill(n as u8);
+        for n in 0..40_u8 {
+            let at = 10_000 + usize::from(n) * 1000;
+            put(&mut bytes, Command::Write, n.into(), at as u64, &[n; 1000], 1000);
+            model[at..at + 1000].fill(n);
         }
         haggling.send(&bytes).expect("sent");
         while haggling.reply(number::GO).expect("answered").0 != answer::ACK {}
@@ -279,7 +281,7 @@ fn wrong_requests(style: Style) -> Vec<(Command, u16, u64, u64, Vec<u32>, bool)>
 #[test]
 fn wrong_requests_are_refused_and_the_connection_goes_on() {
     for kind in and_references(&Kind::OURS) {
-        let mut served = Served::over_noise(kind, SIZE as usize);
+        let mut served = Served::over_noise(kind, SIZE_BYTES);
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             for (command, flags, offset, length, errors, loose) in wrong_requests(style) {
@@ -306,7 +308,7 @@ fn wrong_requests_are_refused_and_the_connection_goes_on() {
 #[test]
 fn a_refused_write_takes_its_payload_with_it() {
     for kind in and_references(&[Kind::LUKS2, Kind::Raw(512)]) {
-        let mut served = Served::over_noise(kind, SIZE as usize);
+        let mut served = Served::over_noise(kind, SIZE_BYTES);
         for style in styles(kind) {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
             let payload = vec![0x5a; 2 * MIB];
@@ -347,7 +349,7 @@ fn a_refused_write_takes_its_payload_with_it() {
 #[test]
 fn a_write_of_gigabytes_ends_the_connection_or_is_refused_and_allocates_nothing() {
     for kind in and_references(&[Kind::LUKS2]) {
-        let mut served = Served::over_noise(kind, SIZE as usize);
+        let mut served = Served::over_noise(kind, SIZE_BYTES);
         let mut lengths = vec![(Style::Structured, u64::from(u32::MAX)), (Style::Simple, 0x8000_0000)];
         if kind.is_ours() {
             lengths.extend([(Style::Extended, 1 << 32), (Style::Extended, u64::MAX)]);
@@ -448,7 +450,7 @@ fn the_longest_read_and_write_are_of_32_mib() {
 #[test]
 fn commands_leave_only_what_they_say() {
     for kind in and_references(&Kind::OURS) {
-        let mut served = Served::over_noise(kind, SIZE as usize);
+        let mut served = Served::over_noise(kind, SIZE_BYTES);
         let mut model = served.plain.clone();
         for (n, style) in styles(kind).into_iter().enumerate() {
             let mut connection = Connection::open(&served.socket(), &Wish::of(style)).expect("connected");
@@ -492,7 +494,7 @@ fn commands_leave_only_what_they_say() {
 fn with_discard_only_whole_places_are_given_back() {
     use std::os::unix::fs::MetadataExt;
     for kind in and_references(&[Kind::LUKS2, Kind::Raw(512)]) {
-        let mut served = Served::with(kind, SIZE as usize, if kind.is_ours() { "--discard" } else { "" });
+        let mut served = Served::with(kind, SIZE_BYTES, if kind.is_ours() { "--discard" } else { "" });
         let blocks =
             |served: &Served| std::fs::metadata(served.place.path("volume")).expect("there").blocks();
         let before = blocks(&served);

@@ -503,7 +503,7 @@ mod tests {
         assert_eq!(parse_greeting(&greeting(3)), Ok(3));
         assert!(parse_greeting(b"SSH-2.0-OpenSSH_9.").is_err());
         let mut old = greeting(3);
-        old[8..16].copy_from_slice(&0x0042_0281_8612_53u64.to_be_bytes());
+        old[8..16].copy_from_slice(&0x0000_4202_8186_1253u64.to_be_bytes());
         assert!(parse_greeting(&old).expect_err("old").0.contains("old"));
 
         let mut bytes = Vec::new();

@@ -196,7 +196,7 @@ fn a_client_that_has_agreed_is_handed_over_and_counted_as_long_as_it_is_held() {
 fn exports_come_and_go_while_clients_haggle() {
     let house = House::new("dynamic");
     let (one, two) = (house.scratch.export(1, "one"), house.scratch.export(2, "two"));
-    let (listener, path, shelf) = house.open("s", &[one.clone()]);
+    let (listener, path, shelf) = house.open("s", std::slice::from_ref(&one));
     let mut early = greeted(&path).expect("let in");
     let mut bytes = Vec::new();
     put_option(&mut bytes, number::LIST, b"");
@@ -219,7 +219,7 @@ fn exports_come_and_go_while_clients_haggle() {
 fn an_export_has_no_more_connections_than_it_may() {
     let house = House::new("full");
     let export = house.scratch.export(1, "");
-    let (_, path, _) = house.open("s", &[export.clone()]);
+    let (_, path, _) = house.open("s", std::slice::from_ref(&export));
     let mut seats: Vec<Seat> =
         (0..limits::CONNECTIONS_PER_EXPORT_MAX).map(|_| Seat::take(export.clone())).collect();
     assert_eq!(go(&path, "").expect("let in").1, [answer::ERR_POLICY]);
@@ -232,8 +232,8 @@ fn an_owner_has_at_most_half_of_all_connections() {
     let house = House::new("owner");
     let (one, two, other) =
         (house.scratch.export(1, ""), house.scratch.export(2, ""), house.scratch.export(3, ""));
-    let (_, first, _) = house.open_of(1001, "first", &[one.clone()]);
-    let (_, second, _) = house.open_of(1001, "second", &[two.clone()]);
+    let (_, first, _) = house.open_of(1001, "first", std::slice::from_ref(&one));
+    let (_, second, _) = house.open_of(1001, "second", std::slice::from_ref(&two));
     let (_, third, _) = house.open_of(1002, "third", &[other]);
     let mut seats: Vec<Seat> = (0..PLACES / 4).map(|_| Seat::take(one.clone())).collect();
     seats.extend((0..PLACES / 4).map(|_| Seat::take(two.clone())));
@@ -248,7 +248,7 @@ fn an_owner_has_at_most_half_of_all_connections() {
 fn a_peer_that_fills_its_place_keeps_out_only_itself_and_only_for_a_while() {
     let house = House::new("loris");
     let export = house.scratch.export(1, "");
-    let (_, path, _) = house.open("s", &[export.clone()]);
+    let (_, path, _) = house.open("s", std::slice::from_ref(&export));
     let (_, other, _) = house.open("other", &[export]);
     let established = began(&path, "");
     let served = house.next();
@@ -270,7 +270,7 @@ fn five_thousand_connections_hurt_nobody() {
     rustix::process::setrlimit(rustix::process::Resource::Nofile, most).expect("as many as are allowed");
     let house = House::new("flood");
     let export = house.scratch.export(1, "");
-    let (_, path, _) = house.open("s", &[export.clone()]);
+    let (_, path, _) = house.open("s", std::slice::from_ref(&export));
     let (_, other, _) = house.open("other", &[export]);
     let established = began(&path, "");
     let served = house.next();
@@ -303,7 +303,7 @@ fn five_thousand_connections_hurt_nobody() {
 fn when_all_places_are_taken_whoever_has_most_pays() {
     let house = House::new("crowd");
     let export = house.scratch.export(1, "");
-    let doors: Vec<_> = (0..5).map(|nth| house.open(&format!("s{nth}"), &[export.clone()])).collect();
+    let doors: Vec<_> = (0..5).map(|nth| house.open(&format!("s{nth}"), std::slice::from_ref(&export))).collect();
     let mut crowd = Vec::new();
     for (nth, (_, path, _)) in doors.iter().take(4).enumerate() {
         // The first has one more than the others, and the places are just taken.
