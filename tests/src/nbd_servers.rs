@@ -97,6 +97,16 @@ impl Server {
         assert!(self.run());
     }
 
+    /// Start nbdkit with other arguments in its place.
+    ///
+    /// # Panics
+    /// If it was not killed, or does not start.
+    pub fn become_another(&mut self, arguments: &[&str]) {
+        let socket = self.socket.to_string_lossy().into_owned();
+        self.arguments = ["-f", "-U", &socket].iter().chain(arguments).map(ToString::to_string).collect();
+        self.restart();
+    }
+
     /// Its process, while it runs.
     ///
     /// # Panics

@@ -432,8 +432,7 @@ fn a_server_that_does_not_come_back_or_is_another_is_given_up() {
         nbd::open(server.connect(1), &server.remote_again(""), None, "remote", BOTH).expect("opened");
     let mut bench = Bench::of(&device, 1, 4096);
     server.kill();
-    let socket = server.socket.to_str().expect("a path of a test").to_owned();
-    let Some(_other) = Server::start("nbdkit", &["-f", "-U", &socket, "memory", "2M"]) else { return };
+    server.become_another(&["memory", "2M"]);
     let buf = bench.free.pop().expect("a buffer");
     let done = bench.run(What::Read { position: Position::At(0), buf, span: 0..4096 });
     let text = done.result.expect_err("another").to_string();

@@ -187,7 +187,8 @@ fn plain_data_on_a_server_is_encrypted_in_place_when_it_is_said_what_it_is() {
     let plain = place.noise("plain", 8 * MIB);
     let _ = place.run("encrypt @/plain @/raw RAW").done();
     let Some(server) = qemu(&place, "raw", &["--shared=0"]) else { return };
-    secret(&place, "other", &[9; 64]);
+    let other: Vec<u8> = (100..164).collect();
+    secret(&place, "other", &other);
     let words = format!("reencrypt {} RAW --new-key file:@/other --journal @/j --yes", uri(&server, ""));
     let _ = place.run(&words).exit(2, &["is not looked at", "--found-data-may-be-destroyed"]);
     let _ = place.run(&format!("{words} --found-data-may-be-destroyed")).done();
