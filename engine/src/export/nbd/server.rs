@@ -246,6 +246,9 @@ impl Server {
         connection.unissued.clear();
         connection.long.clear();
         connection.gathered = 0;
+        // Its piece is forgotten below, or comes back to `sent`.
+        connection.stream = None;
+        connection.stream_ready = false;
         if connection.receiving || connection.sending.is_some() {
             // A client that neither reads nor writes would keep them for ever.
             queue.cancel(connection.port);
@@ -350,6 +353,9 @@ impl Server {
             self.issue_reads(key, queue);
             self.issue_long(key, queue);
             self.take_in(key, queue);
+        }
+        // What was taken in may have been the end of it, and then nothing of it is left that could be sent.
+        if self.connections[key].ending != Ending::Hard {
             self.send(key, queue);
         }
         if self.connections[key].is_gone() {
