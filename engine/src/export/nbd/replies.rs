@@ -6,6 +6,7 @@
 
 use crate::backend::device::Region;
 use crate::backend::{Done, Queue, What};
+use crate::export::exported::Begin;
 use crate::export::nbd::answer::{Failure, Note, data_head_bytes, put_data_head, put_status};
 use crate::export::nbd::connection::{Ending, GATHER_MAX, Ready, Sending};
 use crate::export::nbd::moves::LOST;
@@ -312,16 +313,18 @@ impl Server {
             if served.flushing || served.flush_next.is_empty() {
                 continue;
             }
-            if served.export.durability.is_lost() {
-                std::mem::swap(&mut served.flush_next, &mut served.flush_running);
-                self.answer_flush(key, Some(LOST));
-                continue;
-            }
-            if served.export.durability.begin(&self.waker) {
-                std::mem::swap(&mut served.flush_next, &mut served.flush_running);
-                served.flushing = true;
-                served.flush_since = self.now;
-                push(queue, Whose::Flush, key, served.port, What::Flush);
+            match served.export.durability.begin(&self.waker) {
+                Begin::Begun => {
+                    std::mem::swap(&mut served.flush_next, &mut served.flush_running);
+                    served.flushing = true;
+                    served.flush_since = self.now;
+                    push(queue, Whose::Flush, key, served.port, What::Flush);
+                }
+                Begin::Busy => {}
+                Begin::Lost => {
+                    std::mem::swap(&mut served.flush_next, &mut served.flush_running);
+                    self.answer_flush(key, Some(LOST));
+                }
             }
         }
     }
@@ -341,6 +344,8 @@ impl Server {
         });
         // 1. Nobody is told of a flush that a failed one may have gone before: the failure is known to all workers first.
         served.export.durability.end(failure.is_none());
+        // Somebody else who flushes the same open file may have been told meanwhile of a failure that this one then was not.
+        let failure = failure.or(served.export.durability.is_lost().then_some(LOST));
         // 2. Then those who wait are answered.
         self.answer_flush(key, failure);
     }
