@@ -13,7 +13,7 @@ use crate::export::nbd::connection::Ending;
 use crate::export::nbd::server::{Server, Whose, push};
 use crate::export::nbd::slot::{Step, Work};
 use crate::format::nbd::errors;
-use crate::pipeline::view::Access;
+use crate::pipeline::view::{Access, Refusal};
 use crate::units::Extent;
 use proto::Stage;
 use std::time::Instant;
@@ -66,15 +66,18 @@ impl Server {
             Some(grant) => grant,
             None => {
                 let access = if piece.work == Work::Read { Access::Read } else { Access::Write };
-                let Some(grant) = served.export.view.admit(access, extent) else {
-                    if served.export.view.refuses(access, extent) {
+                let grant = match served.export.view.admit(access, extent) {
+                    Ok(grant) => grant,
+                    Err(Refusal::Wait) => {
+                        piece.step = Step::Grant;
+                        served.waiting.push_back(key);
+                        return;
+                    }
+                    Err(Refusal::Lost) => {
                         let at = Some(start.max(piece.asks.start));
                         self.fail_piece(key, Failure { at, ..UNRECOVERED }, queue);
                         return;
                     }
-                    piece.step = Step::Grant;
-                    served.waiting.push_back(key);
-                    return;
                 };
                 let waited = self.now.saturating_duration_since(piece.since);
                 served.record.record(&served.counters, Stage::Queue, waited, extent.len());

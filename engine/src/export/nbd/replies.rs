@@ -245,7 +245,7 @@ impl Server {
         // Where extents lie just now; while they are on the move, all is data.
         let grant = Extent::new(request.offset, end)
             .filter(|_| export.discard)
-            .and_then(|extent| export.view.admit(Access::Read, extent));
+            .and_then(|extent| export.view.admit(Access::Read, extent).ok());
         let mut count = 0;
         let mut at = request.offset;
         // Structured replies tell lengths in 32 bits.
