@@ -18,8 +18,9 @@ use crate::sys::buffer::Buf;
 /// Pieces of long requests that one connection has in flight: they may take hours and shall not crowd out others.
 const LONG_PIECES: u32 = 2;
 
-/// Largest extent that is discarded at once: others wait for it.
-const DISCARD_MAX: u64 = 64 << 20;
+/// Largest extent that is discarded at once. Whoever writes there waits for it; and it waits for them: the larger it is, the more can
+/// overtake it.
+const DISCARD_MAX: u64 = 4 << 20;
 
 /// From so many missing bytes on, a payload is received where it is needed and not copied.
 const DIRECT_MIN: u32 = 16 << 10;
@@ -128,11 +129,13 @@ impl Server {
             connection.ending = connection.ending.max(Ending::Polite);
             return;
         }
+        let failure = check(&request, connection.style, connection.allocation, export).err();
         if let Some((count, bytes)) = export.counters.commands.get(usize::from(request.command.number())) {
             count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            bytes.fetch_add(request.length, std::sync::atomic::Ordering::Relaxed);
+            // Of what is refused the length says nothing.
+            let asked = if failure.is_none() { request.length } else { 0 };
+            bytes.fetch_add(asked, std::sync::atomic::Ordering::Relaxed);
         }
-        let failure = check(&request, connection.style, connection.allocation, export).err();
         connection.open += 1;
         if failure.is_none() && request.command == Command::BlockStatus {
             connection.ready.push_back(Ready::Status(request));

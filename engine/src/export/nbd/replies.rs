@@ -22,6 +22,8 @@ use std::sync::atomic::Ordering;
 
 /// Extents in one reply to BLOCK_STATUS.
 const STATUS_MAX: usize = 64;
+/// How often one reply asks the device where its holes are: each time is a system call, and all others of the worker wait meanwhile.
+const LOOKS_MAX: usize = 16;
 /// Bytes of the longest such reply.
 const STATUS_BYTES: u32 = 32 + 8 + 16 * 64;
 
@@ -251,13 +253,15 @@ impl Server {
         // Structured replies tell lengths in 32 bits.
         let longest =
             if connection.style == Style::Extended { u64::MAX } else { u64::from(u32::MAX) & !(block - 1) };
-        while at < end && count < most {
+        let mut looks = 0;
+        while at < end && count < most && looks < LOOKS_MAX {
             let (mut until, mut flags) = (end, 0);
             if let Some(grant) = &grant
                 && at < grant.extent.end()
             {
                 let segment_end = grant.segments.until(at).min(grant.extent.end());
                 let place = grant.segments.place(at);
+                looks += 1;
                 match export.device.region_at(place) {
                     Some(Region::Hole { until: hole_end }) => {
                         let hole_end = at + (hole_end - place);
