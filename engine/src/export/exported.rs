@@ -46,6 +46,9 @@ pub struct Exported {
 /// The kernel reports a failed write-back once for each open file, to whoever flushes next. Two flushes side by side could share a
 /// failure such that one of them says that all is well, and so could a later one. Hence at most one is under way, whichever workers
 /// ask, and none is begun after one has failed.
+///
+/// Flushes are numbered in the order they begin: one that begins later than a request came covers it, whichever worker makes it. So
+/// a worker that never gets its turn is served by the others' flushes.
 #[derive(Default)]
 pub struct Durability {
     flushing: Mutex<Flushing>,
@@ -66,6 +69,10 @@ pub enum Begin {
 #[derive(Default)]
 struct Flushing {
     busy: bool,
+    /// Number of the latest that has begun.
+    begun: u64,
+    /// Number of the latest that has succeeded.
+    durable: u64,
     waiting: Vec<Arc<dyn Wake>>,
 }
 
@@ -85,14 +92,29 @@ impl Durability {
             return Begin::Busy;
         }
         flushing.busy = true;
+        flushing.begun += 1;
         Begin::Begun
+    }
+
+    /// For a request that wants a flush: every flush of a higher number begins after now.
+    #[must_use]
+    pub fn ticket(&self) -> u64 {
+        lock(&self.flushing).begun
+    }
+
+    /// Number of the latest flush that has succeeded: requests with a lower ticket need no other.
+    #[must_use]
+    pub fn durable(&self) -> u64 {
+        lock(&self.flushing).durable
     }
 
     /// The flush that was begun is over.
     pub fn end(&self, is_durable: bool) {
         let waiting = {
             let mut flushing = lock(&self.flushing);
-            if !is_durable {
+            if is_durable {
+                flushing.durable = flushing.begun;
+            } else {
                 self.lose();
             }
             flushing.busy = false;
@@ -287,10 +309,26 @@ mod tests {
         assert_eq!(durability.begin(&second), Begin::Busy);
         durability.end(true);
         assert_eq!(bell.0.load(Ordering::SeqCst), 1);
+        assert_eq!(durability.durable(), 1);
         assert_eq!(durability.begin(&second), Begin::Begun);
         assert_eq!(durability.begin(&first), Begin::Busy);
         durability.end(false);
         assert_eq!((durability.begin(&first), durability.begin(&second)), (Begin::Lost, Begin::Lost));
+    }
+
+    #[test]
+    fn a_flush_covers_what_came_before_it_began_and_nothing_else() {
+        let durability = Durability::default();
+        let (_, waker) = Bell::new();
+        let before = durability.ticket();
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        let beside = durability.ticket();
+        assert!(before >= durability.durable(), "it has only begun");
+        durability.end(true);
+        assert!(before < durability.durable() && beside >= durability.durable());
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        durability.end(false);
+        assert!(beside >= durability.durable(), "it failed");
     }
 
     #[test]

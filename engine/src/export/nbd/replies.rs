@@ -305,7 +305,8 @@ impl Server {
     /// A request waits for a flush that begins after now.
     pub(super) fn want_flush(&mut self, asked: usize) {
         let served = self.connections[self.asked[asked].connection].served;
-        self.served[served].flush_next.push(asked);
+        let served = &mut self.served[served];
+        served.flush_next.push((served.export.durability.ticket(), asked));
     }
 
     /// Begin the flushes that are wanted.
@@ -317,16 +318,28 @@ impl Server {
             if served.flushing || served.flush_next.is_empty() {
                 continue;
             }
+            // Those that another worker's flush has covered meanwhile.
+            let durable = served.export.durability.durable();
+            let covered = served.flush_next.extract_if(.., |(ticket, _)| *ticket < durable);
+            served.flush_running.extend(covered.map(|(_, one)| one));
+            if !served.flush_running.is_empty() {
+                let failure = served.export.durability.is_lost().then_some(LOST);
+                self.answer_flush(key, failure);
+            }
+            let served = &mut self.served[key];
+            if served.flush_next.is_empty() {
+                continue;
+            }
             match served.export.durability.begin(&self.waker) {
                 Begin::Begun => {
-                    std::mem::swap(&mut served.flush_next, &mut served.flush_running);
+                    served.flush_running.extend(served.flush_next.drain(..).map(|(_, one)| one));
                     served.flushing = true;
                     served.flush_since = self.now;
                     push(queue, Whose::Flush, key, served.port, What::Flush);
                 }
                 Begin::Busy => {}
                 Begin::Lost => {
-                    std::mem::swap(&mut served.flush_next, &mut served.flush_running);
+                    served.flush_running.extend(served.flush_next.drain(..).map(|(_, one)| one));
                     self.answer_flush(key, Some(LOST));
                 }
             }

@@ -258,7 +258,7 @@ impl Server {
         let pieces = &self.pieces;
         self.served[served].waiting.retain(|&piece| !mine(&pieces[piece]));
         let asked = &self.asked;
-        self.served[served].flush_next.retain(|&one| asked[one].connection != key);
+        self.served[served].flush_next.retain(|&(_, one)| asked[one].connection != key);
         let idle = |piece: &Piece| mine(piece) && !piece.in_flight;
         while let Some((piece, _)) = self.pieces.iter().find(|(_, piece)| idle(piece)) {
             self.forget(piece);
