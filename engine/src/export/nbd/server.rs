@@ -32,6 +32,7 @@ use slab::Slab;
 
 use crate::backend::{Done, Op, Port, Queue, Wake, What};
 use crate::crypto::burn_stack;
+use crate::error::{Error, Result};
 use crate::export::exported::{Course, Exported};
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::connection::{Connection, Ending, Intake};
@@ -40,6 +41,7 @@ use crate::export::nbd::pool::{Class, Pool};
 use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
 use crate::export::nbd::slot::{Asked, Piece, Work};
+use crate::limits;
 use crate::pipeline::service::{Service, TOKEN_BIT};
 use crate::sys::buffer::Buf;
 
@@ -74,6 +76,9 @@ pub struct Server {
     pub(super) waker: Arc<dyn Wake>,
     shared: Arc<Shared>,
     leaving: bool,
+    /// Clients that were turned away since that was logged.
+    refused: u32,
+    refused_logged: Option<Instant>,
     /// Something was crypted since the stack was last burnt.
     pub(super) crypted: bool,
     /// When the present turn, or completion, began.
@@ -102,6 +107,8 @@ impl Server {
             waker,
             shared,
             leaving: false,
+            refused: 0,
+            refused_logged: None,
             crypted: false,
             now: Instant::now(),
         }
@@ -120,24 +127,36 @@ impl Server {
         let Negotiated { socket, export, seat, style, allocation, early, tls } = negotiated;
         // What fails here is for want of memory or places: the client sees a closed connection.
         let socket = Arc::new(socket);
-        let Ok(port) = queue.attach(socket.clone()) else { return };
-        let Ok([received, gather, spare, own]) = self.pool.take_wires() else {
-            queue.detach(port);
-            return;
+        let port = match queue.attach(socket.clone()) {
+            Ok(port) => port,
+            Err(error) => return self.turned_away(&error),
+        };
+        let [received, gather, spare, own] = match self.pool.take_wires() {
+            Ok(wires) => wires,
+            Err(error) => {
+                queue.detach(port);
+                return self.turned_away(&error);
+            }
         };
         let sealed = match tls.map(|tls| self.pool.take_wires().map(|[staging]| Sealed::new(tls, staging))) {
             None => None,
             Some(Ok(sealed)) => Some(Box::new(sealed)),
-            Some(Err(_)) => {
+            Some(Err(error)) => {
                 queue.detach(port);
                 self.pool.give_back_wires([received, gather, spare, own]);
-                return;
+                return self.turned_away(&error);
             }
         };
-        let Some(served) = self.serve(&export, queue) else {
-            queue.detach(port);
-            self.pool.give_back_wires([received, gather, spare, own]);
-            return;
+        let served = match self.serve(&export, queue) {
+            Ok(served) => served,
+            Err(error) => {
+                queue.detach(port);
+                self.pool.give_back_wires([received, gather, spare, own]);
+                if let Some(sealed) = sealed {
+                    self.pool.give_back_wires([sealed.close(&socket)]);
+                }
+                return self.turned_away(&error);
+            }
         };
         self.served[served].connections += 1;
         let key = self.connections.insert(Connection {
@@ -178,15 +197,27 @@ impl Server {
         self.mark(key);
     }
 
+    /// A client that could not be served. Logged by number, or clients could fill the log.
+    fn turned_away(&mut self, error: &Error) {
+        self.refused += 1;
+        let lately = |at| self.now.saturating_duration_since(at) < limits::REFUSED_LOG_TIME;
+        if !self.refused_logged.is_some_and(lately) {
+            let refused = self.refused;
+            tracing::warn!(refused, "a client of an export could not be served: {}", error.chain());
+            self.refused_logged = Some(self.now);
+            self.refused = 0;
+        }
+    }
+
     /// The export, with its device on the queue.
-    fn serve(&mut self, export: &Arc<Exported>, queue: &mut dyn Queue) -> Option<usize> {
+    fn serve(&mut self, export: &Arc<Exported>, queue: &mut dyn Queue) -> Result<usize> {
         let known = self.served.iter().find(|(_, served)| Arc::ptr_eq(&served.export, export));
         if let Some((key, _)) = known {
-            return Some(key);
+            return Ok(key);
         }
-        let port = queue.attach(export.device.file().clone()).ok()?;
+        let port = queue.attach(export.device.file().clone())?;
         export.view.watch(self.waker.clone());
-        Some(self.served.insert(Served::new(export.clone(), port, queue.syscalls())))
+        Ok(self.served.insert(Served::new(export.clone(), port, queue.syscalls())))
     }
 
     fn take_news(&mut self, queue: &mut dyn Queue) {
