@@ -86,7 +86,11 @@ impl Server {
             let mut refused = refused.lock().unwrap_or_else(PoisonError::into_inner);
             refused.0 += 1;
             if refused.1.is_none_or(|at| at.elapsed() >= limits::REFUSED_LOG_TIME) {
-                tracing::warn!(refused = refused.0, "a client of an export was not served: {}", error.chain());
+                tracing::warn!(
+                    refused = refused.0,
+                    "a client of an export was not served: {}",
+                    error.chain()
+                );
                 *refused = (0, Some(Instant::now()));
             }
         });

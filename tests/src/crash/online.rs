@@ -254,10 +254,11 @@ impl Clients {
                 granted
             }
             // Only what nobody else has: that is another rule.
-            Err(_) if self.broken == Broken::NotFrozen
-                && request.access == Access::Write
-                && !shared
-                && self.view.passed().is_some_and(|passed| passed <= rest.start()) =>
+            Err(_)
+                if self.broken == Broken::NotFrozen
+                    && request.access == Access::Write
+                    && !shared
+                    && self.view.passed().is_some_and(|passed| passed <= rest.start()) =>
             {
                 (rest, self.before.clone())
             }

@@ -28,7 +28,8 @@ pub const CONNECTIONS_MAX: u32 = 192;
 /// Places in a worker's table of files that are left for transfers.
 const FILES_RESERVED: u32 = 32;
 
-const _: () = assert!(CONNECTIONS_MAX + FILES_RESERVED < FILES_MAX, "clients of one export have their places");
+const _: () =
+    assert!(CONNECTIONS_MAX + FILES_RESERVED < FILES_MAX, "clients of one export have their places");
 
 /// How long statistics wait for a busy worker.
 const STATS_WAIT: Duration = Duration::from_millis(500);

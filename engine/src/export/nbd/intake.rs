@@ -190,7 +190,7 @@ impl Server {
             self.connections[key].intake = Intake::Drain { asked, left };
             return Next::On;
         }
-        let Some((buf, class)) = self.take_buffer(key, left) else { return Next::Wait };
+        let Some((buf, class)) = self.take_buffer(key, left, Work::Write) else { return Next::Wait };
         let (block, total) = self.measure(key);
         let cut = Cut::writing(at, left, block, class.bytes().into(), total);
         let piece = self.insert(key, asked, Work::Write, (buf, class), cut);
@@ -283,7 +283,7 @@ impl Server {
             let (request, issued) = (one.request, one.issued);
             let (at, left) = (request.offset + issued, request.length - issued);
             let (block, total) = self.measure(key);
-            let Some((buf, class)) = self.take_buffer(key, left + at % block) else { return };
+            let Some((buf, class)) = self.take_buffer(key, left + at % block, Work::Read) else { return };
             let cut = Cut::reading(at, left, block, class.bytes().into(), total);
             let one_chunk = self.connections[key].style == Style::Simple || request.flags & flag::DF != 0;
             let in_order = issued == 0 && one_chunk && cut.asks.end < request.offset + request.length;
@@ -315,7 +315,7 @@ impl Server {
                 continue;
             }
             let want = if work == Work::Discard { 1 } else { left };
-            let Some(buffer) = self.take_buffer(key, want) else {
+            let Some(buffer) = self.take_buffer(key, want, work) else {
                 self.connections[key].long.push_front(asked);
                 return;
             };

@@ -69,6 +69,9 @@ impl Server {
         let connection = &mut self.connections[piece.connection];
         let asked = &mut self.asked[piece.asked];
         piece.step = Step::Send;
+        if let Some(unsent) = connection.unsent(piece.class) {
+            *unsent += 1;
+        }
         let (from, to) = (piece.place(piece.asks.start), piece.place(piece.asks.end));
         let head = data_head_bytes(connection.style);
         piece.out = from..to;
@@ -223,7 +226,11 @@ impl Server {
     fn next_part(&mut self, key: usize, queue: &mut dyn Queue) {
         let piece = &mut self.pieces[key];
         let asked = &self.asked[piece.asked];
-        let served = &self.served[self.connections[piece.connection].served];
+        let connection = &mut self.connections[piece.connection];
+        if let Some(unsent) = connection.unsent(piece.class) {
+            *unsent -= 1;
+        }
+        let served = &self.served[connection.served];
         let at = asked.request.offset + asked.streamed;
         let left = asked.request.length - asked.streamed;
         let total = served.export.view.total();

@@ -40,7 +40,7 @@ use crate::export::nbd::hub::{Admission, News, Shared};
 use crate::export::nbd::pool::{Class, Pool};
 use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
-use crate::export::nbd::slot::{Asked, Piece, Work};
+use crate::export::nbd::slot::{Asked, Piece, Step, Work};
 use crate::limits;
 use crate::pipeline::service::{Service, TOKEN_BIT};
 use crate::sys::buffer::Buf;
@@ -178,11 +178,15 @@ impl Server {
             spare: Some(spare),
             ready: VecDeque::with_capacity(64),
             sending: None,
+            sending_since: self.now,
             stream: None,
             stream_ready: false,
             own: Some(own),
             small: 0,
             large: 0,
+            unsent_small: 0,
+            unsent_large: 0,
+            own_long: false,
             open: 0,
             asked: 0,
             pieces: 0,
@@ -327,19 +331,34 @@ impl Server {
     }
 
     /// A buffer for a piece of `want` bytes: as large as makes sense and is free.
-    pub(super) fn take_buffer(&mut self, key: usize, want: u64) -> Option<(Buf, Class)> {
+    pub(super) fn take_buffer(&mut self, key: usize, want: u64, work: Work) -> Option<(Buf, Class)> {
         let connection = &mut self.connections[key];
+        let is_long = matches!(work, Work::Zero | Work::Discard);
+        let payload_waits = matches!(connection.intake, Intake::Payload { piece: None, .. });
+        // Who does not read gets no more to be read. It goes on when something was sent.
+        let is_full = connection.unsent_small >= Pool::share(Class::Small)
+            || connection.unsent_large >= Pool::share(Class::Large);
+        if work == Work::Read && is_full {
+            return None;
+        }
         let order = if want <= Class::Small.bytes().into() {
             [Class::Small, Class::Own, Class::Own]
         } else {
             [Class::Large, Class::Own, Class::Small]
         };
         for class in order {
+            // Zeros over a whole volume and a payload take turns.
+            if class == Class::Own && is_long && payload_waits && connection.own_long {
+                continue;
+            }
             let holds = match class {
                 Class::Small => &mut connection.small,
                 Class::Large => &mut connection.large,
                 Class::Own => match connection.own.take() {
-                    Some(buf) => return Some((buf, Class::Own)),
+                    Some(buf) => {
+                        connection.own_long = is_long;
+                        return Some((buf, Class::Own));
+                    }
                     None => continue,
                 },
             };
@@ -359,6 +378,11 @@ impl Server {
             self.served[connection.served].export.view.done(grant);
         }
         let buf = piece.buf.take().expect("a piece in flight is not released");
+        if piece.step == Step::Send
+            && let Some(unsent) = connection.unsent(piece.class)
+        {
+            *unsent -= 1;
+        }
         match piece.class {
             Class::Own => connection.own = Some(buf),
             Class::Small => {
@@ -391,6 +415,30 @@ impl Server {
         }
         if self.connections[key].is_gone() {
             self.disconnect(key, queue);
+        }
+    }
+
+    /// Disconnect clients that do not read while buffers are short. Returns when to look again.
+    fn end_stalled(&mut self, queue: &mut dyn Queue) -> Option<Instant> {
+        if !self.pool.is_short() {
+            return None;
+        }
+        let due = |connection: &Connection| {
+            let stalls = connection.sending.is_some() && connection.ending != Ending::Hard;
+            let holds = connection.unsent_small + connection.unsent_large > 0;
+            (stalls && holds).then(|| connection.sending_since + limits::SEND_STALLED)
+        };
+        loop {
+            let connections = self.connections.iter();
+            let (end, key) = connections.filter_map(|(key, one)| Some((due(one)?, key))).min()?;
+            if end > self.now {
+                return Some(end);
+            }
+            let export = self.connections[key].admission.export.id;
+            tracing::warn!(
+                "export {export}: a client that does not read is disconnected: others need the buffers"
+            );
+            self.hang_up(key, queue);
         }
     }
 
@@ -431,21 +479,22 @@ impl Service for Server {
         self.now = Instant::now();
         self.take_news(queue);
         self.retry_all(queue);
-        loop {
+        let next = loop {
             while let Some(key) = self.dirty.pop() {
                 self.look_after(key, queue);
             }
             // Flushes that are refused at once are answered now: nothing would begin another turn.
             self.flush_all(queue);
+            let next = self.end_stalled(queue);
             if self.dirty.is_empty() {
-                break;
+                break next;
             }
-        }
+        };
         if std::mem::take(&mut self.crypted) {
             // Once a batch: no frame keeps a round key while the worker sleeps.
             burn_stack();
         }
-        None
+        next
     }
 
     fn complete(&mut self, done: Done, queue: &mut dyn Queue) {
