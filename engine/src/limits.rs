@@ -93,6 +93,9 @@ pub const EXPORT_NAME_MAX: usize = 1024;
 pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
 /// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
 pub const EXPORT_ADDRESS_MAX: usize = 512;
+/// A client that has taken nothing of what it is sent for so long is disconnected when buffers run short: what waits to be sent to it
+/// keeps buffers from others.
+pub const SEND_STALLED: Duration = Duration::from_secs(60);
 /// How long an export that ends waits for clients to take what they have asked for; then they are dropped.
 pub const EXPORT_DRAIN: Duration = Duration::from_secs(15);
 

@@ -226,6 +226,33 @@ fn whoever_speaks_another_protocol_is_hung_up_on() {
 }
 
 #[test]
+fn whoever_speaks_another_protocol_in_the_midst_of_a_long_answer_is_hung_up_on() {
+    let rig = Rig::new(Setup { workers: 1, ..Setup::default() });
+    let mut random = Random::new(9);
+    // What ends the connection has to arrive together with a part of the answer: several at a time, and often.
+    for _ in 0..100 {
+        let wires: Vec<(Wire, usize)> =
+            (0..6).map(|_| (rig.client(Style::Simple), random.below(6 << 20))).collect();
+        std::thread::scope(|scope| {
+            for (mut wire, before) in wires {
+                scope.spawn(move || {
+                    wire.ask(Command::Read, 0, 0, 8 << 20);
+                    let mut bytes = vec![0; 1 << 18];
+                    let mut got = 0;
+                    while got < before {
+                        got += wire.socket.read(&mut bytes).expect("the answer's beginning");
+                    }
+                    wire.socket.write_all(&[0; 28]).expect("sent");
+                    while wire.socket.read(&mut bytes).is_ok_and(|count| count > 0) {}
+                });
+            }
+        });
+    }
+    assert!(wait_for_connections(&rig, 0), "connections stay");
+    assert_eq!(rig.client(Style::Simple).read(0, 10).len(), 10);
+}
+
+#[test]
 fn what_came_with_the_connection_is_served_first() {
     let rig = Rig::new(Setup::default());
     let (ours, theirs) = UnixStream::pair().expect("sockets");

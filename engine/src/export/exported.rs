@@ -46,40 +46,77 @@ pub struct Exported {
 /// The kernel reports a failed write-back once for each open file, to whoever flushes next. Two flushes side by side could share a
 /// failure such that one of them says that all is well, and so could a later one. Hence at most one is under way, whichever workers
 /// ask, and none is begun after one has failed.
+///
+/// Flushes are numbered in the order they begin: one that begins later than a request came covers it, whichever worker makes it. So
+/// a worker that never gets its turn is served by the others' flushes.
 #[derive(Default)]
 pub struct Durability {
     flushing: Mutex<Flushing>,
     lost: AtomicBool,
 }
 
+/// What became of asking for a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// It may begin; [`Durability::end`] follows.
+    Begun,
+    /// Another one is under way.
+    Busy,
+    /// There is none any more, see [`Durability::lose`].
+    Lost,
+}
+
 #[derive(Default)]
 struct Flushing {
     busy: bool,
+    /// Number of the latest that has begun.
+    begun: u64,
+    /// Number of the latest that has succeeded.
+    durable: u64,
     waiting: Vec<Arc<dyn Wake>>,
 }
 
 impl Durability {
-    /// May a flush begin? If not, `waker` is woken when to ask again.
+    /// May a flush begin? If there is another one, `waker` is woken when to ask again.
     #[must_use]
-    pub fn begin(&self, waker: &Arc<dyn Wake>) -> bool {
+    pub fn begin(&self, waker: &Arc<dyn Wake>) -> Begin {
         let mut flushing = lock(&self.flushing);
+        // Under the lock: the next flush after a failed one would succeed, and say of lost bytes that they are durable.
+        if self.is_lost() {
+            return Begin::Lost;
+        }
         if flushing.busy {
             if !flushing.waiting.iter().any(|other| Arc::ptr_eq(other, waker)) {
                 flushing.waiting.push(waker.clone());
             }
-            return false;
+            return Begin::Busy;
         }
         flushing.busy = true;
-        true
+        flushing.begun += 1;
+        Begin::Begun
+    }
+
+    /// For a request that wants a flush: every flush of a higher number begins after now.
+    #[must_use]
+    pub fn ticket(&self) -> u64 {
+        lock(&self.flushing).begun
+    }
+
+    /// Number of the latest flush that has succeeded: requests with a lower ticket need no other.
+    #[must_use]
+    pub fn durable(&self) -> u64 {
+        lock(&self.flushing).durable
     }
 
     /// The flush that was begun is over.
     pub fn end(&self, is_durable: bool) {
-        if !is_durable {
-            self.lose();
-        }
         let waiting = {
             let mut flushing = lock(&self.flushing);
+            if is_durable {
+                flushing.durable = flushing.begun;
+            } else {
+                self.lose();
+            }
             flushing.busy = false;
             std::mem::take(&mut flushing.waiting)
         };
@@ -239,5 +276,76 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.0.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    impl Bell {
+        fn new() -> (Arc<Self>, Arc<dyn Wake>) {
+            let bell = Arc::new(Self::default());
+            (bell.clone(), bell)
+        }
+    }
+
+    #[test]
+    fn no_flush_begins_after_one_that_failed() {
+        let durability = Durability::default();
+        let ((_, first), (bell, second)) = (Bell::new(), Bell::new());
+        assert_eq!(durability.begin(&first), Begin::Begun);
+        assert_eq!(durability.begin(&second), Begin::Busy);
+        durability.end(true);
+        assert_eq!(bell.0.load(Ordering::SeqCst), 1);
+        assert_eq!(durability.durable(), 1);
+        assert_eq!(durability.begin(&second), Begin::Begun);
+        assert_eq!(durability.begin(&first), Begin::Busy);
+        durability.end(false);
+        assert_eq!((durability.begin(&first), durability.begin(&second)), (Begin::Lost, Begin::Lost));
+    }
+
+    #[test]
+    fn a_flush_covers_what_came_before_it_began_and_nothing_else() {
+        let durability = Durability::default();
+        let (_, waker) = Bell::new();
+        let before = durability.ticket();
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        let beside = durability.ticket();
+        assert!(before >= durability.durable(), "it has only begun");
+        durability.end(true);
+        assert!(before < durability.durable() && beside >= durability.durable());
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        durability.end(false);
+        assert!(beside >= durability.durable(), "it failed");
+    }
+
+    #[test]
+    fn a_worker_that_asks_while_another_ones_flush_fails_is_never_let_through() {
+        for _ in 0..2000 {
+            let durability = Durability::default();
+            let (_, waker) = Bell::new();
+            assert_eq!(durability.begin(&waker), Begin::Begun);
+            std::thread::scope(|scope| {
+                scope.spawn(|| durability.end(false));
+                let (_, other) = Bell::new();
+                let mut answer = Begin::Busy;
+                while answer == Begin::Busy {
+                    answer = durability.begin(&other);
+                }
+                assert_eq!(answer, Begin::Lost);
+            });
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! The server is started with the first export: its buffers and its thread are not for daemons that only run jobs.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use proto::export::ExportId;
 
@@ -12,6 +13,7 @@ use crate::export::nbd::hub::Hub;
 use crate::export::nbd::listen::{Haggler, ListenerId, Listening};
 use crate::export::nbd::shelf::Shelf;
 use crate::export::socket::Offered;
+use crate::limits;
 use crate::pipeline::Pipeline;
 use crate::telemetry::record::StageRecord;
 
@@ -77,9 +79,19 @@ impl Server {
     fn start(pipeline: &Pipeline) -> Result<Self> {
         let hub = Arc::new(Hub::new(pipeline)?);
         let workers = hub.clone();
+        // How many since it was logged, and when that was: clients shall not fill the log.
+        let refused = Mutex::new((0_u32, None::<Instant>));
         let deliver = Box::new(move |negotiated| {
-            if let Err(error) = workers.hand_over(negotiated) {
-                tracing::warn!("a client of an export was not served: {}", error.chain());
+            let Err(error) = workers.hand_over(negotiated) else { return };
+            let mut refused = refused.lock().unwrap_or_else(PoisonError::into_inner);
+            refused.0 += 1;
+            if refused.1.is_none_or(|at| at.elapsed() >= limits::REFUSED_LOG_TIME) {
+                tracing::warn!(
+                    refused = refused.0,
+                    "a client of an export was not served: {}",
+                    error.chain()
+                );
+                *refused = (0, Some(Instant::now()));
             }
         });
         let haggler = Haggler::start(deliver, hub.places())?;

@@ -239,7 +239,7 @@ impl Clients {
             return;
         };
         let (part, segments) = match self.view.admit(request.access, rest) {
-            Some(grant) => {
+            Ok(grant) => {
                 let granted = (grant.extent, grant.segments.clone());
                 let early = match self.broken {
                     Broken::FrozenTooSoon => request.access == Access::Write,
@@ -254,14 +254,15 @@ impl Clients {
                 granted
             }
             // Only what nobody else has: that is another rule.
-            None if self.broken == Broken::NotFrozen
-                && request.access == Access::Write
-                && !shared
-                && self.view.passed().is_some_and(|passed| passed <= rest.start()) =>
+            Err(_)
+                if self.broken == Broken::NotFrozen
+                    && request.access == Access::Write
+                    && !shared
+                    && self.view.passed().is_some_and(|passed| passed <= rest.start()) =>
             {
                 (rest, self.before.clone())
             }
-            None => return,
+            Err(_) => return,
         };
         let access = request.access;
         request.rest = Extent::new(part.end(), rest.end());

@@ -14,12 +14,13 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::backend::Port;
 use crate::export::exported::Seat;
 use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
 use crate::export::nbd::hub::Admission;
-use crate::export::nbd::pool::WIRE_BYTES;
+use crate::export::nbd::pool::{Class, WIRE_BYTES};
 use crate::export::nbd::sealed::Sealed;
 use crate::format::nbd::reply::Style;
 use crate::format::nbd::request::{COMPACT_BYTES, EXTENDED_BYTES, Request};
@@ -124,6 +125,8 @@ pub struct Connection {
     pub ready: VecDeque<Ready>,
     /// What is in flight.
     pub sending: Option<Sending>,
+    /// Since when: the client has taken nothing since then.
+    pub sending_since: Instant,
     /// An in-order read has begun to be sent: nothing else is until its end.
     pub stream: Option<usize>,
     /// Its next part is ready.
@@ -135,6 +138,12 @@ pub struct Connection {
     pub small: usize,
     /// Large ones.
     pub large: usize,
+    /// Small ones with what waits to be sent, or is being sent.
+    pub unsent_small: usize,
+    /// Large ones.
+    pub unsent_large: usize,
+    /// Its own buffer served a long request last: a payload that waits is next.
+    pub own_long: bool,
     /// Requests that are not answered, also those whose reply waits in `ready`.
     pub open: u32,
     /// Requests that are known by a key.
@@ -157,6 +166,15 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// How many shared buffers of a class hold what is to be sent.
+    pub fn unsent(&mut self, class: Class) -> Option<&mut usize> {
+        match class {
+            Class::Small => Some(&mut self.unsent_small),
+            Class::Large => Some(&mut self.unsent_large),
+            Class::Own => None,
+        }
+    }
+
     /// Bytes of a request's header.
     #[must_use]
     pub fn header_bytes(&self) -> usize {

@@ -1,8 +1,8 @@
 //! Where connections come in from other threads: which worker serves them, and what the workers say of an export.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, unbounded};
@@ -19,11 +19,17 @@ use crate::export::nbd::served::{BLOCK_MAX, Served};
 use crate::export::nbd::server::Server;
 use crate::pipeline::Pipeline;
 use crate::sys::buffer::Arena;
+use crate::sys::ring::FILES_MAX;
 use crate::telemetry::record::StageRecord;
 
-/// Connections of one worker: with their exports and the files of transfers they fit its table of files, and with all their pieces
-/// its share of operations.
+/// Connections of one worker: with all their pieces they fit its share of operations.
 pub const CONNECTIONS_MAX: u32 = 192;
+
+/// Places in a worker's table of files that are left for transfers.
+const FILES_RESERVED: u32 = 32;
+
+const _: () =
+    assert!(CONNECTIONS_MAX + FILES_RESERVED < FILES_MAX, "clients of one export have their places");
 
 /// How long statistics wait for a busy worker.
 const STATS_WAIT: Duration = Duration::from_millis(500);
@@ -53,6 +59,23 @@ pub struct Shared {
     pub connections: AtomicU32,
     /// Exports have changed their course.
     pub look: AtomicBool,
+    /// The exports of these connections, each with the number of its own: each has its device in the worker's table of files.
+    exports: Mutex<Vec<(ExportId, u32)>>,
+}
+
+impl Shared {
+    fn exports(&self) -> MutexGuard<'_, Vec<(ExportId, u32)>> {
+        self.exports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Can one more connection, of this export, have its places?
+    fn has_room(&self, export: ExportId) -> bool {
+        let exports = self.exports();
+        let known = exports.iter().any(|(id, _)| *id == export);
+        let devices = u32::try_from(exports.len()).expect("fewer than connections") + u32::from(!known);
+        let connections = self.connections.load(Ordering::Relaxed) + 1;
+        connections <= CONNECTIONS_MAX && connections + devices + FILES_RESERVED <= FILES_MAX
+    }
 }
 
 /// A connection's place on a worker: counted from when it is handed over until nothing of it is left there.
@@ -65,12 +88,25 @@ pub struct Admission {
 impl Admission {
     fn new(export: Arc<Exported>, shared: Arc<Shared>) -> Self {
         shared.connections.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut exports = shared.exports();
+            match exports.iter_mut().find(|(id, _)| *id == export.id) {
+                Some((_, count)) => *count += 1,
+                None => exports.push((export.id, 1)),
+            }
+        }
         Self { export, shared }
     }
 }
 
 impl Drop for Admission {
     fn drop(&mut self) {
+        let mut exports = self.shared.exports();
+        let mine = exports.iter().position(|(id, _)| *id == self.export.id).expect("counted when it came");
+        exports[mine].1 -= 1;
+        if exports[mine].1 == 0 {
+            exports.swap_remove(mine);
+        }
         self.shared.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -115,10 +151,11 @@ impl Hub {
             return Err(Error::new(ErrorKind::Unsupported, what).at(export.device.name()));
         }
         let load = |end: &&End| end.shared.connections.load(Ordering::Relaxed);
-        let end = self.workers.iter().min_by_key(load).filter(|end| load(end) < CONNECTIONS_MAX);
-        let Some(end) = end else {
-            let most = self.places();
-            return Err(Error::new(ErrorKind::Limit, format!("{most} clients are connected already")));
+        let has_room = |end: &&End| end.shared.has_room(export.id);
+        let Some(end) = self.workers.iter().filter(has_room).min_by_key(load) else {
+            let clients: u32 = self.workers.iter().map(|end| load(&end)).sum();
+            let what = format!("{clients} clients are connected already, as many as can be served");
+            return Err(Error::new(ErrorKind::Limit, what));
         };
         let admission = Admission::new(export.clone(), end.shared.clone());
         // Counted first: whoever ends the export and then sees no connection will never see one.
@@ -132,7 +169,7 @@ impl Hub {
         Ok(())
     }
 
-    /// Connections that can be served at one time.
+    /// Connections that can be served at one time, if they are of few exports.
     #[must_use]
     pub fn places(&self) -> u32 {
         CONNECTIONS_MAX * u32::try_from(self.workers.len()).expect("few workers")
@@ -176,4 +213,28 @@ fn prepare(negotiated: &Negotiated) {
     let _ = sockopt::set_tcp_nodelay(socket, true);
     let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BYTES);
     let _ = sockopt::set_socket_recv_buffer_size(socket, SOCKET_BYTES);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_and_the_devices_of_their_exports_leave_places_for_transfers() {
+        let of_one = Shared::default();
+        of_one.exports().push((1, CONNECTIONS_MAX - 1));
+        of_one.connections.store(CONNECTIONS_MAX - 1, Ordering::Relaxed);
+        assert!(of_one.has_room(1) && of_one.has_room(2));
+        of_one.connections.store(CONNECTIONS_MAX, Ordering::Relaxed);
+        assert!(!of_one.has_room(1));
+        // Each of another export.
+        let of_many = Shared::default();
+        let mut id = 0;
+        while of_many.has_room(id) {
+            of_many.exports().push((id, 1));
+            of_many.connections.fetch_add(1, Ordering::Relaxed);
+            id += 1;
+        }
+        assert_eq!(of_many.connections.load(Ordering::Relaxed) * 2 + FILES_RESERVED, FILES_MAX);
+    }
 }

@@ -18,8 +18,9 @@ use crate::sys::buffer::Buf;
 /// Pieces of long requests that one connection has in flight: they may take hours and shall not crowd out others.
 const LONG_PIECES: u32 = 2;
 
-/// Largest extent that is discarded at once: others wait for it.
-const DISCARD_MAX: u64 = 64 << 20;
+/// Largest extent that is discarded at once. Whoever writes there waits for it; and it waits for them: the larger it is, the more can
+/// overtake it.
+const DISCARD_MAX: u64 = 4 << 20;
 
 /// From so many missing bytes on, a payload is received where it is needed and not copied.
 const DIRECT_MIN: u32 = 16 << 10;
@@ -128,11 +129,13 @@ impl Server {
             connection.ending = connection.ending.max(Ending::Polite);
             return;
         }
+        let failure = check(&request, connection.style, connection.allocation, export).err();
         if let Some((count, bytes)) = export.counters.commands.get(usize::from(request.command.number())) {
             count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            bytes.fetch_add(request.length, std::sync::atomic::Ordering::Relaxed);
+            // Of what is refused the length says nothing.
+            let asked = if failure.is_none() { request.length } else { 0 };
+            bytes.fetch_add(asked, std::sync::atomic::Ordering::Relaxed);
         }
-        let failure = check(&request, connection.style, connection.allocation, export).err();
         connection.open += 1;
         if failure.is_none() && request.command == Command::BlockStatus {
             connection.ready.push_back(Ready::Status(request));
@@ -187,7 +190,7 @@ impl Server {
             self.connections[key].intake = Intake::Drain { asked, left };
             return Next::On;
         }
-        let Some((buf, class)) = self.take_buffer(key, left) else { return Next::Wait };
+        let Some((buf, class)) = self.take_buffer(key, left, Work::Write) else { return Next::Wait };
         let (block, total) = self.measure(key);
         let cut = Cut::writing(at, left, block, class.bytes().into(), total);
         let piece = self.insert(key, asked, Work::Write, (buf, class), cut);
@@ -280,7 +283,7 @@ impl Server {
             let (request, issued) = (one.request, one.issued);
             let (at, left) = (request.offset + issued, request.length - issued);
             let (block, total) = self.measure(key);
-            let Some((buf, class)) = self.take_buffer(key, left + at % block) else { return };
+            let Some((buf, class)) = self.take_buffer(key, left + at % block, Work::Read) else { return };
             let cut = Cut::reading(at, left, block, class.bytes().into(), total);
             let one_chunk = self.connections[key].style == Style::Simple || request.flags & flag::DF != 0;
             let in_order = issued == 0 && one_chunk && cut.asks.end < request.offset + request.length;
@@ -312,7 +315,7 @@ impl Server {
                 continue;
             }
             let want = if work == Work::Discard { 1 } else { left };
-            let Some(buffer) = self.take_buffer(key, want) else {
+            let Some(buffer) = self.take_buffer(key, want, work) else {
                 self.connections[key].long.push_front(asked);
                 return;
             };

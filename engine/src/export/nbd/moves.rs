@@ -13,7 +13,7 @@ use crate::export::nbd::connection::Ending;
 use crate::export::nbd::server::{Server, Whose, push};
 use crate::export::nbd::slot::{Step, Work};
 use crate::format::nbd::errors;
-use crate::pipeline::view::Access;
+use crate::pipeline::view::{Access, Refusal};
 use crate::units::Extent;
 use proto::Stage;
 use std::time::Instant;
@@ -66,15 +66,18 @@ impl Server {
             Some(grant) => grant,
             None => {
                 let access = if piece.work == Work::Read { Access::Read } else { Access::Write };
-                let Some(grant) = served.export.view.admit(access, extent) else {
-                    if served.export.view.refuses(access, extent) {
+                let grant = match served.export.view.admit(access, extent) {
+                    Ok(grant) => grant,
+                    Err(Refusal::Wait) => {
+                        piece.step = Step::Grant;
+                        served.waiting.push_back(key);
+                        return;
+                    }
+                    Err(Refusal::Lost) => {
                         let at = Some(start.max(piece.asks.start));
                         self.fail_piece(key, Failure { at, ..UNRECOVERED }, queue);
                         return;
                     }
-                    piece.step = Step::Grant;
-                    served.waiting.push_back(key);
-                    return;
                 };
                 let waited = self.now.saturating_duration_since(piece.since);
                 served.record.record(&served.counters, Stage::Queue, waited, extent.len());
@@ -96,10 +99,11 @@ impl Server {
                 piece.overlay();
                 let bytes = span.start as usize..span.end as usize;
                 let mut buf = piece.buf.take().expect("not lent");
+                let begun = Instant::now();
                 segment.encrypt(start, &mut buf[bytes]);
                 self.crypted = true;
                 piece.since = Instant::now();
-                let spent = piece.since.saturating_duration_since(self.now);
+                let spent = piece.since.saturating_duration_since(begun);
                 served.record.record(&served.counters, Stage::Crypt, spent, piece.until - start);
                 What::Write { position, buf, span }
             }
@@ -127,7 +131,9 @@ impl Server {
         let (start, until) = (piece.position, piece.until);
         let stage = if piece.step == Step::Write { Stage::Write } else { Stage::Read };
         let spent = self.now.saturating_duration_since(piece.since);
-        served.record.record(&served.counters, stage, spent, until - start);
+        // What is discarded is not moved.
+        let bytes = if piece.work == Work::Discard { 0 } else { until - start };
+        served.record.record(&served.counters, stage, spent, bytes);
         // A client that has gone: a write that has reached the device has, the rest is not begun.
         let gone = connection.ending == Ending::Hard;
         let failure = match done.result {
@@ -136,8 +142,13 @@ impl Server {
                 Some(Failure { errno: errors::EIO, text: "the device has ended early", at: Some(at) })
             }
             Ok(_) => None,
-            // Discarding is a hint.
-            Err(_) if piece.work == Work::Discard => None,
+            // Discarding is a hint, and not every device can: then the bytes stay. A device that fails is another thing.
+            Err(error)
+                if piece.work == Work::Discard
+                    && matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL)) =>
+            {
+                None
+            }
             Err(error) => {
                 let at = start.max(piece.asks.start);
                 Some(Failure { errno: errno_of(&error), text: text_of(&error), at: Some(at) })
@@ -158,6 +169,7 @@ impl Server {
             let segment = grant.segments.at(start);
             let span = piece.span();
             let bytes = span.start as usize..span.end as usize;
+            let begun = Instant::now();
             segment.decrypt(start, &mut piece.buf.as_mut().expect("just came back")[bytes.clone()]);
             self.crypted = true;
             if piece.step == Step::Edge {
@@ -169,12 +181,12 @@ impl Server {
                 piece.in_flight = true;
                 piece.grant = Some(grant);
                 piece.since = Instant::now();
-                let spent = piece.since.saturating_duration_since(self.now);
+                let spent = piece.since.saturating_duration_since(begun);
                 served.record.record(&served.counters, Stage::Crypt, spent, until - start);
                 push(queue, Whose::Piece, key, served.port, What::Write { position, buf, span });
                 return;
             }
-            let spent = self.now.elapsed();
+            let spent = begun.elapsed();
             served.record.record(&served.counters, Stage::Crypt, spent, until - start);
         }
         piece.position = until;

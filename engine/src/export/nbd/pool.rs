@@ -12,6 +12,10 @@
 //!
 //! No client takes all: a connection gets a shared buffer only while as many are free as it holds. One alone gets half of them, two a
 //! third each, and those who come later always find some; and with its own buffer each gets on, whatever the others hold.
+//!
+//! What waits to be sent holds its buffer as long as the client does not read: a connection with [`Pool::share`] of them is not read
+//! for until some are sent. That bounds what stalled clients take little by little; what they hold already is theirs until they
+//! are disconnected, see [`crate::limits::SEND_STALLED`].
 
 use crate::error::Result;
 use crate::sys::buffer::{Arena, Buf};
@@ -86,6 +90,22 @@ impl Pool {
         if holds < free.len() { free.pop() } else { None }
     }
 
+    /// Shared buffers of a class that one connection may fill with what its client does not take: a sixteenth.
+    #[must_use]
+    pub fn share(class: Class) -> usize {
+        match class {
+            Class::Small => SMALL_COUNT as usize / 16,
+            Class::Large => LARGE_COUNT as usize / 16,
+            Class::Own => 1,
+        }
+    }
+
+    /// No more than one connection's share is free: others are held up.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.small.len() <= Self::share(Class::Small) || self.large.len() <= Self::share(Class::Large)
+    }
+
     /// A shared buffer is free again.
     pub fn give_back(&mut self, class: Class, buf: Buf) {
         match class {
@@ -131,5 +151,13 @@ mod tests {
         assert_eq!(second.len(), LARGE_COUNT as usize / 4);
         assert!(pool.take(Class::Large, 0).is_some(), "a third finds some");
         assert!(pool.take(Class::Small, 0).is_some(), "classes are apart");
+        assert!(!pool.is_short(), "two are not too many");
+        let mut others = Vec::new();
+        while !pool.is_short() {
+            others.push(pool.take(Class::Large, 0).expect("one is free"));
+        }
+        assert_eq!(pool.large.len(), Pool::share(Class::Large));
+        pool.give_back(Class::Large, others.pop().expect("some were taken"));
+        assert!(!pool.is_short());
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::backend::device::Region;
 use crate::backend::{Done, Queue, What};
+use crate::export::exported::Begin;
 use crate::export::nbd::answer::{Failure, Note, data_head_bytes, put_data_head, put_status};
 use crate::export::nbd::connection::{Ending, GATHER_MAX, Ready, Sending};
 use crate::export::nbd::moves::LOST;
@@ -21,6 +22,8 @@ use std::sync::atomic::Ordering;
 
 /// Extents in one reply to BLOCK_STATUS.
 const STATUS_MAX: usize = 64;
+/// How often one reply asks the device where its holes are: each time is a system call, and all others of the worker wait meanwhile.
+const LOOKS_MAX: usize = 16;
 /// Bytes of the longest such reply.
 const STATUS_BYTES: u32 = 32 + 8 + 16 * 64;
 
@@ -66,6 +69,9 @@ impl Server {
         let connection = &mut self.connections[piece.connection];
         let asked = &mut self.asked[piece.asked];
         piece.step = Step::Send;
+        if let Some(unsent) = connection.unsent(piece.class) {
+            *unsent += 1;
+        }
         let (from, to) = (piece.place(piece.asks.start), piece.place(piece.asks.end));
         let head = data_head_bytes(connection.style);
         piece.out = from..to;
@@ -220,7 +226,11 @@ impl Server {
     fn next_part(&mut self, key: usize, queue: &mut dyn Queue) {
         let piece = &mut self.pieces[key];
         let asked = &self.asked[piece.asked];
-        let served = &self.served[self.connections[piece.connection].served];
+        let connection = &mut self.connections[piece.connection];
+        if let Some(unsent) = connection.unsent(piece.class) {
+            *unsent -= 1;
+        }
+        let served = &self.served[connection.served];
         let at = asked.request.offset + asked.streamed;
         let left = asked.request.length - asked.streamed;
         let total = served.export.view.total();
@@ -244,19 +254,21 @@ impl Server {
         // Where extents lie just now; while they are on the move, all is data.
         let grant = Extent::new(request.offset, end)
             .filter(|_| export.discard)
-            .and_then(|extent| export.view.admit(Access::Read, extent));
+            .and_then(|extent| export.view.admit(Access::Read, extent).ok());
         let mut count = 0;
         let mut at = request.offset;
         // Structured replies tell lengths in 32 bits.
         let longest =
             if connection.style == Style::Extended { u64::MAX } else { u64::from(u32::MAX) & !(block - 1) };
-        while at < end && count < most {
+        let mut looks = 0;
+        while at < end && count < most && looks < LOOKS_MAX {
             let (mut until, mut flags) = (end, 0);
             if let Some(grant) = &grant
                 && at < grant.extent.end()
             {
                 let segment_end = grant.segments.until(at).min(grant.extent.end());
                 let place = grant.segments.place(at);
+                looks += 1;
                 match export.device.region_at(place) {
                     Some(Region::Hole { until: hole_end }) => {
                         let hole_end = at + (hole_end - place);
@@ -300,7 +312,8 @@ impl Server {
     /// A request waits for a flush that begins after now.
     pub(super) fn want_flush(&mut self, asked: usize) {
         let served = self.connections[self.asked[asked].connection].served;
-        self.served[served].flush_next.push(asked);
+        let served = &mut self.served[served];
+        served.flush_next.push((served.export.durability.ticket(), asked));
     }
 
     /// Begin the flushes that are wanted.
@@ -312,16 +325,30 @@ impl Server {
             if served.flushing || served.flush_next.is_empty() {
                 continue;
             }
-            if served.export.durability.is_lost() {
-                std::mem::swap(&mut served.flush_next, &mut served.flush_running);
-                self.answer_flush(key, Some(LOST));
+            // Those that another worker's flush has covered meanwhile.
+            let durable = served.export.durability.durable();
+            let covered = served.flush_next.extract_if(.., |(ticket, _)| *ticket < durable);
+            served.flush_running.extend(covered.map(|(_, one)| one));
+            if !served.flush_running.is_empty() {
+                let failure = served.export.durability.is_lost().then_some(LOST);
+                self.answer_flush(key, failure);
+            }
+            let served = &mut self.served[key];
+            if served.flush_next.is_empty() {
                 continue;
             }
-            if served.export.durability.begin(&self.waker) {
-                std::mem::swap(&mut served.flush_next, &mut served.flush_running);
-                served.flushing = true;
-                served.flush_since = self.now;
-                push(queue, Whose::Flush, key, served.port, What::Flush);
+            match served.export.durability.begin(&self.waker) {
+                Begin::Begun => {
+                    served.flush_running.extend(served.flush_next.drain(..).map(|(_, one)| one));
+                    served.flushing = true;
+                    served.flush_since = self.now;
+                    push(queue, Whose::Flush, key, served.port, What::Flush);
+                }
+                Begin::Busy => {}
+                Begin::Lost => {
+                    served.flush_running.extend(served.flush_next.drain(..).map(|(_, one)| one));
+                    self.answer_flush(key, Some(LOST));
+                }
             }
         }
     }
@@ -341,6 +368,8 @@ impl Server {
         });
         // 1. Nobody is told of a flush that a failed one may have gone before: the failure is known to all workers first.
         served.export.durability.end(failure.is_none());
+        // Somebody else who flushes the same open file may have been told meanwhile of a failure that this one then was not.
+        let failure = failure.or(served.export.durability.is_lost().then_some(LOST));
         // 2. Then those who wait are answered.
         self.answer_flush(key, failure);
     }

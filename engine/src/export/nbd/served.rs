@@ -25,8 +25,8 @@ pub struct Served {
     pub connections: u32,
     /// Pieces that may not touch their extent yet, as they came.
     pub waiting: VecDeque<usize>,
-    /// Requests that wait for a flush that has not begun.
-    pub flush_next: Vec<usize>,
+    /// Requests that wait for a flush that has not begun, with their tickets: see `Durability::ticket`.
+    pub flush_next: Vec<(u64, usize)>,
     /// Requests that the flush under way will serve.
     pub flush_running: Vec<usize>,
     /// One is under way here.

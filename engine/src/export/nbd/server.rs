@@ -32,6 +32,7 @@ use slab::Slab;
 
 use crate::backend::{Done, Op, Port, Queue, Wake, What};
 use crate::crypto::burn_stack;
+use crate::error::{Error, Result};
 use crate::export::exported::{Course, Exported};
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::connection::{Connection, Ending, Intake};
@@ -39,7 +40,8 @@ use crate::export::nbd::hub::{Admission, News, Shared};
 use crate::export::nbd::pool::{Class, Pool};
 use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
-use crate::export::nbd::slot::{Asked, Piece, Work};
+use crate::export::nbd::slot::{Asked, Piece, Step, Work};
+use crate::limits;
 use crate::pipeline::service::{Service, TOKEN_BIT};
 use crate::sys::buffer::Buf;
 
@@ -74,6 +76,9 @@ pub struct Server {
     pub(super) waker: Arc<dyn Wake>,
     shared: Arc<Shared>,
     leaving: bool,
+    /// Clients that were turned away since that was logged.
+    refused: u32,
+    refused_logged: Option<Instant>,
     /// Something was crypted since the stack was last burnt.
     pub(super) crypted: bool,
     /// When the present turn, or completion, began.
@@ -102,6 +107,8 @@ impl Server {
             waker,
             shared,
             leaving: false,
+            refused: 0,
+            refused_logged: None,
             crypted: false,
             now: Instant::now(),
         }
@@ -120,24 +127,36 @@ impl Server {
         let Negotiated { socket, export, seat, style, allocation, early, tls } = negotiated;
         // What fails here is for want of memory or places: the client sees a closed connection.
         let socket = Arc::new(socket);
-        let Ok(port) = queue.attach(socket.clone()) else { return };
-        let Ok([received, gather, spare, own]) = self.pool.take_wires() else {
-            queue.detach(port);
-            return;
+        let port = match queue.attach(socket.clone()) {
+            Ok(port) => port,
+            Err(error) => return self.turned_away(&error),
+        };
+        let [received, gather, spare, own] = match self.pool.take_wires() {
+            Ok(wires) => wires,
+            Err(error) => {
+                queue.detach(port);
+                return self.turned_away(&error);
+            }
         };
         let sealed = match tls.map(|tls| self.pool.take_wires().map(|[staging]| Sealed::new(tls, staging))) {
             None => None,
             Some(Ok(sealed)) => Some(Box::new(sealed)),
-            Some(Err(_)) => {
+            Some(Err(error)) => {
                 queue.detach(port);
                 self.pool.give_back_wires([received, gather, spare, own]);
-                return;
+                return self.turned_away(&error);
             }
         };
-        let Some(served) = self.serve(&export, queue) else {
-            queue.detach(port);
-            self.pool.give_back_wires([received, gather, spare, own]);
-            return;
+        let served = match self.serve(&export, queue) {
+            Ok(served) => served,
+            Err(error) => {
+                queue.detach(port);
+                self.pool.give_back_wires([received, gather, spare, own]);
+                if let Some(sealed) = sealed {
+                    self.pool.give_back_wires([sealed.close(&socket)]);
+                }
+                return self.turned_away(&error);
+            }
         };
         self.served[served].connections += 1;
         let key = self.connections.insert(Connection {
@@ -159,11 +178,15 @@ impl Server {
             spare: Some(spare),
             ready: VecDeque::with_capacity(64),
             sending: None,
+            sending_since: self.now,
             stream: None,
             stream_ready: false,
             own: Some(own),
             small: 0,
             large: 0,
+            unsent_small: 0,
+            unsent_large: 0,
+            own_long: false,
             open: 0,
             asked: 0,
             pieces: 0,
@@ -178,15 +201,27 @@ impl Server {
         self.mark(key);
     }
 
+    /// A client that could not be served. Logged by number, or clients could fill the log.
+    fn turned_away(&mut self, error: &Error) {
+        self.refused += 1;
+        let lately = |at| self.now.saturating_duration_since(at) < limits::REFUSED_LOG_TIME;
+        if !self.refused_logged.is_some_and(lately) {
+            let refused = self.refused;
+            tracing::warn!(refused, "a client of an export could not be served: {}", error.chain());
+            self.refused_logged = Some(self.now);
+            self.refused = 0;
+        }
+    }
+
     /// The export, with its device on the queue.
-    fn serve(&mut self, export: &Arc<Exported>, queue: &mut dyn Queue) -> Option<usize> {
+    fn serve(&mut self, export: &Arc<Exported>, queue: &mut dyn Queue) -> Result<usize> {
         let known = self.served.iter().find(|(_, served)| Arc::ptr_eq(&served.export, export));
         if let Some((key, _)) = known {
-            return Some(key);
+            return Ok(key);
         }
-        let port = queue.attach(export.device.file().clone()).ok()?;
+        let port = queue.attach(export.device.file().clone())?;
         export.view.watch(self.waker.clone());
-        Some(self.served.insert(Served::new(export.clone(), port, queue.syscalls())))
+        Ok(self.served.insert(Served::new(export.clone(), port, queue.syscalls())))
     }
 
     fn take_news(&mut self, queue: &mut dyn Queue) {
@@ -246,6 +281,9 @@ impl Server {
         connection.unissued.clear();
         connection.long.clear();
         connection.gathered = 0;
+        // Its piece is forgotten below, or comes back to `sent`.
+        connection.stream = None;
+        connection.stream_ready = false;
         if connection.receiving || connection.sending.is_some() {
             // A client that neither reads nor writes would keep them for ever.
             queue.cancel(connection.port);
@@ -255,7 +293,7 @@ impl Server {
         let pieces = &self.pieces;
         self.served[served].waiting.retain(|&piece| !mine(&pieces[piece]));
         let asked = &self.asked;
-        self.served[served].flush_next.retain(|&one| asked[one].connection != key);
+        self.served[served].flush_next.retain(|&(_, one)| asked[one].connection != key);
         let idle = |piece: &Piece| mine(piece) && !piece.in_flight;
         while let Some((piece, _)) = self.pieces.iter().find(|(_, piece)| idle(piece)) {
             self.forget(piece);
@@ -293,19 +331,34 @@ impl Server {
     }
 
     /// A buffer for a piece of `want` bytes: as large as makes sense and is free.
-    pub(super) fn take_buffer(&mut self, key: usize, want: u64) -> Option<(Buf, Class)> {
+    pub(super) fn take_buffer(&mut self, key: usize, want: u64, work: Work) -> Option<(Buf, Class)> {
         let connection = &mut self.connections[key];
+        let is_long = matches!(work, Work::Zero | Work::Discard);
+        let payload_waits = matches!(connection.intake, Intake::Payload { piece: None, .. });
+        // Who does not read gets no more to be read. It goes on when something was sent.
+        let is_full = connection.unsent_small >= Pool::share(Class::Small)
+            || connection.unsent_large >= Pool::share(Class::Large);
+        if work == Work::Read && is_full {
+            return None;
+        }
         let order = if want <= Class::Small.bytes().into() {
             [Class::Small, Class::Own, Class::Own]
         } else {
             [Class::Large, Class::Own, Class::Small]
         };
         for class in order {
+            // Zeros over a whole volume and a payload take turns.
+            if class == Class::Own && is_long && payload_waits && connection.own_long {
+                continue;
+            }
             let holds = match class {
                 Class::Small => &mut connection.small,
                 Class::Large => &mut connection.large,
                 Class::Own => match connection.own.take() {
-                    Some(buf) => return Some((buf, Class::Own)),
+                    Some(buf) => {
+                        connection.own_long = is_long;
+                        return Some((buf, Class::Own));
+                    }
                     None => continue,
                 },
             };
@@ -325,6 +378,11 @@ impl Server {
             self.served[connection.served].export.view.done(grant);
         }
         let buf = piece.buf.take().expect("a piece in flight is not released");
+        if piece.step == Step::Send
+            && let Some(unsent) = connection.unsent(piece.class)
+        {
+            *unsent -= 1;
+        }
         match piece.class {
             Class::Own => connection.own = Some(buf),
             Class::Small => {
@@ -350,10 +408,37 @@ impl Server {
             self.issue_reads(key, queue);
             self.issue_long(key, queue);
             self.take_in(key, queue);
+        }
+        // What was taken in may have been the end of it, and then nothing of it is left that could be sent.
+        if self.connections[key].ending != Ending::Hard {
             self.send(key, queue);
         }
         if self.connections[key].is_gone() {
             self.disconnect(key, queue);
+        }
+    }
+
+    /// Disconnect clients that do not read while buffers are short. Returns when to look again.
+    fn end_stalled(&mut self, queue: &mut dyn Queue) -> Option<Instant> {
+        if !self.pool.is_short() {
+            return None;
+        }
+        let due = |connection: &Connection| {
+            let stalls = connection.sending.is_some() && connection.ending != Ending::Hard;
+            let holds = connection.unsent_small + connection.unsent_large > 0;
+            (stalls && holds).then(|| connection.sending_since + limits::SEND_STALLED)
+        };
+        loop {
+            let connections = self.connections.iter();
+            let (end, key) = connections.filter_map(|(key, one)| Some((due(one)?, key))).min()?;
+            if end > self.now {
+                return Some(end);
+            }
+            let export = self.connections[key].admission.export.id;
+            tracing::warn!(
+                "export {export}: a client that does not read is disconnected: others need the buffers"
+            );
+            self.hang_up(key, queue);
         }
     }
 
@@ -394,21 +479,22 @@ impl Service for Server {
         self.now = Instant::now();
         self.take_news(queue);
         self.retry_all(queue);
-        loop {
+        let next = loop {
             while let Some(key) = self.dirty.pop() {
                 self.look_after(key, queue);
             }
             // Flushes that are refused at once are answered now: nothing would begin another turn.
             self.flush_all(queue);
+            let next = self.end_stalled(queue);
             if self.dirty.is_empty() {
-                break;
+                break next;
             }
-        }
+        };
         if std::mem::take(&mut self.crypted) {
             // Once a batch: no frame keeps a round key while the worker sleeps.
             burn_stack();
         }
-        None
+        next
     }
 
     fn complete(&mut self, done: Done, queue: &mut dyn Queue) {

@@ -74,6 +74,16 @@ pub struct Grant {
     key: usize,
 }
 
+/// Why an extent is not granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Not now: the caller's worker is woken when to ask again.
+    Wait,
+    /// A step of a re-encryption over its beginning has failed, and it is not known what of it is old and what is new: an I/O error, until the
+    /// re-encryption is resumed, which recovers it. Nobody is woken then.
+    Lost,
+}
+
 /// Which way a re-encryption goes through the volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -179,40 +189,34 @@ impl View {
     }
 
     /// Ask for an extent, any bytes of the volume; what is granted is whole data units, see [`Grant`]. Who must read and write in larger
-    /// pieces than data units (a device's blocks) asks for these, or two writes would share one. `None`: not now, and the caller's worker is
-    /// woken when to ask again; or never, see [`View::refuses`].
+    /// pieces than data units (a device's blocks) asks for these, or two writes would share one.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
     ///
     /// # Panics
     /// If the extent ends beyond the volume.
-    #[must_use]
-    pub fn admit(&self, access: Access, extent: Extent) -> Option<Grant> {
+    pub fn admit(&self, access: Access, extent: Extent) -> Result<Grant, Refusal> {
         assert!(extent.end() <= self.total, "a request is inside its volume");
         let mut inner = self.inner();
         let (until, segments) = match inner.ruling(self.total, access, extent.start()) {
             Ruling::Open(until, segments) => (until, segments),
             Ruling::Barred => {
                 inner.barred = true;
-                return None;
+                return Err(Refusal::Wait);
             }
-            Ruling::Lost => return None,
+            Ruling::Lost => return Err(Refusal::Lost),
         };
         let extent = segments.widen(extent, until).expect("boundaries lie between data units");
         if access == Access::Write
             && inner.held.iter().any(|(_, held)| held.access == Access::Write && held.overlaps(extent))
         {
             inner.waiting = true;
-            return None;
+            return Err(Refusal::Wait);
         }
         inner.admitted += 1;
         let key = inner.held.insert(Held { extent, access });
-        Some(Grant { extent, segments, key })
-    }
-
-    /// Will the beginning of this extent not be admitted, however long one waits? A step of a re-encryption over it has failed, and it is not
-    /// known what of it is old and what is new: an I/O error, until the re-encryption is resumed, which recovers it.
-    #[must_use]
-    pub fn refuses(&self, access: Access, extent: Extent) -> bool {
-        matches!(self.inner().ruling(self.total, access, extent.start()), Ruling::Lost)
+        Ok(Grant { extent, segments, key })
     }
 
     /// Give an extent back.

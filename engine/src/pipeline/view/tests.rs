@@ -38,10 +38,17 @@ fn begun(way: Way) -> (Arc<View>, Arc<AtomicUsize>) {
 
 /// What is granted: the extent, and whether it is new.
 fn ask(view: &View, access: Access, start: u64, end: u64) -> Option<(u64, u64, bool)> {
-    let grant = view.admit(access, extent(start, end))?;
+    let grant = view.admit(access, extent(start, end)).ok()?;
     let answer = (grant.extent.start(), grant.extent.end(), grant.segments.place(0) > 0);
     view.done(grant);
     Some(answer)
+}
+
+fn is_lost(view: &View, access: Access, extent: Extent) -> bool {
+    let answer = view.admit(access, extent);
+    let is_lost = matches!(answer, Err(Refusal::Lost));
+    answer.into_iter().for_each(|grant| view.done(grant));
+    is_lost
 }
 
 fn nobody() -> rotation::Quiet {
@@ -53,7 +60,7 @@ fn writes_of_one_data_unit_go_one_by_one_and_reads_beside_them() {
     let view = View::new(old(), TOTAL);
     let first = view.admit(Access::Write, extent(100, 600)).expect("free");
     assert_eq!((first.extent.start(), first.extent.end()), (0, 1024), "whole data units");
-    assert!(view.admit(Access::Write, extent(1000, 1001)).is_none());
+    assert!(view.admit(Access::Write, extent(1000, 1001)).is_err());
     assert_eq!(ask(&view, Access::Read, 0, 2048), Some((0, 2048, false)));
     assert_eq!(ask(&view, Access::Write, 1024, 2048), Some((1024, 2048, false)));
     view.done(first);
@@ -77,7 +84,7 @@ fn each_zone_has_its_rules_whichever_way_it_goes() {
         let (from, to) = zone(16384, 32768);
         assert_eq!(ask(&view, Access::Read, from, to), None, "{way:?} excluded");
         assert_eq!(ask(&view, Access::Write, from, to), None);
-        assert!(!view.refuses(Access::Read, extent(from, to)));
+        assert!(!is_lost(&view, Access::Read, extent(from, to)));
         view.renew();
         assert_eq!(ask(&view, Access::Read, from, to), Some((from, to, true)), "{way:?} renewed");
         assert_eq!(ask(&view, Access::Write, from, to), None);
@@ -169,7 +176,7 @@ fn who_was_refused_is_woken_when_it_may_ask_again() {
     assert_eq!(rung(), 1);
     assert_eq!(ask(&view, Access::Write, 16384, 20480), Some((16384, 20480, false)));
     let held = view.admit(Access::Write, extent(0, 512)).expect("free");
-    assert!(view.admit(Access::Write, extent(0, 512)).is_none());
+    assert!(view.admit(Access::Write, extent(0, 512)).is_err());
     view.done(held);
     assert_eq!(rung(), 1);
 }
@@ -180,9 +187,9 @@ fn what_failed_is_refused_until_it_is_recovered() {
     assert!(view.freeze(32768) && view.exclude(16384));
     view.stop(Some(16384));
     for access in [Access::Read, Access::Write] {
-        assert!(view.refuses(access, extent(0, 512)));
+        assert!(is_lost(&view, access, extent(0, 512)));
         assert_eq!(ask(&view, access, 0, 512), None);
-        assert!(!view.refuses(access, extent(16384, 16896)));
+        assert!(!is_lost(&view, access, extent(16384, 16896)));
         assert_eq!(ask(&view, access, 16384, 20480), Some((16384, 20480, false)), "only frozen: thawed");
     }
     // Recovered, or found untouched; nowhere else.
@@ -257,7 +264,7 @@ fn nobody_is_where_he_may_not_be_however_threads_meet() {
             let start = next(TOTAL / 512);
             let end = (start + 1 + next(16)).min(TOTAL / 512);
             let access = if next(2) == 0 { Access::Read } else { Access::Write };
-            let Some(grant) = view.admit(access, extent(start * 512, end * 512)) else {
+            let Ok(grant) = view.admit(access, extent(start * 512, end * 512)) else {
                 std::thread::yield_now();
                 continue;
             };
