@@ -1,7 +1,7 @@
 //! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
 
 use super::*;
@@ -458,4 +458,38 @@ fn a_write_that_a_stalled_server_has_half_of_can_be_given_up() {
     assert!(done.iter().all(cancelled));
     bench.queue.detach(bench.port);
     tell.send(()).expect("the server waits");
+}
+
+#[test]
+fn a_server_is_the_same_whatever_way_it_is_named() {
+    let directory = std::env::temp_dir().join(format!("nbd-same-{}", std::process::id()));
+    let real = directory.join("real");
+    std::fs::create_dir_all(&real).expect("a directory");
+    let link = directory.join("link");
+    std::os::unix::fs::symlink("real", &link).expect("a link");
+    let one = UnixListener::bind(real.join("one")).expect("bound");
+    let two = UnixListener::bind(link.join("two")).expect("bound");
+    let to = |path: &std::path::Path| OwnedFd::from(UnixStream::connect(path).expect("connected"));
+    let first = identity(&to(&real.join("one")), "disk");
+    assert_eq!(identity(&to(&link.join("one")), "disk"), first);
+    assert_ne!(identity(&to(&link.join("one")), "other"), first);
+    let second = identity(&to(&link.join("two")), "disk");
+    assert_eq!(identity(&to(&real.join("two")), "disk"), second);
+    assert_ne!(second, first);
+    // The name it was bound by leads nowhere any more; it is still the one name the kernel knows.
+    std::fs::rename(real.join("one"), directory.join("moved")).expect("moved");
+    let moved = identity(&to(&directory.join("moved")), "disk");
+    assert_eq!(identity(&to(&link.join("../moved")), "disk"), moved);
+    drop((one, two));
+    std::fs::remove_dir_all(&directory).expect("removed");
+
+    let server = std::net::TcpListener::bind("[::]:0").expect("bound");
+    let port = server.local_addr().expect("an address").port();
+    let to = |ip: &str| OwnedFd::from(std::net::TcpStream::connect((ip, port)).expect("connected"));
+    let first = identity(&to("127.0.0.1"), "disk");
+    assert_eq!(identity(&to("127.0.0.2"), "disk"), first);
+    assert_eq!(identity(&to("::1"), "disk"), first);
+    let (pair, _other) = UnixStream::pair().expect("sockets");
+    let (pair, again) = (OwnedFd::from(pair), UnixStream::pair().expect("sockets"));
+    assert_ne!(identity(&pair, "disk"), identity(&again.0.into(), "disk"));
 }
