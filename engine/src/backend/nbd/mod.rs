@@ -261,7 +261,8 @@ fn identity(socket: &OwnedFd, export: &str) -> String {
 
 /// The server behind a local socket: the inode, where we can see it, and not the path, of which there may be several.
 fn server_by_path(socket: &OwnedFd, address: &SocketAddrUnix) -> Option<String> {
-    if let Some(name) = address.abstract_name() {
+    // Without a name it looks abstract, too.
+    if let Some(name) = address.abstract_name().filter(|name| !name.is_empty()) {
         return Some(format!("abstract:{}", name.escape_ascii()));
     }
     let path = address.path_bytes().filter(|path| !path.is_empty())?;

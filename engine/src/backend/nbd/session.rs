@@ -32,6 +32,10 @@ pub const SLICES_MAX: usize = 16;
 const STAGING_BYTES: usize = 8192;
 /// The longest payload that is kept together: block status of 128 Ki extents.
 const COLLECTED_MAX: u64 = 8 + (16 << 17);
+/// Contexts that are ever asked for.
+const CONTEXTS_MAX: usize = 2;
+/// Extents of one answer to a request for block status, of all contexts.
+const STATUS_MAX: usize = 1 << 18;
 /// Bytes of one request for zeros.
 const ZEROES_MAX: u32 = 1 << 30;
 /// Bits of a cookie that say which request; the others count.

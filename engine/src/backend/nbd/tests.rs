@@ -493,3 +493,89 @@ fn a_server_is_the_same_whatever_way_it_is_named() {
     let (pair, again) = (OwnedFd::from(pair), UnixStream::pair().expect("sockets"));
     assert_ne!(identity(&pair, "disk"), identity(&again.0.into(), "disk"));
 }
+
+fn context(id: u32, name: &str) -> Vec<u8> {
+    reply(number::SET_META_CONTEXT, answer::META_CONTEXT, &[&id.to_be_bytes()[..], name.as_bytes()].concat())
+}
+
+const BITMAP: &str = "qemu:dirty-bitmap:b";
+
+/// What a server says that has a bitmap.
+fn script_with_contexts(ids: [u32; 2]) -> Vec<u8> {
+    [
+        greeting(3),
+        reply(number::EXTENDED_HEADERS, answer::ERR_UNSUP, &[]),
+        reply(number::STRUCTURED_REPLY, answer::ACK, &[]),
+        context(ids[0], "base:allocation"),
+        context(ids[1], BITMAP),
+        reply(number::SET_META_CONTEXT, answer::ACK, &[]),
+        export(1 << 20, PLAIN),
+        reply(number::GO, answer::ACK, &[]),
+    ]
+    .concat()
+}
+
+/// What a client says until then.
+const HEARD_WITH_CONTEXTS: usize =
+    4 + 16 + 16 + (16 + 4 + 4 + 4 + (4 + 15) + (4 + BITMAP.len())) + (16 + 4 + 4 + 2 + 2);
+
+fn status(flags: u16, cookie: u64, context: u32, extents: &[(u32, u32)]) -> Vec<u8> {
+    let extents = extents.iter().flat_map(|(length, flags)| [length.to_be_bytes(), flags.to_be_bytes()]);
+    let payload = [context.to_be_bytes()].into_iter().chain(extents).collect::<Vec<_>>().concat();
+    chunk(flags, kind::BLOCK_STATUS, cookie, &payload)
+}
+
+/// What is marked on a server that answers the only request so.
+fn marked_by(answer: impl FnOnce(u64) -> Vec<u8> + Send + 'static) -> Result<Vec<(u64, u64)>> {
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    theirs.write_all(&script_with_contexts([7, 8])).expect("room");
+    let remote = Remote { bitmap: Some(BITMAP.to_owned()), ..remote() };
+    let purpose = Purpose { read: true, write: false, stream: false };
+    let device = open(vec![ours.into()], &remote, None, "remote", purpose).expect("opened");
+    let server = Joined(Some(std::thread::spawn(move || {
+        theirs.read_exact(&mut [0; HEARD_WITH_CONTEXTS]).expect("heard");
+        let cookie = hear(&mut theirs);
+        // The client may be gone before it has heard all of it.
+        let _ = theirs.write_all(&answer(cookie));
+        let _ = theirs.read_to_end(&mut Vec::new());
+    })));
+    let marked = marked(&device);
+    drop(device);
+    drop(server);
+    marked.map(|extents| extents.iter().map(|extent| (extent.start(), extent.end())).collect())
+}
+
+#[test]
+fn a_block_status_says_each_context_once_and_no_others() {
+    let one = |cookie, flags, id| status(flags, cookie, id, &[(4096, 0), (4096, 1), ((1 << 20) - 8192, 0)]);
+    let honest = marked_by(move |cookie| [one(cookie, 0, 7), one(cookie, FLAG_DONE, 8)].concat());
+    assert_eq!(honest.expect("marked"), [(4096, 8192)]);
+    let refused = |answer: fn(u64) -> Vec<u8>, words: &str| {
+        let error = marked_by(answer).expect_err(words).chain();
+        assert!(error.contains(words) && error.contains("breaks the protocol"), "{words}: {error}");
+    };
+    refused(|cookie| status(0, cookie, 8, &[(4096, 0)]).repeat(2), "twice");
+    refused(|cookie| (0..3).flat_map(|id| status(0, cookie, id, &[(4096, 0)])).collect(), "more than was asked");
+    let many = |cookie| {
+        let extents = vec![(8, 0); 131_072];
+        [status(0, cookie, 7, &extents), status(0, cookie, 8, &vec![(8, 0); 131_073])].concat()
+    };
+    refused(many, "more than was asked");
+    refused(|cookie| status(FLAG_DONE, cookie, 8, &[]), "malformed");
+}
+
+#[test]
+fn an_export_whose_contexts_have_other_ids_is_another() {
+    let facts = |ids| {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        theirs.write_all(&script_with_contexts(ids)).expect("room");
+        let remote = Remote { bitmap: Some(BITMAP.to_owned()), ..remote() };
+        let device = open(vec![ours.into()], &remote, None, "remote", BOTH)?;
+        Ok::<_, Error>(device.remote().expect("remote").facts().clone())
+    };
+    let before = facts([7, 8]).expect("opened");
+    assert!(facts([7, 8]).expect("opened").is_same_as(&before));
+    assert!(!facts([8, 7]).expect("opened").is_same_as(&before));
+    assert!(!facts([7, 9]).expect("opened").is_same_as(&before));
+    assert!(facts([7, 7]).expect_err("twice").chain().contains("twice"));
+}
