@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::backend::What;
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
-use crate::backend::nbd::reconnect::{self, Again};
+use crate::backend::nbd::reconnect::{self, Again, Trouble};
 use crate::backend::nbd::session::{Answer, Finished, Owner, SLICES_MAX, Session};
 use crate::backend::nbd::transport::Transport;
 use crate::format::nbd::flags;
@@ -81,6 +81,8 @@ struct State {
     generation: u64,
     /// Writes of this connection that [`Shared::outstanding`] counts.
     counted: u64,
+    /// It was connected again, and no reply has arrived since.
+    trouble: Option<Trouble>,
 }
 
 /// See the module.
@@ -103,7 +105,7 @@ impl Connection {
     #[must_use]
     pub fn new(shared: Arc<Shared>, transport: Transport, facts: &Facts) -> Self {
         let session = Session::new(facts.bounds());
-        let state = State { link: Link::Up(transport), session, generation: 0, counted: 0 };
+        let state = State { link: Link::Up(transport), session, generation: 0, counted: 0, trouble: None };
         Self { shared, state: Mutex::new(state), users: AtomicUsize::new(0) }
     }
 
@@ -236,8 +238,11 @@ impl Connection {
         tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
         state.session.restart(self.shared.facts.bounds());
         state.link = Link::Down;
-        let started = again.is_some_and(|again| {
-            let started = reconnect::start(self, Arc::clone(&self.shared), again, why.clone());
+        let replied = std::mem::take(&mut state.session.replies) > 0;
+        let trouble = state.trouble.take().filter(|_| !replied);
+        let started = again.is_some_and(|Again { address, within }| {
+            let how = (address, trouble.unwrap_or_else(|| Trouble::new(within)));
+            let started = reconnect::start(self, Arc::clone(&self.shared), how, why.clone());
             started.inspect_err(|error| tracing::error!("{}", error.chain())).is_ok()
         });
         if !started {
@@ -247,8 +252,9 @@ impl Connection {
     }
 
     /// It was connected again: ask again for all that was not answered.
-    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts) {
+    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts, trouble: Trouble) {
         let mut state = self.lock();
+        state.trouble = Some(trouble);
         state.session.restart(facts.bounds());
         state.generation += 1;
         state.link = Link::Up(transport);

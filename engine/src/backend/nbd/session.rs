@@ -207,6 +207,8 @@ pub struct Session {
     acknowledged: u64,
     /// The largest mark of a flush that succeeded.
     flushed: u64,
+    /// Replies that were complete, since somebody asked.
+    pub(super) replies: u64,
 }
 
 impl Session {
@@ -228,6 +230,7 @@ impl Session {
             finished: Vec::new(),
             acknowledged: 0,
             flushed: 0,
+            replies: 0,
         }
     }
 

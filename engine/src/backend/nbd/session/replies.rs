@@ -249,6 +249,7 @@ impl Session {
             return Ok(());
         }
         let part = self.parts.remove(key);
+        self.replies += 1;
         self.awaited -= 1;
         if changes(part.command) {
             self.writes -= 1;
