@@ -23,9 +23,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Ports from here on are remote.
 const REMOTE: u32 = 1 << 31;
 /// Remote ports of one queue.
-const REMOTES_MAX: usize = 32;
+const REMOTES_MAX: usize = 128;
 /// Operations that the queue below must hold beyond those of the caller: two waits per remote port, and as many that come to their end.
-pub const EXTRA_DEPTH: u32 = 4 * 32;
+pub const EXTRA_DEPTH: u32 = 4 * 128;
 /// Tokens from here on are our own; callers use none of them.
 const TOKENS: u64 = !0xffff;
 /// How long a request that was sent is waited for when the caller wants to be rid of it.
@@ -231,7 +231,10 @@ impl RemoteQueue {
         let (remotes, finished) = (&mut self.remotes, &mut self.finished);
         let mut ended = 0;
         self.inbox.drain(|port, done| {
-            remotes.get_mut((port & !REMOTE) as usize).expect("attached while in flight").in_flight -= 1;
+            let remote = remotes.get_mut((port & !REMOTE) as usize).expect("attached while in flight");
+            remote.in_flight -= 1;
+            // What is pushed from here on was not cancelled.
+            remote.give_up.take_if(|_| remote.in_flight == 0);
             ended += 1;
             finished.push(done);
         });
