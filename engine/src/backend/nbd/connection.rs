@@ -7,7 +7,7 @@
 //! ## What a break means for durability
 //! A write that was not answered is asked again: nobody was told anything. A write that *was* answered and not yet flushed may
 //! have been in the memory of a server that died, and is not known here any more. So once a connection breaks while there are such writes,
-//! every later flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
+//! every later write and flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
 //! may not be, and goes on from what was durable before. Why not write everything through (FUA): each write would wait for
 //! the disk, for the sake of a break that most jobs never see.
 
@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::backend::What;
+use crate::backend::{Position, What};
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
 use crate::backend::nbd::reconnect::{self, Again, Trouble};
@@ -27,6 +27,8 @@ use crate::format::nbd::request::{Command, Request};
 
 /// Bytes received in one go, so that one connection does not keep a worker from its others.
 const RECEIVED_AT_ONCE: usize = 4 << 20;
+/// Places of writes remembered.
+const HAUNTED_MAX: usize = 4096;
 
 /// What all connections of a volume share.
 pub struct Shared {
@@ -46,6 +48,9 @@ pub struct Shared {
     outstanding: AtomicU64,
     /// Acknowledged writes may be lost.
     doubt: AtomicBool,
+    /// Where a server may write what it was asked before a connection broke: see [`reconnect`]. Starts and ends.
+    haunted: Mutex<Vec<(u64, u64)>>,
+    is_haunted: AtomicBool,
 }
 
 impl Shared {
@@ -63,7 +68,45 @@ impl Shared {
             flushed,
             outstanding,
             doubt: AtomicBool::new(false),
+            haunted: Mutex::default(),
+            is_haunted: AtomicBool::new(false),
         }
+    }
+
+    /// Remember where these writes go; with too many of them nothing can be written any more.
+    fn haunt(&self, writes: impl Iterator<Item = (u64, u64)>) {
+        let mut haunted = self.haunted.lock().unwrap_or_else(PoisonError::into_inner);
+        haunted.extend(writes);
+        haunted.sort_unstable();
+        haunted.dedup_by(|next, last| {
+            let joined = next.0 <= last.1;
+            if joined {
+                last.1 = last.1.max(next.1);
+            }
+            joined
+        });
+        if haunted.len() > HAUNTED_MAX {
+            haunted.clear();
+            haunted.push((0, u64::MAX));
+        }
+        self.is_haunted.store(!haunted.is_empty(), Ordering::Release);
+    }
+
+    /// Might it be undone by a write that was under way when a connection broke?
+    fn haunts(&self, what: &What) -> bool {
+        if !self.is_haunted.load(Ordering::Acquire) {
+            return false;
+        }
+        let (start, length) = match what {
+            What::Write { position: Position::At(offset), span, .. } => {
+                (*offset, u64::from(span.end.saturating_sub(span.start)))
+            }
+            What::Discard { offset, len } => (*offset, *len),
+            _ => return false,
+        };
+        let end = start.saturating_add(length);
+        let haunted = self.haunted.lock().unwrap_or_else(PoisonError::into_inner);
+        haunted.get(haunted.partition_point(|&(_, end)| end <= start)).is_some_and(|&(from, _)| from < end)
     }
 }
 
@@ -131,7 +174,13 @@ impl Connection {
             (_, What::Discard { .. }) if !self.shared.facts.has(flags::SEND_WRITE_ZEROES) => {
                 Some(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
             }
-            (_, What::Flush) if self.shared.doubt.load(Ordering::Acquire) => Some(lost()),
+            // It would fail at the last flush anyway, after all that work.
+            (_, What::Flush | What::Write { .. } | What::Discard { .. })
+                if self.shared.doubt.load(Ordering::Acquire) =>
+            {
+                Some(lost())
+            }
+            (_, what) if self.shared.haunts(what) => Some(haunted()),
             _ => None,
         };
         match refusal {
@@ -233,7 +282,11 @@ impl Connection {
         // 3. Doubt comes before any request on another connection, so no flush there can be taken for one that covers them.
         if elsewhere || unflushed {
             self.shared.doubt.store(true, Ordering::Release);
-            state.session.fail(Some(Command::Flush), lost);
+            for command in [Command::Flush, Command::Write, Command::WriteZeroes] {
+                state.session.fail(Some(command), lost);
+            }
+        } else {
+            self.shared.haunt(state.session.writes_begun());
         }
         tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
         state.session.restart(self.shared.facts.bounds());
@@ -294,6 +347,12 @@ enum Broken {
 fn dead(why: &str) -> std::io::Error {
     let what = format!("the connection to the NBD server is lost: {why}");
     std::io::Error::new(std::io::ErrorKind::ConnectionAborted, what)
+}
+
+fn haunted() -> std::io::Error {
+    std::io::Error::other(
+        "the connection to the NBD server broke in the middle of a write to the same place, which the server may still carry out",
+    )
 }
 
 fn lost() -> std::io::Error {

@@ -589,6 +589,14 @@ impl Session {
         self.reading = Reading::Header;
     }
 
+    /// Where the writes go that the server may have taken and did not answer.
+    pub fn writes_begun(&self) -> impl Iterator<Item = (u64, u64)> {
+        let first = self.unsent.front().copied().filter(|_| self.sent_of_first > 0);
+        let begun = move |key: usize, part: &Part| changes(part.command) && (part.sent || first == Some(key));
+        let begun = self.parts.iter().filter(move |(key, part)| begun(*key, part));
+        begun.map(|(_, part)| (part.offset, part.offset + u64::from(part.length)))
+    }
+
     /// Everything of these commands ends with this error.
     pub fn fail(&mut self, only: Option<Command>, error: impl Fn() -> std::io::Error) {
         let failing: Vec<usize> = self
