@@ -389,7 +389,7 @@ impl Talk<'_> {
 
     fn read(&mut self, mut into: &mut [u8]) -> Result<()> {
         while !into.is_empty() {
-            match self.transport.receive(&mut [IoSliceMut::new(into)]) {
+            match self.transport.receive(&mut [IoSliceMut::new(into)], true) {
                 Ok(Some(0)) => {
                     return Err(Error::new(ErrorKind::Io, "the NBD server has ended the connection"));
                 }

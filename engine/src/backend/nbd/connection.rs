@@ -16,12 +16,12 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::backend::{Position, What};
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
 use crate::backend::nbd::reconnect::{self, Again, Trouble};
 use crate::backend::nbd::session::{Answer, Finished, Owner, SLICES_MAX, Session};
 use crate::backend::nbd::transport::Transport;
+use crate::backend::{Position, What};
 use crate::format::nbd::flags;
 use crate::format::nbd::request::{Command, Request};
 
@@ -400,12 +400,17 @@ impl State {
     fn receive(&mut self) -> Result<(), Broken> {
         let Link::Up(transport) = &mut self.link else { return Ok(()) };
         let mut total = 0;
-        while total < RECEIVED_AT_ONCE {
+        loop {
+            // What is held already, no poll of the socket announces: it must not be left.
+            let more = total < RECEIVED_AT_ONCE;
+            if !more && !transport.may_hold_more() {
+                break;
+            }
             let (direct, room) = self.session.incoming();
             let skipped = usize::from(direct.is_empty());
             let space = direct.len() + room.len();
             let mut slices = [IoSliceMut::new(direct), IoSliceMut::new(room)];
-            let count = match transport.receive(&mut slices[skipped..]) {
+            let count = match transport.receive(&mut slices[skipped..], more) {
                 Ok(None) => break,
                 Ok(Some(0)) => return Err(Broken::Cut("the server has ended it".to_owned())),
                 Ok(Some(count)) => count,

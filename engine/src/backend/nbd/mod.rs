@@ -274,10 +274,12 @@ fn server_by_path(socket: &OwnedFd, address: &SocketAddrUnix) -> Option<String> 
     }
     let seen = rustix::fs::stat(path).ok();
     let seen = seen.filter(|seen| FileType::from_raw_mode(seen.st_mode) == FileType::Socket);
-    Some(seen.map_or_else(
-        || format!("unix:{text}"),
-        |seen| format!("socket:{:x}:{}", seen.st_dev, seen.st_ino),
-    ))
+    Some(
+        seen.map_or_else(
+            || format!("unix:{text}"),
+            |seen| format!("socket:{:x}:{}", seen.st_dev, seen.st_ino),
+        ),
+    )
 }
 
 /// The server at an address; one of this machine is the same at all of its addresses.

@@ -74,12 +74,7 @@ pub fn start(
     spawned.map(drop).map_err(|cause| Error::io("cannot start a thread", cause))
 }
 
-fn run(
-    connection: &Weak<Connection>,
-    shared: &Shared,
-    (address, trouble): (&Address, Trouble),
-    why: &str,
-) {
+fn run(connection: &Weak<Connection>, shared: &Shared, (address, trouble): (&Address, Trouble), why: &str) {
     let end = Instant::now() + trouble.left;
     let mut wait = trouble.wait;
     let mut failed = "every time it did, it broke before a reply".to_owned();

@@ -555,7 +555,10 @@ fn a_block_status_says_each_context_once_and_no_others() {
         assert!(error.contains(words) && error.contains("breaks the protocol"), "{words}: {error}");
     };
     refused(|cookie| status(0, cookie, 8, &[(4096, 0)]).repeat(2), "twice");
-    refused(|cookie| (0..3).flat_map(|id| status(0, cookie, id, &[(4096, 0)])).collect(), "more than was asked");
+    refused(
+        |cookie| (0..3).flat_map(|id| status(0, cookie, id, &[(4096, 0)])).collect(),
+        "more than was asked",
+    );
     let many = |cookie| {
         let extents = vec![(8, 0); 131_072];
         [status(0, cookie, 7, &extents), status(0, cookie, 8, &vec![(8, 0); 131_073])].concat()

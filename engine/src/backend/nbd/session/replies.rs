@@ -3,8 +3,8 @@
 use std::sync::PoisonError;
 
 use crate::backend::nbd::session::{
-    COLLECTED_MAX, CONTEXTS_MAX, INDEX_BITS, Reading, STATUS_MAX, Session, StatusExtent, Violation, changes, errno, failure, into,
-    printable,
+    COLLECTED_MAX, CONTEXTS_MAX, INDEX_BITS, Reading, STATUS_MAX, Session, StatusExtent, Violation, changes,
+    errno, failure, into, printable,
 };
 use crate::format::nbd::STRING_MAX;
 use crate::format::nbd::reply::{self, FLAG_DONE, Header, Style, kind};
