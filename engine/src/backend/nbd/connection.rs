@@ -15,6 +15,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
@@ -27,6 +28,10 @@ use crate::format::nbd::request::{Command, Request};
 
 /// Bytes received in one go, so that one connection does not keep a worker from its others.
 const RECEIVED_AT_ONCE: usize = 4 << 20;
+/// How long a server may move no byte while something is asked of it. Whoever waits for it cannot be told that they were cancelled before.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same while a flush is asked: all that was written may have to go to a slow disk.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(600);
 /// Places of writes remembered.
 const HAUNTED_MAX: usize = 4096;
 
@@ -126,6 +131,10 @@ struct State {
     counted: u64,
     /// It was connected again, and no reply has arrived since.
     trouble: Option<Trouble>,
+    /// When bytes last went either way, or the first was asked.
+    moved: Instant,
+    /// How long it may move none while something is asked.
+    patience: Duration,
 }
 
 /// See the module.
@@ -141,6 +150,8 @@ pub struct Watch {
     pub socket: Option<(u64, Arc<OwnedFd>)>,
     /// More can be sent once it takes more.
     pub write: bool,
+    /// When to look at it again even if nothing is heard.
+    pub stalls: Option<Instant>,
 }
 
 impl Connection {
@@ -148,7 +159,15 @@ impl Connection {
     #[must_use]
     pub fn new(shared: Arc<Shared>, transport: Transport, facts: &Facts) -> Self {
         let session = Session::new(facts.bounds());
-        let state = State { link: Link::Up(transport), session, generation: 0, counted: 0, trouble: None };
+        let state = State {
+            link: Link::Up(transport),
+            session,
+            generation: 0,
+            counted: 0,
+            trouble: None,
+            moved: Instant::now(),
+            patience: PATIENCE,
+        };
         Self { shared, state: Mutex::new(state), users: AtomicUsize::new(0) }
     }
 
@@ -158,6 +177,12 @@ impl Connection {
         &self.users
     }
 
+    /// Wait only so long for servers that do not answer.
+    #[cfg(test)]
+    pub fn set_patience(&self, patience: Duration) {
+        self.lock().patience = patience;
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,6 +190,7 @@ impl Connection {
     /// Accept an operation. Nothing is sent before [`Connection::pump`]; what fails at once is in the inbox then.
     pub fn submit(&self, owner: Owner, what: What) {
         let mut state = self.lock();
+        state.asks();
         let me = Arc::clone(&owner.inbox);
         let refusal = match (&state.link, &what) {
             (Link::Dead(why), _) => Some(dead(why)),
@@ -198,6 +224,7 @@ impl Connection {
     /// Ask for block status; the extents are in `answer` when the operation comes back.
     pub fn submit_status(&self, owner: Owner, offset: u64, length: u32, answer: Answer) {
         let mut state = self.lock();
+        state.asks();
         let me = Arc::clone(&owner.inbox);
         match &state.link {
             Link::Dead(why) => {
@@ -213,14 +240,31 @@ impl Connection {
     /// are woken, `me` is not.
     pub fn pump(self: &Arc<Self>, me: &Arc<Inbox>, receive: bool) -> Watch {
         let mut state = self.lock();
+        let is_late = |state: &State| state.stalls().is_some_and(|until| Instant::now() >= until);
         if let Err(broken) = state.send() {
             self.broke(&mut state, broken);
-        } else if receive && let Err(broken) = state.receive().and_then(|()| state.send()) {
+        // What seems late may be here already, and nobody has looked.
+        } else if (receive || is_late(&state))
+            && let Err(broken) = state.receive().and_then(|()| state.send())
+        {
             self.broke(&mut state, broken);
+        } else if is_late(&state) {
+            self.broke(&mut state, Broken::Cut("the server does not answer".to_owned()));
         }
         self.account(&mut state);
         deliver(&mut state, Some(me));
         state.watch()
+    }
+
+    /// One queue fewer uses it. What is unsent, those send that wait for it.
+    pub fn let_go(&self) {
+        self.users.fetch_sub(1, Ordering::AcqRel);
+        let state = self.lock();
+        if state.watch().write {
+            for inbox in state.session.inboxes() {
+                inbox.nudge();
+            }
+        }
     }
 
     /// See [`Session::cancel`].
@@ -308,6 +352,7 @@ impl Connection {
     pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts, trouble: Trouble) {
         let mut state = self.lock();
         state.trouble = Some(trouble);
+        state.moved = Instant::now();
         state.session.restart(facts.bounds());
         state.generation += 1;
         state.link = Link::Up(transport);
@@ -378,8 +423,24 @@ impl State {
             Link::Up(transport) => Watch {
                 socket: Some((self.generation, Arc::clone(transport.socket()))),
                 write: self.session.wants_to_send() || transport.has_unsent(),
+                stalls: self.stalls(),
             },
-            Link::Down | Link::Dead(_) => Watch { socket: None, write: false },
+            Link::Down | Link::Dead(_) => Watch { socket: None, write: false, stalls: None },
+        }
+    }
+
+    /// When the server has not moved a byte for too long, while something was asked of it.
+    fn stalls(&self) -> Option<Instant> {
+        let waits = matches!(self.link, Link::Up(_)) && self.session.is_asked();
+        let patience =
+            if self.session.asks_flush() { FLUSH_PATIENCE.max(self.patience) } else { self.patience };
+        waits.then(|| self.moved + patience)
+    }
+
+    /// What is asked of a server that was asked nothing begins its time anew.
+    fn asks(&mut self) {
+        if !self.session.is_asked() {
+            self.moved = Instant::now();
         }
     }
 
@@ -389,7 +450,10 @@ impl State {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
             let count = self.session.outgoing(&mut slices);
             match transport.send(&slices[..count]) {
-                Ok(Some(sent)) => self.session.sent(sent),
+                Ok(Some(sent)) => {
+                    self.session.sent(sent);
+                    self.moved = Instant::now();
+                }
                 Ok(None) => break,
                 Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             }
@@ -416,6 +480,7 @@ impl State {
                 Ok(Some(count)) => count,
                 Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             };
+            self.moved = Instant::now();
             self.session.received(count).map_err(|violation| Broken::Violated(violation.0))?;
             // No more was there; asking again would only say so.
             if count < space && !transport.may_hold_more() {

@@ -406,6 +406,18 @@ impl Session {
         self.flights.is_empty()
     }
 
+    /// Does the server have, or is it to get, requests that it has not answered?
+    #[must_use]
+    pub fn is_asked(&self) -> bool {
+        !self.parts.is_empty()
+    }
+
+    /// Is a flush among them?
+    #[must_use]
+    pub fn asks_flush(&self) -> bool {
+        self.parts.iter().any(|(_, part)| part.command == Command::Flush)
+    }
+
     /// With extended headers?
     #[must_use]
     pub fn is_extended(&self) -> bool {
