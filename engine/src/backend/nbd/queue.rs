@@ -190,10 +190,8 @@ impl RemoteQueue {
         }
         let Some(watched) = &mut remote.watched else { return };
         // What others left unsent on a shared connection is ours to send, even when nothing of ours is in flight: nobody else may be waiting.
-        for (read, armed, wanted) in [
-            (true, &mut watched.reading, remote.in_flight > 0),
-            (false, &mut watched.writing, watch.write),
-        ]
+        for (read, armed, wanted) in
+            [(true, &mut watched.reading, remote.in_flight > 0), (false, &mut watched.writing, watch.write)]
         {
             if wanted && !*armed {
                 let token = token(watched.port, read);

@@ -2,9 +2,11 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::AtomicUsize;
 use std::thread::JoinHandle;
 
 use super::*;
+use crate::backend::blocking::Blocking;
 use crate::backend::{Done, Op, Port, Position, Queue, QueueChoice, What, open_queue};
 use crate::format::nbd::option::{answer, info, number};
 use crate::format::nbd::reply::{FLAG_DONE, kind, put_chunk, put_simple};
@@ -581,4 +583,121 @@ fn an_export_whose_contexts_have_other_ids_is_another() {
     assert!(!facts([8, 7]).expect("opened").is_same_as(&before));
     assert!(!facts([7, 9]).expect("opened").is_same_as(&before));
     assert!(facts([7, 7]).expect_err("twice").chain().contains("twice"));
+}
+
+/// A server that is connected to again and again: after haggling, what it does with the connection of this number.
+struct Returning {
+    remote: Remote,
+    path: std::path::PathBuf,
+    connected: Arc<AtomicUsize>,
+    stop: Arc<AtomicUsize>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// What a client says in [`script`].
+const HEARD: usize = 4 + 16 + 16 + (16 + 4 + 4 + 4 + 4 + 15) + (16 + 4 + 4 + 2 + 2);
+
+impl Returning {
+    fn new(name: &str, reconnect_ms: u32, serve: impl Fn(usize, UnixStream) + Send + 'static) -> Self {
+        let path = std::env::temp_dir().join(format!("nbd-again-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).expect("bound");
+        let address = proto::remote::Address::Unix(path.to_str().expect("a path of a test").to_owned());
+        let remote = Remote { address: Some(address), reconnect_ms: Some(reconnect_ms), ..remote() };
+        let (connected, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (count, stopped) = (Arc::clone(&connected), Arc::clone(&stop));
+        let server = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::Acquire) > 0 {
+                    return;
+                }
+                let mut stream = stream.expect("accepted");
+                let number = count.fetch_add(1, Ordering::AcqRel);
+                let _ = stream.write_all(&script(&[export(1 << 20, PLAIN), blocks(1, 4096, 1 << 16)]));
+                if stream.read_exact(&mut [0; HEARD]).is_ok() {
+                    serve(number, stream);
+                }
+            }
+        });
+        Self { remote, path, connected, stop, server: Some(server) }
+    }
+
+    fn open(&self) -> Device {
+        let socket = UnixStream::connect(&self.path).expect("connected");
+        open(vec![socket.into()], &self.remote, None, "remote", BOTH).expect("opened")
+    }
+}
+
+impl Drop for Returning {
+    fn drop(&mut self) {
+        self.stop.store(1, Ordering::Release);
+        let _ = UnixStream::connect(&self.path);
+        let _ = self.server.take().expect("there until now").join();
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[test]
+fn a_server_that_dies_of_what_it_is_asked_again_is_given_up() {
+    let server = Returning::new("dies", 2000, |_, mut stream| {
+        hear(&mut stream);
+    });
+    let device = server.open();
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    let error = blocking.read(0, &mut [0; 8]).expect_err("never answered").chain();
+    assert!(error.contains("broke before a reply"), "{error}");
+    let connected = server.connected.load(Ordering::Acquire);
+    assert!((2..=8).contains(&connected), "connected {connected} times");
+    drop((blocking, device));
+}
+
+fn acknowledge(stream: &mut UnixStream, payload: usize) {
+    let cookie = hear(stream);
+    stream.read_exact(&mut vec![0; payload]).expect("its payload");
+    let _ = stream.write_all(&chunk(FLAG_DONE, kind::NONE, cookie, &[]));
+}
+
+#[test]
+fn what_a_late_copy_would_undo_is_not_written() {
+    let server = Returning::new("late", 5000, |number, mut stream| {
+        if number == 0 {
+            // Taken, and not answered.
+            hear(&mut stream);
+            stream.read_exact(&mut [0; 4096]).expect("its payload");
+            return;
+        }
+        // That again, a flush, and what goes elsewhere.
+        acknowledge(&mut stream, 4096);
+        acknowledge(&mut stream, 0);
+        acknowledge(&mut stream, 4096);
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let device = server.open();
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    blocking.write(4096, &[1; 4096]).expect("asked again");
+    blocking.flush().expect("nothing was acknowledged before");
+    for at in [4096, 2048, 8191] {
+        let error = blocking.write(at, &[2; 4096]).expect_err("the same place").chain();
+        assert!(error.contains("the same place"), "{at}: {error}");
+    }
+    blocking.write(8192, &[2; 4096]).expect("elsewhere");
+    drop((blocking, device));
+}
+
+#[test]
+fn a_server_that_moves_no_byte_is_left() {
+    let (tell, told) = std::sync::mpsc::channel::<()>();
+    let mut bench = Bench::new(move |stream| {
+        let _ = told.recv();
+        drop(stream);
+    });
+    let volume = find(bench._device.file()).expect("remote");
+    volume.connections[0].set_patience(Duration::from_millis(200));
+    drop(volume);
+    bench.read(1, 8);
+    let done = bench.next(1).remove(0);
+    let text = done.result.expect_err("never answered").to_string();
+    assert!(text.contains("the server does not answer"), "{text}");
+    tell.send(()).expect("the server waits");
+    bench.queue.detach(bench.port);
 }
