@@ -386,7 +386,7 @@ fn a_server_that_comes_back_is_asked_again_for_what_it_did_not_answer() {
 }
 
 #[test]
-fn a_flush_after_a_break_fails_if_writes_may_be_lost_and_only_then() {
+fn after_a_break_writes_and_flushes_fail_if_writes_may_be_lost_and_only_then() {
     let image = Image::of(&vec![0; 1 << 20]);
     let path = image.0.to_str().expect("a path of a test");
     for flushed_before in [true, false] {
@@ -400,12 +400,14 @@ fn a_flush_after_a_break_fails_if_writes_may_be_lost_and_only_then() {
         }
         server.kill();
         server.restart();
-        // Reading and writing go on.
-        blocking.write(4096, &[2; 4096]).expect("written");
+        // Reading goes on.
         blocking.read(0, &mut [0; 4096]).expect("read");
         if flushed_before {
+            blocking.write(4096, &[2; 4096]).expect("written");
             blocking.flush().expect("nothing was lost");
         } else {
+            let error = blocking.write(4096, &[2; 4096]).expect_err("it would be for nothing");
+            assert!(error.chain().contains("may be lost"), "{}", error.chain());
             for _ in 0..2 {
                 let error = blocking.flush().expect_err("what was acknowledged may be lost");
                 assert!(error.chain().contains("may be lost"), "{}", error.chain());

@@ -441,6 +441,44 @@ fn what_a_server_refuses_is_said() {
 }
 
 #[test]
+fn what_needs_durability_is_not_done_where_there_is_none() {
+    let place = place();
+    let plain = volume(&place, "vol", 4 * MIB);
+    let path = place.path("vol").display().to_string();
+    let shell = |path: &str| {
+        let size = format!("get_size=stat -Lc %s '{path}'");
+        let pread = format!("pread=dd if='{path}' skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none");
+        let pwrite = format!("pwrite=dd of='{path}' seek=$4 oflag=seek_bytes conv=notrunc status=none");
+        Server::nbdkit(&["eval", &size, &pread, &pwrite])
+    };
+    let Some(server) = shell(&path) else { return };
+    let far = uri(&server, "");
+    let before = place.read("vol");
+    let _ = place
+        .run(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes"))
+        .exit(1, &["cannot flush", "served with flush"]);
+    let _ = place
+        .run(&format!("export {far} --nbd unix:@/s --key file:@/one --detach"))
+        .exit(1, &["cannot flush", "read-only"]);
+    assert!(place.read("vol") == before);
+    let _ = place.run(&format!("export {far} --nbd unix:@/s --key file:@/one --read-only --detach")).done();
+    let _ = place.run("export stop 1").done();
+    empty(&place, "out", 4 * MIB);
+    let Some(sink) = shell(&place.path("out").display().to_string()) else { return };
+    let words = format!("decrypt @/vol {} --key file:@/one --force", uri(&sink, ""));
+    let _ = place.run(&words).exit(0, &["cannot make writes durable"]);
+    assert!(place.read("out") == plain);
+    // One that is exported keeps accounts of its own.
+    let Some(server) = file(&place, "vol", &[]) else { return };
+    let far = uri(&server, "");
+    let _ = place.run(&format!("export {far} --nbd unix:@/t --key file:@/one --detach")).done();
+    let _ = place
+        .run(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes"))
+        .exit(1, &["is exported", "export stop"]);
+    assert!(place.read("vol") == before);
+}
+
+#[test]
 fn one_volume_cannot_be_both_ends_nor_be_re_encrypted_twice() {
     let place = place();
     volume(&place, "vol", 24 * MIB);

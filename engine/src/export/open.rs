@@ -3,7 +3,8 @@
 //! In two steps. [`Closed::new`] takes what was sent and takes the volume for itself; it is quick, and a request that names a descriptor
 //! that was not sent ends here. [`Closed::open`] derives the key, which takes seconds by design.
 //!
-//! This module refuses a volume whose size is not a whole number of data units, and one that somebody writes.
+//! This module refuses a volume whose size is not a whole number of data units, one that somebody writes,
+//! and to write to one whose server cannot flush.
 
 use std::sync::Arc;
 
@@ -62,6 +63,13 @@ impl Closed {
         let purpose = Purpose { read: true, write: !request.read_only, stream: false };
         let named = ("volume", request.file.name.as_str());
         let device = device::open(descriptors, &request.remotes, request.file.fd, named, purpose)?;
+        // Clients are told that they can flush, and count on it.
+        if !request.read_only && device.remote().is_some_and(|volume| !volume.can_flush()) {
+            let what = "the NBD server cannot flush, so nothing that clients write could be made durable";
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .at(device.name())
+                .hint("have it served with flush, or export it read-only"));
+        }
         let header = match &request.volume.format {
             Format::Luks(open) => open.header.as_ref(),
             Format::Raw(_) => None,

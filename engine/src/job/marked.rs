@@ -40,6 +40,10 @@ pub fn wish<'a>(
     if remote.bitmap.is_none() {
         return if remote.update { invalid("an update needs a bitmap", &source.name) } else { Ok(None) };
     }
+    if remote.bitmap.as_deref().is_some_and(|bitmap| bitmap.starts_with("base:")) {
+        // It says what is allocated, and what is not is no less content.
+        return invalid("a context of base: is no bitmap", &source.name);
+    }
     if sink.stream {
         return invalid("what a bitmap does not mark would be missing from a stream", &sink.name);
     }
@@ -207,6 +211,16 @@ mod tests {
 
     fn remote(fd: u32, bitmap: bool, update: bool) -> Remote {
         Remote { fd, bitmap: bitmap.then(|| "qemu:dirty-bitmap:b".to_owned()), update, ..Remote::default() }
+    }
+
+    #[test]
+    fn what_is_allocated_is_no_bitmap() {
+        let source = Source { fd: 0, name: "src".to_owned(), stream: false };
+        let sink = Sink { fd: 1, name: "dst".to_owned(), stream: false, commit: None };
+        let base = [Remote { bitmap: Some("base:allocation".to_owned()), ..remote(0, true, false) }];
+        let error = wish(&base, &source, &sink, Action::Encrypt, false).expect_err("no bitmap");
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.chain().contains("no bitmap"), "{}", error.chain());
     }
 
     #[test]

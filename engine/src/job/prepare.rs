@@ -215,6 +215,9 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     }
     transfer.gate.set_rate(bytes_per_second);
     let mut warnings = opened.warnings;
+    if action != Action::Verify && sink.remote().is_some_and(|volume| !volume.can_flush()) {
+        warnings.push(format!("{}: the server cannot make writes durable", sink.name()));
+    }
     if is_luks && work == Work::Decrypt && sizes.volume == Some(0) {
         warnings.push(
             "the volume has no data: it ends where its data begins, as a header backup does".to_owned(),

@@ -88,7 +88,13 @@ impl Facts {
     #[must_use]
     pub fn is_same_as(&self, other: &Self) -> bool {
         let of = |facts: &Self| (facts.size, facts.flags, facts.block_min, facts.payload_max);
-        of(self) == of(other)
+        // A context that has another id now would be taken for another.
+        let contexts = |facts: &Self| {
+            let mut contexts = facts.contexts.clone();
+            contexts.sort_unstable();
+            contexts
+        };
+        of(self) == of(other) && contexts(self) == contexts(other)
     }
 
     /// The id of a context, if the server has it.
@@ -239,7 +245,7 @@ impl Talk<'_> {
             data.extend(counted(name));
         }
         self.ask(number::SET_META_CONTEXT, &data)?;
-        let mut contexts = Vec::new();
+        let mut contexts: Vec<(u32, String)> = Vec::new();
         for _ in 0..REPLIES_MAX {
             let reply = self.reply(number::SET_META_CONTEXT)?;
             match reply.kind {
@@ -249,10 +255,11 @@ impl Talk<'_> {
                         reply.bytes.split_first_chunk::<4>().ok_or_else(|| broken("a malformed context"))?;
                     let name = wanted.iter().find(|wanted| wanted.as_bytes() == name);
                     let name = name.ok_or_else(|| broken("a context that was not asked for"))?;
-                    if contexts.len() >= wanted.len() {
+                    let id = u32::from_be_bytes(*id);
+                    if contexts.iter().any(|(other, known)| *other == id || known == name) {
                         return Err(broken("a context twice"));
                     }
-                    contexts.push((u32::from_be_bytes(*id), (*name).to_owned()));
+                    contexts.push((id, (*name).to_owned()));
                 }
                 // Without contexts much still works; an export that is not there, GO says better.
                 _ if reply.is_error() => return Ok(Vec::new()),
@@ -382,7 +389,7 @@ impl Talk<'_> {
 
     fn read(&mut self, mut into: &mut [u8]) -> Result<()> {
         while !into.is_empty() {
-            match self.transport.receive(&mut [IoSliceMut::new(into)]) {
+            match self.transport.receive(&mut [IoSliceMut::new(into)], true) {
                 Ok(Some(0)) => {
                     return Err(Error::new(ErrorKind::Io, "the NBD server has ended the connection"));
                 }

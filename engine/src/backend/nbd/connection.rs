@@ -7,7 +7,7 @@
 //! ## What a break means for durability
 //! A write that was not answered is asked again: nobody was told anything. A write that *was* answered and not yet flushed may
 //! have been in the memory of a server that died, and is not known here any more. So once a connection breaks while there are such writes,
-//! every later flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
+//! every later write and flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
 //! may not be, and goes on from what was durable before. Why not write everything through (FUA): each write would wait for
 //! the disk, for the sake of a break that most jobs never see.
 
@@ -15,18 +15,25 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::backend::What;
 use crate::backend::nbd::connect::{Facts, Wish};
 use crate::backend::nbd::queue::Inbox;
-use crate::backend::nbd::reconnect::{self, Again};
+use crate::backend::nbd::reconnect::{self, Again, Trouble};
 use crate::backend::nbd::session::{Answer, Finished, Owner, SLICES_MAX, Session};
 use crate::backend::nbd::transport::Transport;
+use crate::backend::{Position, What};
 use crate::format::nbd::flags;
 use crate::format::nbd::request::{Command, Request};
 
 /// Bytes received in one go, so that one connection does not keep a worker from its others.
 const RECEIVED_AT_ONCE: usize = 4 << 20;
+/// How long a server may move no byte while something is asked of it. Whoever waits for it cannot be told that they were cancelled before.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same while a flush is asked: all that was written may have to go to a slow disk.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(600);
+/// Places of writes remembered.
+const HAUNTED_MAX: usize = 4096;
 
 /// What all connections of a volume share.
 pub struct Shared {
@@ -46,6 +53,9 @@ pub struct Shared {
     outstanding: AtomicU64,
     /// Acknowledged writes may be lost.
     doubt: AtomicBool,
+    /// Where a server may write what it was asked before a connection broke: see [`reconnect`]. Starts and ends.
+    haunted: Mutex<Vec<(u64, u64)>>,
+    is_haunted: AtomicBool,
 }
 
 impl Shared {
@@ -63,7 +73,45 @@ impl Shared {
             flushed,
             outstanding,
             doubt: AtomicBool::new(false),
+            haunted: Mutex::default(),
+            is_haunted: AtomicBool::new(false),
         }
+    }
+
+    /// Remember where these writes go; with too many of them nothing can be written any more.
+    fn haunt(&self, writes: impl Iterator<Item = (u64, u64)>) {
+        let mut haunted = self.haunted.lock().unwrap_or_else(PoisonError::into_inner);
+        haunted.extend(writes);
+        haunted.sort_unstable();
+        haunted.dedup_by(|next, last| {
+            let joined = next.0 <= last.1;
+            if joined {
+                last.1 = last.1.max(next.1);
+            }
+            joined
+        });
+        if haunted.len() > HAUNTED_MAX {
+            haunted.clear();
+            haunted.push((0, u64::MAX));
+        }
+        self.is_haunted.store(!haunted.is_empty(), Ordering::Release);
+    }
+
+    /// Might it be undone by a write that was under way when a connection broke?
+    fn haunts(&self, what: &What) -> bool {
+        if !self.is_haunted.load(Ordering::Acquire) {
+            return false;
+        }
+        let (start, length) = match what {
+            What::Write { position: Position::At(offset), span, .. } => {
+                (*offset, u64::from(span.end.saturating_sub(span.start)))
+            }
+            What::Discard { offset, len } => (*offset, *len),
+            _ => return false,
+        };
+        let end = start.saturating_add(length);
+        let haunted = self.haunted.lock().unwrap_or_else(PoisonError::into_inner);
+        haunted.get(haunted.partition_point(|&(_, end)| end <= start)).is_some_and(|&(from, _)| from < end)
     }
 }
 
@@ -81,6 +129,12 @@ struct State {
     generation: u64,
     /// Writes of this connection that [`Shared::outstanding`] counts.
     counted: u64,
+    /// It was connected again, and no reply has arrived since.
+    trouble: Option<Trouble>,
+    /// When bytes last went either way, or the first was asked.
+    moved: Instant,
+    /// How long it may move none while something is asked.
+    patience: Duration,
 }
 
 /// See the module.
@@ -96,6 +150,8 @@ pub struct Watch {
     pub socket: Option<(u64, Arc<OwnedFd>)>,
     /// More can be sent once it takes more.
     pub write: bool,
+    /// When to look at it again even if nothing is heard.
+    pub stalls: Option<Instant>,
 }
 
 impl Connection {
@@ -103,7 +159,15 @@ impl Connection {
     #[must_use]
     pub fn new(shared: Arc<Shared>, transport: Transport, facts: &Facts) -> Self {
         let session = Session::new(facts.bounds());
-        let state = State { link: Link::Up(transport), session, generation: 0, counted: 0 };
+        let state = State {
+            link: Link::Up(transport),
+            session,
+            generation: 0,
+            counted: 0,
+            trouble: None,
+            moved: Instant::now(),
+            patience: PATIENCE,
+        };
         Self { shared, state: Mutex::new(state), users: AtomicUsize::new(0) }
     }
 
@@ -113,6 +177,12 @@ impl Connection {
         &self.users
     }
 
+    /// Wait only so long for servers that do not answer.
+    #[cfg(test)]
+    pub fn set_patience(&self, patience: Duration) {
+        self.lock().patience = patience;
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -120,6 +190,7 @@ impl Connection {
     /// Accept an operation. Nothing is sent before [`Connection::pump`]; what fails at once is in the inbox then.
     pub fn submit(&self, owner: Owner, what: What) {
         let mut state = self.lock();
+        state.asks();
         let me = Arc::clone(&owner.inbox);
         let refusal = match (&state.link, &what) {
             (Link::Dead(why), _) => Some(dead(why)),
@@ -129,7 +200,13 @@ impl Connection {
             (_, What::Discard { .. }) if !self.shared.facts.has(flags::SEND_WRITE_ZEROES) => {
                 Some(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
             }
-            (_, What::Flush) if self.shared.doubt.load(Ordering::Acquire) => Some(lost()),
+            // It would fail at the last flush anyway, after all that work.
+            (_, What::Flush | What::Write { .. } | What::Discard { .. })
+                if self.shared.doubt.load(Ordering::Acquire) =>
+            {
+                Some(lost())
+            }
+            (_, what) if self.shared.haunts(what) => Some(haunted()),
             _ => None,
         };
         match refusal {
@@ -147,6 +224,7 @@ impl Connection {
     /// Ask for block status; the extents are in `answer` when the operation comes back.
     pub fn submit_status(&self, owner: Owner, offset: u64, length: u32, answer: Answer) {
         let mut state = self.lock();
+        state.asks();
         let me = Arc::clone(&owner.inbox);
         match &state.link {
             Link::Dead(why) => {
@@ -162,14 +240,31 @@ impl Connection {
     /// are woken, `me` is not.
     pub fn pump(self: &Arc<Self>, me: &Arc<Inbox>, receive: bool) -> Watch {
         let mut state = self.lock();
+        let is_late = |state: &State| state.stalls().is_some_and(|until| Instant::now() >= until);
         if let Err(broken) = state.send() {
             self.broke(&mut state, broken);
-        } else if receive && let Err(broken) = state.receive().and_then(|()| state.send()) {
+        // What seems late may be here already, and nobody has looked.
+        } else if (receive || is_late(&state))
+            && let Err(broken) = state.receive().and_then(|()| state.send())
+        {
             self.broke(&mut state, broken);
+        } else if is_late(&state) {
+            self.broke(&mut state, Broken::Cut("the server does not answer".to_owned()));
         }
         self.account(&mut state);
         deliver(&mut state, Some(me));
         state.watch()
+    }
+
+    /// One queue fewer uses it. What is unsent, those send that wait for it.
+    pub fn let_go(&self) {
+        self.users.fetch_sub(1, Ordering::AcqRel);
+        let state = self.lock();
+        if state.watch().write {
+            for inbox in state.session.inboxes() {
+                inbox.nudge();
+            }
+        }
     }
 
     /// See [`Session::cancel`].
@@ -231,13 +326,20 @@ impl Connection {
         // 3. Doubt comes before any request on another connection, so no flush there can be taken for one that covers them.
         if elsewhere || unflushed {
             self.shared.doubt.store(true, Ordering::Release);
-            state.session.fail(Some(Command::Flush), lost);
+            for command in [Command::Flush, Command::Write, Command::WriteZeroes] {
+                state.session.fail(Some(command), lost);
+            }
+        } else {
+            self.shared.haunt(state.session.writes_begun());
         }
         tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
         state.session.restart(self.shared.facts.bounds());
         state.link = Link::Down;
-        let started = again.is_some_and(|again| {
-            let started = reconnect::start(self, Arc::clone(&self.shared), again, why.clone());
+        let replied = std::mem::take(&mut state.session.replies) > 0;
+        let trouble = state.trouble.take().filter(|_| !replied);
+        let started = again.is_some_and(|Again { address, within }| {
+            let how = (address, trouble.unwrap_or_else(|| Trouble::new(within)));
+            let started = reconnect::start(self, Arc::clone(&self.shared), how, why.clone());
             started.inspect_err(|error| tracing::error!("{}", error.chain())).is_ok()
         });
         if !started {
@@ -247,8 +349,10 @@ impl Connection {
     }
 
     /// It was connected again: ask again for all that was not answered.
-    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts) {
+    pub fn resume(self: &Arc<Self>, transport: Transport, facts: &Facts, trouble: Trouble) {
         let mut state = self.lock();
+        state.trouble = Some(trouble);
+        state.moved = Instant::now();
         state.session.restart(facts.bounds());
         state.generation += 1;
         state.link = Link::Up(transport);
@@ -290,6 +394,12 @@ fn dead(why: &str) -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::ConnectionAborted, what)
 }
 
+fn haunted() -> std::io::Error {
+    std::io::Error::other(
+        "the connection to the NBD server broke in the middle of a write to the same place, which the server may still carry out",
+    )
+}
+
 fn lost() -> std::io::Error {
     std::io::Error::other(
         "the connection to the NBD server broke, and what it had acknowledged since the last flush may be lost",
@@ -313,8 +423,24 @@ impl State {
             Link::Up(transport) => Watch {
                 socket: Some((self.generation, Arc::clone(transport.socket()))),
                 write: self.session.wants_to_send() || transport.has_unsent(),
+                stalls: self.stalls(),
             },
-            Link::Down | Link::Dead(_) => Watch { socket: None, write: false },
+            Link::Down | Link::Dead(_) => Watch { socket: None, write: false, stalls: None },
+        }
+    }
+
+    /// When the server has not moved a byte for too long, while something was asked of it.
+    fn stalls(&self) -> Option<Instant> {
+        let waits = matches!(self.link, Link::Up(_)) && self.session.is_asked();
+        let patience =
+            if self.session.asks_flush() { FLUSH_PATIENCE.max(self.patience) } else { self.patience };
+        waits.then(|| self.moved + patience)
+    }
+
+    /// What is asked of a server that was asked nothing begins its time anew.
+    fn asks(&mut self) {
+        if !self.session.is_asked() {
+            self.moved = Instant::now();
         }
     }
 
@@ -324,7 +450,10 @@ impl State {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
             let count = self.session.outgoing(&mut slices);
             match transport.send(&slices[..count]) {
-                Ok(Some(sent)) => self.session.sent(sent),
+                Ok(Some(sent)) => {
+                    self.session.sent(sent);
+                    self.moved = Instant::now();
+                }
                 Ok(None) => break,
                 Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             }
@@ -335,17 +464,23 @@ impl State {
     fn receive(&mut self) -> Result<(), Broken> {
         let Link::Up(transport) = &mut self.link else { return Ok(()) };
         let mut total = 0;
-        while total < RECEIVED_AT_ONCE {
+        loop {
+            // What is held already, no poll of the socket announces: it must not be left.
+            let more = total < RECEIVED_AT_ONCE;
+            if !more && !transport.may_hold_more() {
+                break;
+            }
             let (direct, room) = self.session.incoming();
             let skipped = usize::from(direct.is_empty());
             let space = direct.len() + room.len();
             let mut slices = [IoSliceMut::new(direct), IoSliceMut::new(room)];
-            let count = match transport.receive(&mut slices[skipped..]) {
+            let count = match transport.receive(&mut slices[skipped..], more) {
                 Ok(None) => break,
                 Ok(Some(0)) => return Err(Broken::Cut("the server has ended it".to_owned())),
                 Ok(Some(count)) => count,
                 Err(cause) => return Err(Broken::Cut(proto::errno::describe(&cause))),
             };
+            self.moved = Instant::now();
             self.session.received(count).map_err(|violation| Broken::Violated(violation.0))?;
             // No more was there; asking again would only say so.
             if count < space && !transport.may_hold_more() {

@@ -7,7 +7,6 @@
 //! What the server says of zeros is what was so when it was asked. A volume that somebody writes to while it is read has no content of
 //! one moment anyway; whoever needs that exports a snapshot.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -203,7 +202,7 @@ impl Asker {
 
 impl Drop for Asker {
     fn drop(&mut self) {
-        self.connection.users().fetch_sub(1, Ordering::AcqRel);
+        self.connection.let_go();
     }
 }
 

@@ -32,13 +32,15 @@ pub mod tls;
 mod transport;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use proto::remote::{Address, Remote};
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use proto::remote::Remote;
+use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, sockopt};
 
 use crate::backend::device::{Device, Purpose};
 use crate::backend::nbd::connect::{Facts, Wish};
@@ -210,7 +212,7 @@ pub fn open(
     let Some(first) = connections.next() else {
         return refuse(ErrorKind::Invalid, "no connection to the NBD server".to_owned());
     };
-    let identity = identity(&first, remote);
+    let identity = identity(&first, &remote.export);
     let (transport, facts) = connect::haggle(connect::prepare(first, name)?, &wish, deadline)?;
     if purpose.write && facts.has(flags::READ_ONLY) {
         return refuse(ErrorKind::Denied, "the NBD server exports it read-only".to_owned());
@@ -238,18 +240,57 @@ pub fn open(
     Device::from_remote(file, Lease::of(volume), name, purpose)
 }
 
-/// What is the same export of the same server.
-fn identity(socket: &OwnedFd, remote: &Remote) -> String {
-    let server = match &remote.address {
-        Some(Address::Unix(path)) => format!("unix:{path}"),
-        Some(Address::Tcp(place)) => format!("tcp:{place}"),
-        // A socket without an address is its own.
-        None => match rustix::net::getpeername(socket) {
-            Ok(Some(address)) => format!("{address:?}"),
-            _ => format!("descriptor:{}:{:?}", socket.as_raw_fd(), Instant::now()),
-        },
-    };
-    format!("{server}\0{}", remote.export)
+/// What is the same export of the same server: where the connection leads, whatever way that was named. A server that
+/// is reached at addresses of several machines cannot be told to be one.
+fn identity(socket: &OwnedFd, export: &str) -> String {
+    // Without an address it is its own.
+    let nobodys = || format!("descriptor:{}:{:?}", socket.as_raw_fd(), Instant::now());
+    let peer = rustix::net::getpeername(socket).ok().flatten();
+    let server = peer.map_or_else(nobodys, |peer| match peer.address_family() {
+        AddressFamily::UNIX => {
+            let unix = SocketAddrUnix::try_from(peer).ok();
+            unix.and_then(|address| server_by_path(socket, &address)).unwrap_or_else(nobodys)
+        }
+        AddressFamily::INET | AddressFamily::INET6 => {
+            SocketAddr::try_from(peer).map_or_else(|_| nobodys(), |place| server_by_number(socket, place))
+        }
+        _ => format!("{peer:?}"),
+    });
+    format!("{server}\0{export}")
+}
+
+/// The server behind a local socket: the inode, where we can see it, and not the path, of which there may be several.
+fn server_by_path(socket: &OwnedFd, address: &SocketAddrUnix) -> Option<String> {
+    // Without a name it looks abstract, too.
+    if let Some(name) = address.abstract_name().filter(|name| !name.is_empty()) {
+        return Some(format!("abstract:{}", name.escape_ascii()));
+    }
+    let path = address.path_bytes().filter(|path| !path.is_empty())?;
+    let text = path.escape_ascii();
+    if !path.starts_with(b"/") {
+        // From wherever the server was when it bound it.
+        let server = sockopt::socket_peercred(socket).ok()?;
+        return Some(format!("unix:{}:{text}", server.pid));
+    }
+    let seen = rustix::fs::stat(path).ok();
+    let seen = seen.filter(|seen| FileType::from_raw_mode(seen.st_mode) == FileType::Socket);
+    Some(
+        seen.map_or_else(
+            || format!("unix:{text}"),
+            |seen| format!("socket:{:x}:{}", seen.st_dev, seen.st_ino),
+        ),
+    )
+}
+
+/// The server at an address; one of this machine is the same at all of its addresses.
+fn server_by_number(socket: &OwnedFd, place: SocketAddr) -> String {
+    let (ip, port) = (place.ip().to_canonical(), place.port());
+    // To an address of this machine one connects from that address.
+    let own = rustix::net::getsockname(socket).ok().and_then(|own| SocketAddr::try_from(own).ok());
+    if ip.is_loopback() || own.is_some_and(|own| own.ip().to_canonical() == ip) {
+        return format!("here:{port}");
+    }
+    format!("tcp:{ip}:{port}")
 }
 
 /// The file that stands for an export; one for all who have it open.

@@ -23,9 +23,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Ports from here on are remote.
 const REMOTE: u32 = 1 << 31;
 /// Remote ports of one queue.
-const REMOTES_MAX: usize = 32;
+const REMOTES_MAX: usize = 128;
 /// Operations that the queue below must hold beyond those of the caller: two waits per remote port, and as many that come to their end.
-pub const EXTRA_DEPTH: u32 = 4 * 32;
+pub const EXTRA_DEPTH: u32 = 4 * 128;
 /// Tokens from here on are our own; callers use none of them.
 const TOKENS: u64 = !0xffff;
 /// How long a request that was sent is waited for when the caller wants to be rid of it.
@@ -100,6 +100,8 @@ struct Remote {
     watched: Option<Watched>,
     /// Cancelled: when to stop waiting for the server.
     give_up: Option<Instant>,
+    /// When the server has not answered for too long, as far as is known.
+    stalls: Option<Instant>,
     /// Keeps the volume open. Declared in this order: the descriptor goes first.
     _file: Arc<OwnedFd>,
     _lease: Lease,
@@ -164,6 +166,7 @@ impl RemoteQueue {
 
     fn watch(&mut self, at: usize, watch: Watch) {
         let remote = &mut self.remotes[at];
+        remote.stalls = watch.stalls.filter(|_| remote.in_flight > 0);
         let current = watch.socket.as_ref().map(|(generation, _)| *generation);
         if let Some(watched) = remote.watched.take_if(|watched| Some(watched.generation) != current) {
             self.retire(watched);
@@ -186,9 +189,9 @@ impl RemoteQueue {
             }
         }
         let Some(watched) = &mut remote.watched else { return };
-        let wanted = remote.in_flight > 0;
+        // What others left unsent on a shared connection is ours to send, even when nothing of ours is in flight: nobody else may be waiting.
         for (read, armed, wanted) in
-            [(true, &mut watched.reading, wanted), (false, &mut watched.writing, wanted && watch.write)]
+            [(true, &mut watched.reading, remote.in_flight > 0), (false, &mut watched.writing, watch.write)]
         {
             if wanted && !*armed {
                 let token = token(watched.port, read);
@@ -231,7 +234,10 @@ impl RemoteQueue {
         let (remotes, finished) = (&mut self.remotes, &mut self.finished);
         let mut ended = 0;
         self.inbox.drain(|port, done| {
-            remotes.get_mut((port & !REMOTE) as usize).expect("attached while in flight").in_flight -= 1;
+            let remote = remotes.get_mut((port & !REMOTE) as usize).expect("attached while in flight");
+            remote.in_flight -= 1;
+            // What is pushed from here on was not cancelled.
+            remote.give_up.take_if(|_| remote.in_flight == 0);
             ended += 1;
             finished.push(done);
         });
@@ -274,8 +280,18 @@ impl RemoteQueue {
         self.stir();
     }
 
-    fn next_give_up(&self) -> Option<Instant> {
-        self.remotes.iter().filter_map(|(_, remote)| remote.give_up).min()
+    /// Servers that do not answer: the connection finds out when it is looked at.
+    fn stalled(&mut self) {
+        let now = Instant::now();
+        for at in 0..self.remotes.capacity() {
+            if self.remotes.get(at).is_some_and(|remote| remote.stalls.is_some_and(|until| now >= until)) {
+                self.pump(at, true);
+            }
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.remotes.iter().flat_map(|(_, remote)| [remote.give_up, remote.stalls]).flatten().min()
     }
 
     fn remote_of(&mut self, port: Port) -> Option<&mut Remote> {
@@ -301,6 +317,7 @@ impl Queue for RemoteQueue {
             stirred: false,
             watched: None,
             give_up: None,
+            stalls: None,
             _file: file,
             _lease: Lease::of(volume),
         });
@@ -313,7 +330,7 @@ impl Queue for RemoteQueue {
         }
         let mut remote = self.remotes.remove((port.0 & !REMOTE) as usize);
         assert_eq!(remote.in_flight, 0, "operations in flight on the port to detach");
-        remote.connection.users().fetch_sub(1, Ordering::AcqRel);
+        remote.connection.let_go();
         if let Some(watched) = remote.watched.take() {
             self.retire(watched);
         }
@@ -356,10 +373,11 @@ impl Queue for RemoteQueue {
         self.stir();
         self.gather();
         while !self.bell.woken.swap(false, Ordering::AcqRel) && self.finished.is_empty() {
-            let until = deadline.into_iter().chain(self.next_give_up()).min();
+            let until = deadline.into_iter().chain(self.next_deadline()).min();
             self.inner.wait(until)?;
             self.gather();
             self.give_up();
+            self.stalled();
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }

@@ -2,6 +2,15 @@
 //!
 //! The daemon connects only where [`Address`] was left in the request, which is for callers whose rights it has anyway. The export must be
 //! what it was: another size, other abilities, and the volume is given up. What was not answered is then asked again.
+//!
+//! A server that can be connected to and dies of what it is asked again has not come back: the time allowed and the waits between attempts go
+//! on from where they were ([`Trouble`]), until a reply has arrived.
+//!
+//! ## Writes that are asked again
+//! A server may have taken a write, be alive, and carry it out after its answer to the second copy (a connection may break in the
+//! middle of the network, and the server learn of it late). It is the same bytes for the same place, so that does no harm until
+//! something else is written there, which the late copy would undo. So the places of writes that were under way when a connection broke are
+//! remembered, and what would change them afterwards is refused. Copies write every place once and go on.
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
@@ -23,6 +32,23 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// For one attempt, connecting and haggling.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
+/// What is left of the time allowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Trouble {
+    /// For trying; the time that connections were up does not count.
+    left: Duration,
+    /// Before the next attempt.
+    wait: Duration,
+}
+
+impl Trouble {
+    /// That just began.
+    #[must_use]
+    pub fn new(within: Duration) -> Self {
+        Self { left: within, wait: Duration::ZERO }
+    }
+}
+
 /// How to connect again.
 #[derive(Debug, Clone)]
 pub struct Again {
@@ -36,36 +62,45 @@ pub struct Again {
 ///
 /// # Errors
 /// No thread can be started.
-pub fn start(connection: &Arc<Connection>, shared: Arc<Shared>, again: Again, why: String) -> Result<()> {
+pub fn start(
+    connection: &Arc<Connection>,
+    shared: Arc<Shared>,
+    (address, trouble): (Address, Trouble),
+    why: String,
+) -> Result<()> {
     let connection = Arc::downgrade(connection);
-    let body = move || run(&connection, &shared, &again, &why);
+    let body = move || run(&connection, &shared, (&address, trouble), &why);
     let spawned = std::thread::Builder::new().name("nbd-again".to_owned()).spawn(body);
     spawned.map(drop).map_err(|cause| Error::io("cannot start a thread", cause))
 }
 
-fn run(connection: &Weak<Connection>, shared: &Shared, again: &Again, why: &str) {
-    let end = Instant::now() + again.within;
-    let mut wait = FIRST_WAIT;
+fn run(connection: &Weak<Connection>, shared: &Shared, (address, trouble): (&Address, Trouble), why: &str) {
+    let end = Instant::now() + trouble.left;
+    let mut wait = trouble.wait;
+    let mut failed = "every time it did, it broke before a reply".to_owned();
     loop {
+        if Instant::now() + wait >= end {
+            if let Some(connection) = connection.upgrade() {
+                connection.give_up(&format!("{why}; connecting again: {failed}"));
+            }
+            return;
+        }
+        std::thread::sleep(wait);
+        wait = (2 * wait).clamp(FIRST_WAIT, LONGEST_WAIT);
         // A volume that nobody has open any more is not connected to.
         if connection.strong_count() == 0 {
             return;
         }
-        let attempt = attempt(shared, &again.address, end.min(Instant::now() + ATTEMPT));
+        let attempt = attempt(shared, address, end.min(Instant::now() + ATTEMPT));
         let Some(connection) = connection.upgrade() else { return };
-        let failed = match attempt {
+        match attempt {
             Ok((transport, facts)) if facts.is_same_as(&shared.facts) => {
-                return connection.resume(transport, &facts);
+                let left = end.saturating_duration_since(Instant::now());
+                return connection.resume(transport, &facts, Trouble { left, wait });
             }
             Ok(_) => return connection.give_up("the export is not what it was before"),
-            Err(error) => error,
-        };
-        if Instant::now() + wait >= end {
-            return connection.give_up(&format!("{why}; connecting again: {}", failed.chain()));
+            Err(error) => failed = error.chain(),
         }
-        drop(connection);
-        std::thread::sleep(wait);
-        wait = (2 * wait).min(LONGEST_WAIT);
     }
 }
 

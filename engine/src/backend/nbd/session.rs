@@ -32,6 +32,10 @@ pub const SLICES_MAX: usize = 16;
 const STAGING_BYTES: usize = 8192;
 /// The longest payload that is kept together: block status of 128 Ki extents.
 const COLLECTED_MAX: u64 = 8 + (16 << 17);
+/// Contexts that are ever asked for.
+const CONTEXTS_MAX: usize = 2;
+/// Extents of one answer to a request for block status, of all contexts.
+const STATUS_MAX: usize = 1 << 18;
 /// Bytes of one request for zeros.
 const ZEROES_MAX: u32 = 1 << 30;
 /// Bits of a cookie that say which request; the others count.
@@ -203,6 +207,8 @@ pub struct Session {
     acknowledged: u64,
     /// The largest mark of a flush that succeeded.
     flushed: u64,
+    /// Replies that were complete, since somebody asked.
+    pub(super) replies: u64,
 }
 
 impl Session {
@@ -224,6 +230,7 @@ impl Session {
             finished: Vec::new(),
             acknowledged: 0,
             flushed: 0,
+            replies: 0,
         }
     }
 
@@ -397,6 +404,18 @@ impl Session {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.flights.is_empty()
+    }
+
+    /// Does the server have, or is it to get, requests that it has not answered?
+    #[must_use]
+    pub fn is_asked(&self) -> bool {
+        !self.parts.is_empty()
+    }
+
+    /// Is a flush among them?
+    #[must_use]
+    pub fn asks_flush(&self) -> bool {
+        self.parts.iter().any(|(_, part)| part.command == Command::Flush)
     }
 
     /// With extended headers?
@@ -580,6 +599,14 @@ impl Session {
         (self.sent_of_first, self.awaited) = (0, 0);
         (self.staging.start, self.staging.end) = (0, 0);
         self.reading = Reading::Header;
+    }
+
+    /// Where the writes go that the server may have taken and did not answer.
+    pub fn writes_begun(&self) -> impl Iterator<Item = (u64, u64)> {
+        let first = self.unsent.front().copied().filter(|_| self.sent_of_first > 0);
+        let begun = move |key: usize, part: &Part| changes(part.command) && (part.sent || first == Some(key));
+        let begun = self.parts.iter().filter(move |(key, part)| begun(*key, part));
+        begun.map(|(_, part)| (part.offset, part.offset + u64::from(part.length)))
     }
 
     /// Everything of these commands ends with this error.

@@ -1,10 +1,12 @@
 //! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::AtomicUsize;
 use std::thread::JoinHandle;
 
 use super::*;
+use crate::backend::blocking::Blocking;
 use crate::backend::{Done, Op, Port, Position, Queue, QueueChoice, What, open_queue};
 use crate::format::nbd::option::{answer, info, number};
 use crate::format::nbd::reply::{FLAG_DONE, kind, put_chunk, put_simple};
@@ -458,4 +460,244 @@ fn a_write_that_a_stalled_server_has_half_of_can_be_given_up() {
     assert!(done.iter().all(cancelled));
     bench.queue.detach(bench.port);
     tell.send(()).expect("the server waits");
+}
+
+#[test]
+fn a_server_is_the_same_whatever_way_it_is_named() {
+    let directory = std::env::temp_dir().join(format!("nbd-same-{}", std::process::id()));
+    let real = directory.join("real");
+    std::fs::create_dir_all(&real).expect("a directory");
+    let link = directory.join("link");
+    std::os::unix::fs::symlink("real", &link).expect("a link");
+    let one = UnixListener::bind(real.join("one")).expect("bound");
+    let two = UnixListener::bind(link.join("two")).expect("bound");
+    let to = |path: &std::path::Path| OwnedFd::from(UnixStream::connect(path).expect("connected"));
+    let first = identity(&to(&real.join("one")), "disk");
+    assert_eq!(identity(&to(&link.join("one")), "disk"), first);
+    assert_ne!(identity(&to(&link.join("one")), "other"), first);
+    let second = identity(&to(&link.join("two")), "disk");
+    assert_eq!(identity(&to(&real.join("two")), "disk"), second);
+    assert_ne!(second, first);
+    // The name it was bound by leads nowhere any more; it is still the one name the kernel knows.
+    std::fs::rename(real.join("one"), directory.join("moved")).expect("moved");
+    let moved = identity(&to(&directory.join("moved")), "disk");
+    assert_eq!(identity(&to(&link.join("../moved")), "disk"), moved);
+    drop((one, two));
+    std::fs::remove_dir_all(&directory).expect("removed");
+
+    let server = std::net::TcpListener::bind("[::]:0").expect("bound");
+    let port = server.local_addr().expect("an address").port();
+    let to = |ip: &str| OwnedFd::from(std::net::TcpStream::connect((ip, port)).expect("connected"));
+    let first = identity(&to("127.0.0.1"), "disk");
+    assert_eq!(identity(&to("127.0.0.2"), "disk"), first);
+    assert_eq!(identity(&to("::1"), "disk"), first);
+    let (pair, _other) = UnixStream::pair().expect("sockets");
+    let (pair, again) = (OwnedFd::from(pair), UnixStream::pair().expect("sockets"));
+    assert_ne!(identity(&pair, "disk"), identity(&again.0.into(), "disk"));
+}
+
+fn context(id: u32, name: &str) -> Vec<u8> {
+    reply(number::SET_META_CONTEXT, answer::META_CONTEXT, &[&id.to_be_bytes()[..], name.as_bytes()].concat())
+}
+
+const BITMAP: &str = "qemu:dirty-bitmap:b";
+
+/// What a server says that has a bitmap.
+fn script_with_contexts(ids: [u32; 2]) -> Vec<u8> {
+    [
+        greeting(3),
+        reply(number::EXTENDED_HEADERS, answer::ERR_UNSUP, &[]),
+        reply(number::STRUCTURED_REPLY, answer::ACK, &[]),
+        context(ids[0], "base:allocation"),
+        context(ids[1], BITMAP),
+        reply(number::SET_META_CONTEXT, answer::ACK, &[]),
+        export(1 << 20, PLAIN),
+        reply(number::GO, answer::ACK, &[]),
+    ]
+    .concat()
+}
+
+/// What a client says until then.
+const HEARD_WITH_CONTEXTS: usize =
+    4 + 16 + 16 + (16 + 4 + 4 + 4 + (4 + 15) + (4 + BITMAP.len())) + (16 + 4 + 4 + 2 + 2);
+
+fn status(flags: u16, cookie: u64, context: u32, extents: &[(u32, u32)]) -> Vec<u8> {
+    let extents = extents.iter().flat_map(|(length, flags)| [length.to_be_bytes(), flags.to_be_bytes()]);
+    let payload = [context.to_be_bytes()].into_iter().chain(extents).collect::<Vec<_>>().concat();
+    chunk(flags, kind::BLOCK_STATUS, cookie, &payload)
+}
+
+/// What is marked on a server that answers the only request so.
+fn marked_by(answer: impl FnOnce(u64) -> Vec<u8> + Send + 'static) -> Result<Vec<(u64, u64)>> {
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    theirs.write_all(&script_with_contexts([7, 8])).expect("room");
+    let remote = Remote { bitmap: Some(BITMAP.to_owned()), ..remote() };
+    let purpose = Purpose { read: true, write: false, stream: false };
+    let device = open(vec![ours.into()], &remote, None, "remote", purpose).expect("opened");
+    let server = Joined(Some(std::thread::spawn(move || {
+        theirs.read_exact(&mut [0; HEARD_WITH_CONTEXTS]).expect("heard");
+        let cookie = hear(&mut theirs);
+        // The client may be gone before it has heard all of it.
+        let _ = theirs.write_all(&answer(cookie));
+        let _ = theirs.read_to_end(&mut Vec::new());
+    })));
+    let marked = marked(&device);
+    drop(device);
+    drop(server);
+    marked.map(|extents| extents.iter().map(|extent| (extent.start(), extent.end())).collect())
+}
+
+#[test]
+fn a_block_status_says_each_context_once_and_no_others() {
+    let one = |cookie, flags, id| status(flags, cookie, id, &[(4096, 0), (4096, 1), ((1 << 20) - 8192, 0)]);
+    let honest = marked_by(move |cookie| [one(cookie, 0, 7), one(cookie, FLAG_DONE, 8)].concat());
+    assert_eq!(honest.expect("marked"), [(4096, 8192)]);
+    let refused = |answer: fn(u64) -> Vec<u8>, words: &str| {
+        let error = marked_by(answer).expect_err(words).chain();
+        assert!(error.contains(words) && error.contains("breaks the protocol"), "{words}: {error}");
+    };
+    refused(|cookie| status(0, cookie, 8, &[(4096, 0)]).repeat(2), "twice");
+    refused(
+        |cookie| (0..3).flat_map(|id| status(0, cookie, id, &[(4096, 0)])).collect(),
+        "more than was asked",
+    );
+    let many = |cookie| {
+        let extents = vec![(8, 0); 131_072];
+        [status(0, cookie, 7, &extents), status(0, cookie, 8, &vec![(8, 0); 131_073])].concat()
+    };
+    refused(many, "more than was asked");
+    refused(|cookie| status(FLAG_DONE, cookie, 8, &[]), "malformed");
+}
+
+#[test]
+fn an_export_whose_contexts_have_other_ids_is_another() {
+    let facts = |ids| {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        theirs.write_all(&script_with_contexts(ids)).expect("room");
+        let remote = Remote { bitmap: Some(BITMAP.to_owned()), ..remote() };
+        let device = open(vec![ours.into()], &remote, None, "remote", BOTH)?;
+        Ok::<_, Error>(device.remote().expect("remote").facts().clone())
+    };
+    let before = facts([7, 8]).expect("opened");
+    assert!(facts([7, 8]).expect("opened").is_same_as(&before));
+    assert!(!facts([8, 7]).expect("opened").is_same_as(&before));
+    assert!(!facts([7, 9]).expect("opened").is_same_as(&before));
+    assert!(facts([7, 7]).expect_err("twice").chain().contains("twice"));
+}
+
+/// A server that is connected to again and again: after haggling, what it does with the connection of this number.
+struct Returning {
+    remote: Remote,
+    path: std::path::PathBuf,
+    connected: Arc<AtomicUsize>,
+    stop: Arc<AtomicUsize>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// What a client says in [`script`].
+const HEARD: usize = 4 + 16 + 16 + (16 + 4 + 4 + 4 + 4 + 15) + (16 + 4 + 4 + 2 + 2);
+
+impl Returning {
+    fn new(name: &str, reconnect_ms: u32, serve: impl Fn(usize, UnixStream) + Send + 'static) -> Self {
+        let path = std::env::temp_dir().join(format!("nbd-again-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).expect("bound");
+        let address = proto::remote::Address::Unix(path.to_str().expect("a path of a test").to_owned());
+        let remote = Remote { address: Some(address), reconnect_ms: Some(reconnect_ms), ..remote() };
+        let (connected, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (count, stopped) = (Arc::clone(&connected), Arc::clone(&stop));
+        let server = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::Acquire) > 0 {
+                    return;
+                }
+                let mut stream = stream.expect("accepted");
+                let number = count.fetch_add(1, Ordering::AcqRel);
+                let _ = stream.write_all(&script(&[export(1 << 20, PLAIN), blocks(1, 4096, 1 << 16)]));
+                if stream.read_exact(&mut [0; HEARD]).is_ok() {
+                    serve(number, stream);
+                }
+            }
+        });
+        Self { remote, path, connected, stop, server: Some(server) }
+    }
+
+    fn open(&self) -> Device {
+        let socket = UnixStream::connect(&self.path).expect("connected");
+        open(vec![socket.into()], &self.remote, None, "remote", BOTH).expect("opened")
+    }
+}
+
+impl Drop for Returning {
+    fn drop(&mut self) {
+        self.stop.store(1, Ordering::Release);
+        let _ = UnixStream::connect(&self.path);
+        let _ = self.server.take().expect("there until now").join();
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[test]
+fn a_server_that_dies_of_what_it_is_asked_again_is_given_up() {
+    let server = Returning::new("dies", 2000, |_, mut stream| {
+        hear(&mut stream);
+    });
+    let device = server.open();
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    let error = blocking.read(0, &mut [0; 8]).expect_err("never answered").chain();
+    assert!(error.contains("broke before a reply"), "{error}");
+    let connected = server.connected.load(Ordering::Acquire);
+    assert!((2..=8).contains(&connected), "connected {connected} times");
+    drop((blocking, device));
+}
+
+fn acknowledge(stream: &mut UnixStream, payload: usize) {
+    let cookie = hear(stream);
+    stream.read_exact(&mut vec![0; payload]).expect("its payload");
+    let _ = stream.write_all(&chunk(FLAG_DONE, kind::NONE, cookie, &[]));
+}
+
+#[test]
+fn what_a_late_copy_would_undo_is_not_written() {
+    let server = Returning::new("late", 5000, |number, mut stream| {
+        if number == 0 {
+            // Taken, and not answered.
+            hear(&mut stream);
+            stream.read_exact(&mut [0; 4096]).expect("its payload");
+            return;
+        }
+        // That again, a flush, and what goes elsewhere.
+        acknowledge(&mut stream, 4096);
+        acknowledge(&mut stream, 0);
+        acknowledge(&mut stream, 4096);
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let device = server.open();
+    let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+    blocking.write(4096, &[1; 4096]).expect("asked again");
+    blocking.flush().expect("nothing was acknowledged before");
+    for at in [4096, 2048, 8191] {
+        let error = blocking.write(at, &[2; 4096]).expect_err("the same place").chain();
+        assert!(error.contains("the same place"), "{at}: {error}");
+    }
+    blocking.write(8192, &[2; 4096]).expect("elsewhere");
+    drop((blocking, device));
+}
+
+#[test]
+fn a_server_that_moves_no_byte_is_left() {
+    let (tell, told) = std::sync::mpsc::channel::<()>();
+    let mut bench = Bench::new(move |stream| {
+        let _ = told.recv();
+        drop(stream);
+    });
+    let volume = find(bench._device.file()).expect("remote");
+    volume.connections[0].set_patience(Duration::from_millis(200));
+    drop(volume);
+    bench.read(1, 8);
+    let done = bench.next(1).remove(0);
+    let text = done.result.expect_err("never answered").to_string();
+    assert!(text.contains("the server does not answer"), "{text}");
+    tell.send(()).expect("the server waits");
+    bench.queue.detach(bench.port);
 }

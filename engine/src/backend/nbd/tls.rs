@@ -162,7 +162,7 @@ impl Private {
     }
 
     /// As [`super::transport::Transport::receive`].
-    pub fn receive(&mut self, slices: &mut [IoSliceMut<'_>]) -> std::io::Result<Option<usize>> {
+    pub fn receive(&mut self, slices: &mut [IoSliceMut<'_>], more: bool) -> std::io::Result<Option<usize>> {
         let mut total = 0;
         for slice in slices {
             let mut filled = 0;
@@ -173,13 +173,15 @@ impl Private {
                         filled += count;
                         total += count;
                     }
-                    Err(error) if error.kind() == Io::WouldBlock => match self.more() {
-                        Ok(true) => {}
-                        // What has arrived counts; the rest is told next time.
-                        Ok(false) => return Ok((total > 0).then_some(total)),
-                        Err(_) if total > 0 => return Ok(Some(total)),
-                        Err(error) => return Err(error),
-                    },
+                    Err(error) if error.kind() == Io::WouldBlock => {
+                        match more.then(|| self.more()).unwrap_or(Ok(false)) {
+                            Ok(true) => {}
+                            // What has arrived counts; the rest is told next time.
+                            Ok(false) => return Ok((total > 0).then_some(total)),
+                            Err(_) if total > 0 => return Ok(Some(total)),
+                            Err(error) => return Err(error),
+                        }
+                    }
                     Err(_) if total > 0 => return Ok(Some(total)),
                     Err(error) => return Err(error),
                 }

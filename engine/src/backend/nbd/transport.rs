@@ -58,13 +58,19 @@ impl Transport {
         }
     }
 
-    /// Take what has arrived. `Some(0)`: the other side has ended the connection; `None`: nothing now.
+    /// Take what has arrived; without `more`, only what was taken from the socket before. `Some(0)`: the other side has ended the
+    /// connection; `None`: nothing now.
     ///
     /// # Errors
     /// The connection is broken.
-    pub fn receive(&mut self, slices: &mut [IoSliceMut<'_>]) -> Result<Option<usize>, std::io::Error> {
+    pub fn receive(
+        &mut self,
+        slices: &mut [IoSliceMut<'_>],
+        more: bool,
+    ) -> Result<Option<usize>, std::io::Error> {
         match self {
-            Self::Private(private) => private.receive(slices),
+            Self::Private(private) => private.receive(slices, more),
+            Self::Plain(_) if !more => Ok(None),
             Self::Plain(socket) => loop {
                 let mut control = RecvAncillaryBuffer::default();
                 match rustix::net::recvmsg(

@@ -21,6 +21,8 @@ use crate::volume::held::{Held, Served};
 
 /// Percent of the time that a re-encryption takes while clients use the volume, unless asked otherwise.
 const BACKGROUND_SHARE: u32 = 50;
+/// The way out where an export is in the way.
+const STOP: &str = "stop its export first: cryptctl export stop";
 
 /// A checked request, ready to run.
 pub struct Prepared {
@@ -142,7 +144,15 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let mut descriptors = Descriptors::new(descriptors);
     let open = |descriptors: &mut Descriptors, file: &proto::luks::File, what: &str| -> Result<Arc<Device>> {
         let purpose = Purpose { read: true, write: !request.dry_run, stream: false };
-        Ok(Arc::new(device::open(descriptors, &remotes, file.fd, (what, &file.name), purpose)?))
+        let device = device::open(descriptors, &remotes, file.fd, (what, &file.name), purpose)?;
+        // What is written twice, in an order that a power cut must not change, needs a server that can say what is durable.
+        if !request.dry_run && device.remote().is_some_and(|volume| !volume.can_flush()) {
+            let what = "the NBD server cannot flush: nothing would be safe from a power cut in the middle";
+            return Err(Error::new(ErrorKind::Unsupported, what)
+                .at(device.name())
+                .hint("have it served with flush, or re-encrypt it where it lies"));
+        }
+        Ok(Arc::new(device))
     };
     let data = open(&mut descriptors, &request.volume, "volume")?;
     let (beside, commit) = match &request.format {
@@ -183,6 +193,11 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     };
     let beside_export = held.first().and_then(Held::beside).cloned();
     if beside_export.is_some() {
+        // What either has had acknowledged, and what of it is durable, the other's connections do not know.
+        if data.remote().is_some() {
+            let what = "the volume is exported, and one on an NBD server is not re-encrypted meanwhile";
+            return Err(Error::new(ErrorKind::Unsupported, what).at(data.name()).hint(STOP));
+        }
         check_online(&request).map_err(|error| error.at(data.name()))?;
     }
     check_tuning(&request, &tuning)?;
@@ -241,16 +256,15 @@ fn check_tuning(request: &Request, tuning: &Tuning) -> Result<()> {
 /// What cannot be done while clients read and write the volume.
 fn check_online(request: &Request) -> Result<()> {
     let refuse = |what: &str, hint: &str| Err(Error::new(ErrorKind::Unsupported, what).hint(hint));
-    let stop = "stop its export first: cryptctl export stop";
     match (&request.format, request.mode) {
         (_, Mode::Encrypt | Mode::Decrypt) => {
-            return refuse("the volume is exported, and only its key can be changed meanwhile", stop);
+            return refuse("the volume is exported, and only its key can be changed meanwhile", STOP);
         }
         // The journal knows the volume it belongs to by bytes that clients would change.
         (Format::Raw(_), Mode::Reencrypt) => {
             return refuse(
                 "the volume is exported, and one without a header is not re-encrypted meanwhile",
-                stop,
+                STOP,
             );
         }
         (Format::Luks(_), Mode::Reencrypt) => {}

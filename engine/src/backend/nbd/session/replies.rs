@@ -3,8 +3,8 @@
 use std::sync::PoisonError;
 
 use crate::backend::nbd::session::{
-    COLLECTED_MAX, INDEX_BITS, Reading, Session, StatusExtent, Violation, changes, errno, failure, into,
-    printable,
+    COLLECTED_MAX, CONTEXTS_MAX, INDEX_BITS, Reading, STATUS_MAX, Session, StatusExtent, Violation, changes,
+    errno, failure, into, printable,
 };
 use crate::format::nbd::STRING_MAX;
 use crate::format::nbd::reply::{self, FLAG_DONE, Header, Style, kind};
@@ -201,12 +201,22 @@ impl Session {
                 let context = u32_at(0).ok_or(MALFORMED)?;
                 let extents =
                     bytes.get(head..).filter(|rest| rest.len() % step == 0).ok_or(MALFORMED)?.len() / step;
+                if extents == 0 {
+                    return Err(MALFORMED);
+                }
                 if step == 16 && u32_at(4).map(|count| count as usize) != Some(extents) {
                     return Err(MALFORMED);
                 }
                 let answer = self.parts[key].flight.and_then(|flight| self.flights[flight].answer.clone());
                 let Some(answer) = answer else { return Ok(()) };
                 let mut answer = answer.lock().unwrap_or_else(PoisonError::into_inner);
+                if answer.iter().any(|extent| extent.context == context) {
+                    return Err(Violation("the block status of a context twice"));
+                }
+                let contexts = answer.chunk_by(|one, next| one.context == next.context).count();
+                if contexts >= CONTEXTS_MAX || answer.len() + extents > STATUS_MAX {
+                    return Err(Violation("a block status of more than was asked for"));
+                }
                 for at in (head..bytes.len()).step_by(step) {
                     let (length, flags) = if step == 8 {
                         (u64::from(u32_at(at).ok_or(MALFORMED)?), u64::from(u32_at(at + 4).ok_or(MALFORMED)?))
@@ -239,6 +249,7 @@ impl Session {
             return Ok(());
         }
         let part = self.parts.remove(key);
+        self.replies += 1;
         self.awaited -= 1;
         if changes(part.command) {
             self.writes -= 1;
