@@ -209,8 +209,9 @@ impl Exports {
 
     fn serve(self: &Arc<Self>, life: &Arc<Life>, request: &Request, opened: Opened) -> Result<Vec<String>> {
         let Opened { device, align, view, warnings, held } = opened;
-        held.publish(&view, align);
-        let exported = Exported::new(life.id, request, device, align, view);
+        let exported = Exported::new(life.id, request, device, align, view.clone());
+        let served = exported.clone();
+        held.publish(&view, align, Box::new(move || served.durability.is_lost()));
         let entrance = self.entrance(life)?;
         life.serve(exported.clone(), held)?;
         let (exports, kept) = (self.clone(), life.clone());

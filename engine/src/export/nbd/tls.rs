@@ -232,7 +232,9 @@ mod tests {
     fn a_message_longer_than_can_be_held_is_the_clients_fault_at_any_time() {
         for turns in [0, 1, 100] {
             let (mut server, mut client) = pair();
-            (0..turns).for_each(|_| drop(turn(&mut server, &mut client)));
+            for _ in 0..turns {
+                turn(&mut server, &mut client);
+            }
             assert_eq!(server.is_handshaking(), turns < 100, "{turns} turns");
             let (mut plain, mut out) = (Vec::new(), Vec::new());
             let error = server.feed(&endless(), &mut plain, &mut out).expect_err("refused");
@@ -265,14 +267,12 @@ mod tests {
             sent += bytes;
         }
         let mut silent = 0;
-        let error = loop {
+        while {
             let (heard, bytes) = ask(&mut client, b"");
             silent += bytes;
-            assert!(silent <= SILENT_MAX + (64 << 10), "listened to {silent} bytes");
-            if let Err(error) = heard {
-                break error;
-            }
-        };
-        assert_eq!(error, rustls::Error::General("too many records that say nothing".to_owned()));
+            heard.is_ok()
+        } {
+            assert!(silent <= SILENT_MAX, "listened to {silent} bytes");
+        }
     }
 }
