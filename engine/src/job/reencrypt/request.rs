@@ -182,6 +182,14 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         [Some(&data), beside.as_ref()].into_iter().flatten().map(Held::to_rewrite).collect::<Result<_>>()?
     };
     let beside_export = held.first().and_then(Held::beside).cloned();
+    if request.shared && beside_export.is_none() && !request.dry_run {
+        let what = "the volume is in use (mounted, or held by another program)";
+        return Err(Error::new(ErrorKind::Conflict, what).at(data.name()).hint(format!(
+            "unmount it and close its mapping first, `lsblk {}` tells which; a volume in use is re-encrypted by `cryptsetup \
+             reencrypt`, or exported by this daemon",
+            data.name()
+        )));
+    }
     if beside_export.is_some() {
         check_online(&request).map_err(|error| error.at(data.name()))?;
     }
