@@ -266,6 +266,9 @@ fn escaped(text: &str, allowed: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    /// The umask is the process's: held by tests that look at modes, or bind many.
+    static UMASK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     fn refused(address: &Address, encrypted: bool) -> Error {
         listen(address, 0o600, encrypted).err().expect("refused")
     }
@@ -286,6 +289,7 @@ mod tests {
 
     #[test]
     fn a_socket_has_its_mode_from_the_start_and_goes_unless_it_is_kept() {
+        let _umask = UMASK.lock().expect("no test has panicked with it");
         let dir = tempfile::tempdir().expect("dir");
         let address = Address::Unix(dir.path().join("s"));
         for (mode, kept) in [(0o600, false), (0o666, true)] {
@@ -318,6 +322,7 @@ mod tests {
 
     #[test]
     fn of_many_that_listen_in_one_place_one_does() {
+        let _umask = UMASK.lock().expect("no test has panicked with it");
         let dir = tempfile::tempdir().expect("dir");
         let address = Address::Unix(dir.path().join("s"));
         for _ in 0..50 {
