@@ -68,7 +68,8 @@ pub fn open(args: &Reencrypt, ask: Ask<'_>) -> Result<Opened> {
         (_, true) => Mode::Decrypt,
         _ => Mode::Reencrypt,
     };
-    let (mut volume, shared) = open_data(&args.volume, access, mode)?;
+    let online = access == Access::Replace && mode == Mode::Reencrypt && matches!(format, Format::Luks(_));
+    let (mut volume, shared) = open_data(&args.volume, access, online)?;
     volume.remote_mut().into_iter().for_each(|remote| remote.reconnect_ms = args.reconnect);
     let mut warnings = Vec::new();
     let mut journal = None;
@@ -197,12 +198,13 @@ fn open_end(path: &Path, role: &str, access: Access) -> Result<End> {
     Ok(end)
 }
 
-/// The volume. A block device in use may be so by an export of the daemon, which knows: `true`, and it is not opened exclusively.
-fn open_data(path: &Path, access: Access, mode: Mode) -> Result<(End, bool)> {
+/// The volume. If it can be re-encrypted beside an export (`online`), a block device in use may be so by one of the daemon, which knows:
+/// `true`, and it is not opened exclusively.
+fn open_data(path: &Path, access: Access, online: bool) -> Result<(End, bool)> {
     match open_end(path, "VOLUME", access) {
         Err(error)
             if error.failure.kind == ErrorKind::Conflict
-                && (access, mode) == (Access::Replace, Mode::Reencrypt)
+                && online
                 && std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) =>
         {
             let end = endpoint::open_volume(path, "VOLUME", Access::Change).map_err(|_| error)?;
