@@ -134,6 +134,7 @@ impl Rewrite {
             hotzone_bytes: None,
             verify: false,
             lock_fds: Vec::new(),
+            shared: false,
         };
         Self { request, tuning: Tuning::default(), rate: None, descriptors: vec![file.into()] }
     }

@@ -1,16 +1,16 @@
 //! `cryptctl export` with the real daemon: how exports begin, are listed and end, who may connect, and what becomes of sockets. What is
 //! served is judged elsewhere; here a client only has to get its bytes.
 
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use engine::format::nbd::reply::Style;
 use proto::export::{Info, State};
 use proto::{ErrorKind, Reply};
 use rustix::process::Signal;
-use tests::luks::{CHEAP_PBKDF2, secret};
+use tests::luks::{CHEAP_PBKDF2, have, secret};
 use tests::nbd::client::{Connection, Wish};
-use tests::{NOBODY, Place, Running, Start, User, as_each_user, eventually, is_root, skip};
+use tests::{NOBODY, Place, Running, Start, User, as_each_user, eventually, is_root, loop_device, skip};
 
 const MIB: usize = 1 << 20;
 
@@ -217,6 +217,33 @@ fn a_volume_in_use_is_refused_both_ways() {
     let mut again = detached(&place, "@/v --nbd unix:@/s");
     again += 1;
     assert!(again > two);
+}
+
+#[test]
+fn a_block_device_is_re_encrypted_beside_its_export_and_beside_nothing_else() {
+    let place = place(User::Me);
+    let Some(device) = loop_device(32 << 20).filter(|_| have(&["cryptsetup"])) else { return };
+    let path = device.path().display();
+    std::fs::copy(place.path("v"), device.path()).expect("copied");
+    let rewrite = format!("reencrypt {path} --key file:@/one --yes {CHEAP_PBKDF2}");
+    let writing = detached(&place, &format!("{path} --nbd unix:@/s"));
+    let mut client = Connection::structured(&place.path("s"));
+    assert_eq!(client.write(0, 0, &[7; 4096]), 0);
+    let before = place.shell(&format!("cryptsetup luksDump {path}")).done().text();
+    let _ = place.run(&rewrite).done();
+    assert_ne!(place.shell(&format!("cryptsetup luksDump {path}")).done().text(), before, "another key");
+    assert_eq!(client.read(0, 4096), [7; 4096]);
+    drop(client);
+    let _ = place.run(&format!("export stop {writing}")).done();
+    // Of another daemon, as far as this one can tell.
+    let held = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed())
+        .open(device.path())
+        .expect("opened exclusively");
+    let _ = place.run(&rewrite).exit(1, &["is in use", "unmount it"]);
+    drop(held);
+    let _ = place.run(&rewrite).done();
 }
 
 #[test]

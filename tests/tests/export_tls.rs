@@ -206,10 +206,27 @@ fn who_shows_no_certificate_of_ours_gets_nothing() {
 #[test]
 fn what_is_no_tls_behind_starttls_is_the_end_of_one_connection() {
     let mut served = Served::new(MIB);
-    for (nth, junk) in
-        [&b"NBDMAGIC, as before"[..], &[0x16, 3, 1, 0xff, 0xff, 1], &[0; 70_000], &[0x16; 70_000]]
-            .into_iter()
-            .enumerate()
+    // Of a handshake's message, longer than anybody holds, all but the end.
+    let endless: Vec<u8> = (0..5)
+        .flat_map(|nth| {
+            let mut record = vec![0x16, 3, 1, 0x3f, 0xff];
+            record.resize(5 + 0x3fff, 0);
+            if nth == 0 {
+                record[5..9].copy_from_slice(&[1, 0, 0xff, 0xff]);
+            }
+            record
+        })
+        .collect();
+    for (nth, junk) in [
+        &b"NBDMAGIC, as before"[..],
+        &[0x16, 3, 1, 0xff, 0xff, 1],
+        &[0; 70_000],
+        &[0x16; 70_000],
+        &endless[..60_000],
+        &endless,
+    ]
+    .into_iter()
+    .enumerate()
     {
         for together in [true, false] {
             let mut stream = TcpStream::connect(("127.0.0.1", served.port)).expect("connects");

@@ -10,7 +10,7 @@ use crate::{Commit, Raw};
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// The volume's data (and header, unless `header` is given), opened for reading and writing; a block device
-    /// exclusively. For a dry run reading is enough.
+    /// exclusively, or see `shared`. For a dry run reading is enough.
     pub volume: File,
     /// Which way.
     pub mode: Mode,
@@ -44,6 +44,10 @@ pub struct Request {
     /// Locks of other programs that the caller holds, kept until the job ends.
     #[serde(default)]
     pub lock_fds: Vec<u32>,
+    /// The volume is a block device that is in use, and so was not opened exclusively: this is done only beside an export of the same
+    /// daemon, which has it.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// Which way.

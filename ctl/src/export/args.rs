@@ -71,7 +71,7 @@ pub struct Serve {
     #[arg(long, visible_alias = "no-direct", help_heading = "Speed")]
     pub buffered: bool,
     /// Print the export's number and leave; the export goes on until it is stopped
-    #[arg(long)]
+    #[arg(long, help_heading = "Speed")]
     pub detach: bool,
 }
 

@@ -13,15 +13,19 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use proto::ErrorKind;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::report::{Error, Result};
 
 /// Bytes of a Unix socket's path, without the zero byte at its end (unix(7)).
 const PATH_MAX: usize = 107;
+/// How long another one of us may take to listen in the same directory, and how often to look.
+const PATIENCE: Duration = Duration::from_secs(3);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -137,6 +141,8 @@ fn unix(address: &Address, path: &Path, mode: u32) -> Result<Listening> {
         .custom_flags(OFlags::DIRECTORY.bits().cast_signed())
         .open(parent)
         .map_err(|error| failed("cannot listen", error))?;
+    // Until it listens: one that is bound and does not listen yet looks like one that nobody listens on any more.
+    let _turn = turn(address, parent)?;
     make_way(address, path)?;
     let listening = |errno: rustix::io::Errno| failed("cannot listen", errno.into());
     let socket =
@@ -161,6 +167,27 @@ fn unix(address: &Address, path: &Path, mode: u32) -> Result<Listening> {
         entry: Some((directory.into(), name.to_owned())),
         name: Some(kept),
     })
+}
+
+/// Others of us wait as long as this lives.
+fn turn(address: &Address, parent: &Path) -> Result<File> {
+    // An open file of its own: the daemon gets the other one.
+    let directory = File::open(parent).map_err(|error| Error::io("cannot listen", address, error))?;
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if Instant::now() < until => {
+                std::thread::sleep(LOOK_EVERY);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let what =
+                    format!("cannot listen: {address}: another program has locked {}", parent.display());
+                return Err(Error::new(ErrorKind::Conflict, what).hint("listen in a directory of your own"));
+            }
+            // A filesystem without locks has us take our chance.
+            Ok(()) | Err(_) => return Ok(directory),
+        }
+    }
 }
 
 fn taken(address: &Address) -> Error {
@@ -239,6 +266,9 @@ fn escaped(text: &str, allowed: &[u8]) -> String {
 mod tests {
     use super::*;
 
+    /// The umask is the process's: held by tests that look at modes, or bind many.
+    static UMASK: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     fn refused(address: &Address, encrypted: bool) -> Error {
         listen(address, 0o600, encrypted).err().expect("refused")
     }
@@ -259,6 +289,7 @@ mod tests {
 
     #[test]
     fn a_socket_has_its_mode_from_the_start_and_goes_unless_it_is_kept() {
+        let _umask = UMASK.lock().expect("no test has panicked with it");
         let dir = tempfile::tempdir().expect("dir");
         let address = Address::Unix(dir.path().join("s"));
         for (mode, kept) in [(0o600, false), (0o666, true)] {
@@ -287,6 +318,23 @@ mod tests {
         let error = refused(&address, false);
         assert!(error.to_string().contains("exists and is not a socket"), "{error}");
         assert_eq!(error.failure.kind, ErrorKind::Conflict);
+    }
+
+    #[test]
+    fn of_many_that_listen_in_one_place_one_does() {
+        let _umask = UMASK.lock().expect("no test has panicked with it");
+        let dir = tempfile::tempdir().expect("dir");
+        let address = Address::Unix(dir.path().join("s"));
+        for _ in 0..50 {
+            // A socket that nobody listens on any more.
+            drop(std::os::unix::net::UnixListener::bind(dir.path().join("s")).expect("free"));
+            let all: Vec<_> = std::thread::scope(|scope| {
+                let each = [(); 4].map(|()| scope.spawn(|| listen(&address, 0o600, false)));
+                each.map(|one| one.join().expect("ran")).into_iter().collect()
+            });
+            assert_eq!(all.iter().filter(|one| one.is_ok()).count(), 1);
+            UnixStream::connect(dir.path().join("s")).expect("it listens");
+        }
     }
 
     #[test]

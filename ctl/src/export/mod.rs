@@ -228,7 +228,9 @@ impl Foreground {
                     0 => {}
                     1 => {
                         self.wipe();
-                        note("draining; interrupt again to drop clients");
+                        if !global.quiet {
+                            note("draining; interrupt again to drop clients");
+                        }
                         stop = Some(client.send(Call::ExportStop { export: self.export, now: false }, &[])?);
                     }
                     2 => {
@@ -240,7 +242,9 @@ impl Foreground {
                             launch::reach(global)?
                                 .send(Call::ExportStop { export: self.export, now: true }, &[])?;
                         }
-                        note("dropping clients; interrupt again to leave at once");
+                        if !global.quiet {
+                            note("dropping clients; interrupt again to leave at once");
+                        }
                     }
                     _ => {
                         return Err(Error {

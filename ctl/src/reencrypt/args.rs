@@ -57,8 +57,9 @@ pub struct Reencrypt {
     pub new_raw: NewRawArgs,
     /// Seconds to try to connect again when a connection to a server breaks; 0: not at all [default: 10]
     ///
-    /// Requests that were not answered are sent again. It takes a daemon that may do what you may: your own, or root's for
-    /// root. For others the job ends with the connection, and is gone on with by --resume-only.
+    /// Requests that were not answered are sent again. What a server had acknowledged and was not yet told to make durable may be
+    /// lost: the job then stops, and with --resume-only makes the step whole that it was in. It takes a daemon that may do what
+    /// you may: your own, or root's for root. For others the job ends with the connection, and is gone on with by --resume-only.
     #[arg(long, value_name = "SECONDS", value_parser = parse_reconnect, help_heading = "NBD servers")]
     pub reconnect: Option<u32>,
     #[command(flatten)]

@@ -17,7 +17,9 @@ command goes on where it was, on this machine or another, and so does `cryptsetu
 begun, this goes on with. A raw volume has no header: --journal keeps its progress in a file.
 
 VOLUME may be what an NBD server has (see `cryptctl --help`); of its data nothing is looked at before, so where that matters a flag \
-is asked for. Nobody else may use the volume meanwhile: one that is mounted or mapped is refused, and of a server nobody can tell. A volume in use is re-encrypted by cryptsetup. \
+is asked for. Nobody else may use the volume meanwhile: one that is mounted or mapped is refused, and of a server nobody can tell. A volume \
+in use is re-encrypted by cryptsetup; but one that the same daemon exports, a file or a block device with a LUKS header, is \
+re-encrypted while its clients go on (--background-share). \
 Make a header backup before, and a new one after: the old one holds the old key, and must never be restored once this has begun.";
 
 /// The end of `reencrypt --help`

@@ -5,7 +5,7 @@
 
 use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use proto::luks::{self, File};
@@ -63,13 +63,14 @@ pub fn open(args: &Reencrypt, ask: Ask<'_>) -> Result<Opened> {
     let refs = Refs::parse(args)?;
     let mut format = wish::format(args)?;
     let access = if args.dry_run { Access::Read } else { Access::Replace };
-    let mut volume = open_end(&args.volume, "VOLUME", access)?;
-    volume.remote_mut().into_iter().for_each(|remote| remote.reconnect_ms = args.reconnect);
     let mode = match (args.becoming.encrypt, args.becoming.decrypt) {
         (true, _) => Mode::Encrypt,
         (_, true) => Mode::Decrypt,
         _ => Mode::Reencrypt,
     };
+    let online = access == Access::Replace && mode == Mode::Reencrypt && matches!(format, Format::Luks(_));
+    let (mut volume, shared) = open_data(&args.volume, access, online)?;
+    volume.remote_mut().into_iter().for_each(|remote| remote.reconnect_ms = args.reconnect);
     let mut warnings = Vec::new();
     let mut journal = None;
     if let Some(path) = &args.volume_args.journal {
@@ -154,6 +155,7 @@ pub fn open(args: &Reencrypt, ask: Ask<'_>) -> Result<Opened> {
         hotzone_bytes: args.safety.hotzone_size,
         verify: args.safety.verify,
         lock_fds: Vec::new(),
+        shared,
     };
     let mut submit = request::submit(Action::Reencrypt, &args.moving, request::tuning(&args.moving));
     submit.background_share = args.safety.background_share;
@@ -194,6 +196,22 @@ fn open_end(path: &Path, role: &str, access: Access) -> Result<End> {
         endpoint::refuse_attached(&end)?;
     }
     Ok(end)
+}
+
+/// The volume. If it can be re-encrypted beside an export (`online`), a block device in use may be so by one of the daemon, which knows:
+/// `true`, and it is not opened exclusively.
+fn open_data(path: &Path, access: Access, online: bool) -> Result<(End, bool)> {
+    match open_end(path, "VOLUME", access) {
+        Err(error)
+            if error.failure.kind == ErrorKind::Conflict
+                && online
+                && std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) =>
+        {
+            let end = endpoint::open_volume(path, "VOLUME", Access::Change).map_err(|_| error)?;
+            Ok((end, true))
+        }
+        other => other.map(|end| (end, false)),
+    }
 }
 
 /// A detached header, and what is in it. With `encrypt` one that is not there, or empty, is to be made.

@@ -33,7 +33,7 @@ pub mod socket;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use proto::export::{ExportId, Info, Listen, Request, State, Stats};
@@ -209,17 +209,20 @@ impl Exports {
 
     fn serve(self: &Arc<Self>, life: &Arc<Life>, request: &Request, opened: Opened) -> Result<Vec<String>> {
         let Opened { device, align, view, warnings, held } = opened;
-        held.publish(&view, align);
-        let exported = Exported::new(life.id, request, device, align, view);
+        let exported = Exported::new(life.id, request, device, align, view.clone());
+        let served = exported.clone();
+        held.publish(&view, align, Box::new(move || served.durability.is_lost()));
         let entrance = self.entrance(life)?;
         life.serve(exported.clone(), held)?;
         let (exports, kept) = (self.clone(), life.clone());
+        // The keeper waits for the offer: what it withdraws has been offered, and what is offered has a keeper.
+        let (offered, is_offered) = mpsc::sync_channel(1);
         std::thread::Builder::new()
             .name(format!("export{}", life.id))
-            .spawn(move || exports.keep(&kept))
+            .spawn(move || is_offered.recv().map(|()| exports.keep(&kept)))
             .map_err(|cause| Error::io("cannot start the export's thread", cause))?;
-        // Names were compared when it was registered, and are few.
-        entrance.offer(exported).expect("an export that was registered has a place of its own");
+        entrance.offer(exported)?;
+        offered.send(()).expect("the keeper waits for nothing else");
         tracing::info!(export = life.id, uid = life.owner.uid, address = life.address, "serving");
         Ok(warnings)
     }
@@ -264,6 +267,8 @@ impl Exports {
             end = life.end_within(DRAIN_POLL, end);
         }
         let failure = if exported.read_only { None } else { self.make_durable(&exported).err() };
+        // Of a write-back that failed an open file is told once: whoever was, the last flush may know nothing of it any more.
+        let failure = if exported.durability.is_lost() { Some(lost(&exported, failure)) } else { failure };
         let stats = self.measure(life, &exported);
         drop(exported);
         self.leave_socket(life);
@@ -391,6 +396,17 @@ impl Exports {
         let table = self.table();
         u32::try_from(table.lives.len() - table.finished.len()).unwrap_or(u32::MAX)
     }
+}
+
+/// How an export ends of which a flush has failed, whatever the last one said.
+fn lost(exported: &Exported, last: Option<Error>) -> Error {
+    let what = "what clients wrote may be lost: a flush failed";
+    let error = Error::new(ErrorKind::Io, what).at(exported.device.name());
+    let error = match last {
+        Some(last) => error.because(last),
+        None => error,
+    };
+    error.hint("the kernel's log may say why; check what is on the volume before it is used")
 }
 
 /// The wire's and the protocol's bounds on texts, before they are kept for as long as the export is.

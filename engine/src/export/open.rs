@@ -115,7 +115,7 @@ impl Closed {
         if let Some(midway) = self.midway(give_up)? {
             let Self { device, direct, held, .. } = self;
             let fits = |align: u32| course::is_aligned(&midway, align);
-            let align = choose_direct(&device, device.size().unwrap_or(0), &fits, direct);
+            let align = choose_direct(&device, device.size().unwrap_or(0), &fits, direct)?;
             let view = midway::view(&midway, kernel)?;
             return Ok(Opened { device, align, view, warnings: midway.notes, held });
         }
@@ -132,7 +132,7 @@ impl Closed {
             let what = "the volume has no data: it ends where its data begins, as a header backup does";
             return Err(Error::new(ErrorKind::Invalid, what).at(device.name()));
         }
-        let align = choose_direct(&device, bytes, &|align| geometry.is_aligned(align), direct);
+        let align = choose_direct(&device, bytes, &|align| geometry.is_aligned(align), direct)?;
         if direct == Some(true) && align == 1 {
             warnings.push("direct I/O was asked for, but the volume cannot do it".to_owned());
         }
@@ -206,16 +206,36 @@ fn raw_geometry(raw: &proto::Raw, key: &Secret) -> Result<Geometry> {
 }
 
 /// Bypass the page cache where every data unit can be reached that way: areas that begin on device blocks, and a device that
-/// ends on one (a write to an odd end would make a file longer).
-fn choose_direct(device: &Device, bytes: u64, is_aligned: &dyn Fn(u32) -> bool, wish: Option<bool>) -> u32 {
+/// ends on one (a write to an odd end would make a file longer). What is behind an NBD server is in the blocks of that one, whatever is
+/// wished for.
+///
+/// # Errors
+/// `Unsupported`: blocks of an NBD server that the volume is not in.
+fn choose_direct(
+    device: &Device,
+    bytes: u64,
+    is_aligned: &dyn Fn(u32) -> bool,
+    wish: Option<bool>,
+) -> Result<u32> {
     let fits =
         |align: &u32| *align <= BLOCK_MAX && bytes.is_multiple_of((*align).into()) && is_aligned(*align);
-    match device.direct_alignment().filter(fits) {
+    if device.remote().is_some() {
+        let block = device.direct_alignment().unwrap_or(1);
+        return Some(block).filter(fits).ok_or_else(|| {
+            let what = format!(
+                "its server does not read or write less than {block} bytes, and the volume's data is not in blocks of that"
+            );
+            Error::new(ErrorKind::Unsupported, what)
+                .at(device.name())
+                .hint("export it where its device is, with cryptctl export")
+        });
+    }
+    Ok(match device.direct_alignment().filter(fits) {
         Some(align) if wish != Some(false) && device.enable_direct() => align,
         _ => {
             // A descriptor may come with direct I/O on.
             device.disable_direct();
             1
         }
-    }
+    })
 }

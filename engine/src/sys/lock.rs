@@ -62,18 +62,30 @@ pub fn unlock(file: impl AsFd) {
 /// for reading, and those of virtual machines, which begin behind it, do not count. Where it cannot be told: no.
 #[must_use]
 pub fn is_taken(file: impl AsFd) -> bool {
+    get(file, libc::F_RDLCK, 0, 1) == Some(libc::F_WRLCK)
+}
+
+/// Of a file of which all but the first byte is locked, as by [`try_lock_data`]: is it this very open file description that has the
+/// lock? Where it cannot be told: no.
+#[must_use]
+pub fn is_own_data(file: impl AsFd) -> bool {
+    get(file, libc::F_WRLCK, 1, 0).is_some_and(|found| found == libc::F_UNLCK)
+}
+
+/// What keeps a lock of this kind from being had, of other open file descriptions; `F_UNLCK`: nothing.
+fn get(file: impl AsFd, kind: libc::c_int, start: libc::off_t, len: libc::off_t) -> Option<libc::c_int> {
     let mut lock = libc::flock {
-        l_type: libc::c_short::try_from(libc::F_RDLCK).expect("a lock's kind is small"),
+        l_type: libc::c_short::try_from(kind).expect("a lock's kind is small"),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).expect("small"),
-        l_start: 0,
-        l_len: 1,
+        l_start: start,
+        l_len: len,
         // Must be 0 for locks of this kind.
         l_pid: 0,
     };
     // SAFETY: the descriptor is open as long as it is borrowed, and the kernel reads and writes one `struct flock` that outlives
     // the call.
     let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
-    result == 0 && i32::from(lock.l_type) == libc::F_WRLCK
+    (result == 0).then(|| lock.l_type.into())
 }
 
 /// `len` 0: to the end, wherever that will be.
@@ -129,6 +141,9 @@ mod tests {
         let (one, other, reader) =
             (open().expect("open"), open().expect("open"), File::open(&path).expect("open"));
         assert_eq!((try_lock_data(&one), is_taken(&other)), (Ok(true), false));
+        let same = one.try_clone().expect("dup");
+        assert_eq!((is_own_data(&one), is_own_data(&same), is_own_data(&other)), (true, true, false));
+        drop(same);
         assert_eq!(
             (try_lock(&other), try_lock_data(&other), try_lock_reading(&reader)),
             (Ok(false), Ok(false), Ok(false))

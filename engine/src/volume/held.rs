@@ -36,6 +36,28 @@ pub struct Served {
     pub view: Arc<View>,
     /// Its alignment for direct I/O, bytes; 1: it is buffered.
     pub align: u32,
+    /// See [`Served::is_lost`].
+    lost: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl Served {
+    /// May some of what its clients wrote be lost, although it can be read? That is so for good.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        (self.lost)()
+    }
+
+    /// For who would build on what can be read.
+    ///
+    /// # Errors
+    /// `Io`: it may be lost.
+    pub fn check(&self, name: &str) -> Result<()> {
+        if !self.is_lost() {
+            return Ok(());
+        }
+        let what = "the volume is exported, and what its clients wrote may be lost: a flush failed";
+        Err(Error::new(ErrorKind::Io, what).at(name).hint("stop its export, and check what is on the volume"))
+    }
 }
 
 /// A locked open file; unlocked when nobody has it any more.
@@ -106,7 +128,7 @@ impl Held {
     /// To re-encrypt it. Where this process serves it already, [`Held::beside`] says how the two get along.
     ///
     /// # Errors
-    /// `Conflict`: another job, another program, or an export that this cannot run beside, has it.
+    /// `Conflict`: another job, another program, or an export that this cannot run beside, has it; `Io`: beside one that has lost writes.
     pub fn to_rewrite(device: &Arc<Device>) -> Result<Self> {
         let mut table = table();
         let volumes = table.get_or_insert_default();
@@ -130,6 +152,13 @@ impl Held {
         };
         let beside = uses.as_ref().and_then(|uses| uses.served.clone());
         let file = &**device.file();
+        if let Some(served) = &beside {
+            served.check(device.name())?;
+            if lock::is_own_data(file) {
+                let what = "the volume is exported through this very open file";
+                return conflict(device, what, "open it once more for the job");
+            }
+        }
         check(device, if uses.is_some() { lock::try_lock_first(file) } else { lock::try_lock(file) })?;
         let lock = Some(Locked(device.file().clone()));
         volumes.entry(device.identity()).or_default().rewritten = true;
@@ -198,12 +227,13 @@ impl Held {
         self.beside.as_ref()
     }
 
-    /// The volume is open, and served by this view: from now on a re-encryption may run beside it. No effect on one that is only read.
-    pub fn publish(&self, view: &Arc<View>, align: u32) {
+    /// The volume is open, and served by this view: from now on a re-encryption may run beside it, unless `lost` says that what was
+    /// written may be lost. No effect on one that is only read.
+    pub fn publish(&self, view: &Arc<View>, align: u32, lost: Box<dyn Fn() -> bool + Send + Sync>) {
         if self.uses == Use::Serve
             && let Some(uses) = table().as_mut().and_then(|table| table.get_mut(&self.device.identity()))
         {
-            uses.served = Some(Arc::new(Served { view: view.clone(), align }));
+            uses.served = Some(Arc::new(Served { view: view.clone(), align, lost }));
         }
     }
 }
@@ -256,6 +286,7 @@ mod tests {
     use crate::pipeline::segment::{Segment, Segments};
     use std::fs::File;
     use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     const WRITE: Purpose = Purpose { read: true, write: true, stream: false };
 
@@ -323,7 +354,15 @@ mod tests {
         assert!(refusal(Held::to_rewrite(&job)).contains("just being opened"));
         assert!(refusal(Held::to_serve(&job, true)).contains("exported already"));
         let view = view();
-        export.publish(&view, 512);
+        let lost = Arc::new(AtomicBool::new(false));
+        let is_lost = lost.clone();
+        export.publish(&view, 512, Box::new(move || is_lost.load(Ordering::Relaxed)));
+        let own = device(exported.file().try_clone().expect("dup").into());
+        assert!(refusal(Held::to_rewrite(&own)).contains("this very open file"));
+        lost.store(true, Ordering::Relaxed);
+        let error = Held::to_rewrite(&job).expect_err("refused");
+        assert!(error.chain().contains("may be lost"), "{}", error.chain());
+        lost.store(false, Ordering::Relaxed);
         let held = Held::to_rewrite(&job).expect("beside it");
         let served = held.beside().expect("the export");
         assert!(Arc::ptr_eq(&served.view, &view));
@@ -348,7 +387,7 @@ mod tests {
         let (one, two) = (device(open(&path)), device(open(&path)));
         let first = Held::to_serve(&one, true).expect("free");
         let second = Held::to_serve(&two, true).expect("shared");
-        first.publish(&view(), 1);
+        first.publish(&view(), 1, Box::new(|| false));
         assert!(refusal(Held::to_rewrite(&one)).contains("read only"));
         assert!(refusal(Held::to_serve(&one, false)).contains("exported already"));
         drop(first);

@@ -509,7 +509,11 @@ fn finish(world: &World, volume: &Volume, opened: Opened, seed: u64, broken: Bro
         data: &mut data,
         wish: &mut || Go::Go,
         at_rest: &mut || (),
-        traffic: Some(Traffic { view: &view, pace: &mut Free { ahead: seed.is_multiple_of(2) } }),
+        traffic: Some(Traffic {
+            view: &view,
+            pace: &mut Free { ahead: seed.is_multiple_of(2) },
+            sound: &|| Ok(()),
+        }),
     });
     if let Some(error) = ended.failure {
         return Err(error);

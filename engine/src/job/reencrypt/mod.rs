@@ -382,6 +382,8 @@ impl<'a> Desk<'a> {
             }
             if job.is_cancelled() { Wish::Stop } else { Wish::Go }
         };
+        let export = prepared.beside_export.as_deref();
+        let sound = || export.map_or(Ok(()), |export| export.check(prepared.data.name()));
         let ended = steps::run(Steps {
             course: &course,
             carrier: &mut carrier,
@@ -389,7 +391,7 @@ impl<'a> Desk<'a> {
             data: &mut data,
             wish: &mut wish,
             at_rest: &mut || self.rests(job),
-            traffic: share.as_mut().map(|(view, share)| Traffic { view, pace: share }),
+            traffic: share.as_mut().map(|(view, share)| Traffic { view, pace: share, sound: &sound }),
         });
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;

@@ -192,6 +192,14 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         [Some(&data), beside.as_ref()].into_iter().flatten().map(Held::to_rewrite).collect::<Result<_>>()?
     };
     let beside_export = held.first().and_then(Held::beside).cloned();
+    if request.shared && beside_export.is_none() && !request.dry_run {
+        let what = "the volume is in use (mounted, or held by another program)";
+        return Err(Error::new(ErrorKind::Conflict, what).at(data.name()).hint(format!(
+            "unmount it and close its mapping first, `lsblk {}` tells which; a volume in use is re-encrypted by `cryptsetup \
+             reencrypt`, or exported by this daemon",
+            data.name()
+        )));
+    }
     if beside_export.is_some() {
         // What either has had acknowledged, and what of it is durable, the other's connections do not know.
         if data.remote().is_some() {

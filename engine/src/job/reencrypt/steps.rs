@@ -90,6 +90,8 @@ pub struct Traffic<'a> {
     pub view: &'a View,
     /// How much of the time is theirs.
     pub pace: &'a mut dyn Pace,
+    /// Fails when what they wrote may be lost although it can be read.
+    pub sound: &'a dyn Fn() -> Result<()>,
 }
 
 /// Let workers claim nothing of a course before it is frozen. To be said before they get it.
@@ -309,6 +311,10 @@ impl Loop<'_> {
         // 2. of the view.
         if self.ahead.as_ref().is_some_and(|ahead| ahead.durable < hot.until) {
             self.flush()?;
+        }
+        // Of a write-back that failed somebody else may have been told, before our file was opened.
+        if let Some(ahead) = &self.ahead {
+            (ahead.traffic.sound)()?;
         }
         // The header may say so from here on, whether this fails or not.
         self.step = Step::Begun(hot);

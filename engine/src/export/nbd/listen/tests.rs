@@ -303,7 +303,8 @@ fn five_thousand_connections_hurt_nobody() {
 fn when_all_places_are_taken_whoever_has_most_pays() {
     let house = House::new("crowd");
     let export = house.scratch.export(1, "");
-    let doors: Vec<_> = (0..5).map(|nth| house.open(&format!("s{nth}"), std::slice::from_ref(&export))).collect();
+    let doors: Vec<_> =
+        (0..5).map(|nth| house.open(&format!("s{nth}"), std::slice::from_ref(&export))).collect();
     let mut crowd = Vec::new();
     for (nth, (_, path, _)) in doors.iter().take(4).enumerate() {
         // The first has one more than the others, and the places are just taken.
