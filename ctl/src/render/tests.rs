@@ -211,6 +211,7 @@ socket         /run/user/1000/cryptd/cryptd.sock
 idle exit      after 300 s
 kernel         aes-ni
 active jobs    2
+exports        0
 memory         30.00 MiB resident, 40.00 MiB at most
 locked memory  keys locked, limit 8.00 MiB (ulimit -l), 32.00 MiB would lock everything
 cpu            1.50 s user, 0.25 s system

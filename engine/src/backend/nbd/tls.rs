@@ -174,7 +174,7 @@ impl Private {
                         total += count;
                     }
                     Err(error) if error.kind() == Io::WouldBlock => {
-                        match more.then(|| self.more()).unwrap_or(Ok(false)) {
+                        match if more { self.more() } else { Ok(false) } {
                             Ok(true) => {}
                             // What has arrived counts; the rest is told next time.
                             Ok(false) => return Ok((total > 0).then_some(total)),
