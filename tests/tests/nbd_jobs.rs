@@ -456,10 +456,10 @@ fn what_needs_durability_is_not_done_where_there_is_none() {
     let before = place.read("vol");
     let _ = place
         .run(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes"))
-        .exit(1, &["cannot flush", "served with flush"]);
+        .exit(2, &["cannot flush", "served with flush"]);
     let _ = place
         .run(&format!("export {far} --nbd unix:@/s --key file:@/one --detach"))
-        .exit(1, &["cannot flush", "read-only"]);
+        .exit(2, &["cannot flush", "read-only"]);
     assert!(place.read("vol") == before);
     let _ = place.run(&format!("export {far} --nbd unix:@/s --key file:@/one --read-only --detach")).done();
     let _ = place.run("export stop 1").done();

@@ -385,7 +385,8 @@ fn the_locks_are_cryptsetups_and_travel_with_the_request() {
     assert!(second.lock(&locks, &mut |_| ()).is_err());
     drop(prepared);
     // A program that another test starts has our descriptors, and so the lock, until it runs.
-    let free = || second.lock(&locks, &mut |_| ()).inspect_err(|_| std::thread::sleep(Duration::from_millis(10)));
+    let free =
+        || second.lock(&locks, &mut |_| ()).inspect_err(|_| std::thread::sleep(Duration::from_millis(10)));
     let again = (0..1000).find_map(|_| free().ok()).expect("nobody has it");
     again.into_iter().for_each(Lock::release);
     assert!(!file.exists());

@@ -53,6 +53,8 @@ use crate::units::Extent;
 
 pub use extents::marked;
 
+/// How long the first connection may haggle before the others are given up for its sake.
+const SPARE_WAIT: Duration = Duration::from_secs(1);
 /// How long a server may take until an export can be used.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
 /// How long to try to connect again where nothing was said, milliseconds.
@@ -213,7 +215,9 @@ pub fn open(
         return refuse(ErrorKind::Invalid, "no connection to the NBD server".to_owned());
     };
     let identity = identity(&first, &remote.export);
-    let (transport, facts) = connect::haggle(connect::prepare(first, name)?, &wish, deadline)?;
+    let mut spare: Vec<OwnedFd> = connections.collect();
+    let (transport, facts) =
+        beside_silence(&mut spare, || connect::haggle(connect::prepare(first, name)?, &wish, deadline))?;
     if purpose.write && facts.has(flags::READ_ONLY) {
         return refuse(ErrorKind::Denied, "the NBD server exports it read-only".to_owned());
     }
@@ -222,11 +226,11 @@ pub fn open(
     }
     let shared = Arc::new(Shared::new(wish, facts.clone(), purpose.write, again));
     let mut all = vec![Arc::new(Connection::new(Arc::clone(&shared), transport, &facts))];
-    for more in connections {
-        // One that does not allow several gets no second word; closing says enough.
-        if !facts.has(flags::CAN_MULTI_CONN) {
-            break;
-        }
+    if !facts.has(flags::CAN_MULTI_CONN) {
+        hang_up(&spare);
+        spare.clear();
+    }
+    for more in spare {
         let (transport, other) = connect::haggle(connect::prepare(more, name)?, &shared.wish, deadline)?;
         if !other.is_same_as(&facts) {
             return refuse(ErrorKind::Conflict, "the connections lead to different exports".to_owned());
@@ -238,6 +242,31 @@ pub fn open(
     let volume = Arc::new(Volume { shared, connections: all, data: OnceLock::new(), _anchor: anchor });
     register().open.push((Arc::downgrade(&file), Arc::clone(&volume)));
     Device::from_remote(file, Lease::of(volume), name, purpose)
+}
+
+/// Connections that are not used are ended at once, and not when the caller, too, has let go of them.
+fn hang_up(connections: &[OwnedFd]) {
+    for connection in connections {
+        // It may have ended by itself.
+        let _ = rustix::net::shutdown(connection, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Haggle on the first of several connections. Some servers take one client at a time, and wait for the first word of one of the
+/// others: if it takes long, those are hung up on, and none is left.
+fn beside_silence<T>(others: &mut Vec<OwnedFd>, haggle: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (over, waits) = crossbeam::channel::bounded::<()>(0);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if waits.recv_timeout(SPARE_WAIT) == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
+                hang_up(others);
+                others.clear();
+            }
+        });
+        let haggled = haggle();
+        drop(over);
+        haggled
+    })
 }
 
 /// What is the same export of the same server: where the connection leads, whatever way that was named. A server that
