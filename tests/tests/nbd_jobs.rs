@@ -474,7 +474,7 @@ fn what_needs_durability_is_not_done_where_there_is_none() {
     let _ = place.run(&format!("export {far} --nbd unix:@/t --key file:@/one --detach")).done();
     let _ = place
         .run(&format!("reencrypt {far} --key file:@/one {CHEAP_PBKDF2} --yes"))
-        .exit(1, &["is exported", "export stop"]);
+        .exit(2, &["is exported", "export stop"]);
     assert!(place.read("vol") == before);
 }
 
