@@ -21,11 +21,10 @@ use crate::backend::nbd::session::{Bounds, printable};
 use crate::backend::nbd::tls::Means;
 use crate::backend::nbd::transport::Transport;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::nbd::option::{answer, info, number};
+use crate::format::nbd::option::{self, Block, answer, info, number};
 use crate::format::nbd::reply::Style;
 use crate::format::nbd::{
-    BASE_ALLOCATION, GREETING_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, PAYLOAD_MAX, STRING_MAX, flags,
-    handshake,
+    BASE_ALLOCATION, GREETING_MAGIC, OPTION_MAGIC, PAYLOAD_MAX, STRING_MAX, flags, handshake,
 };
 
 /// Second 8 bytes of a greeting of the old style, which has no options.
@@ -239,12 +238,9 @@ impl Talk<'_> {
     fn contexts(&mut self) -> Result<Vec<(u32, String)>> {
         let wanted: Vec<&str> =
             std::iter::once(BASE_ALLOCATION).chain(self.wish.context.as_deref()).collect();
-        let mut data = counted(&self.wish.export);
-        data.extend(u32::try_from(wanted.len()).expect("two").to_be_bytes());
-        for name in &wanted {
-            data.extend(counted(name));
-        }
-        self.ask(number::SET_META_CONTEXT, &data)?;
+        let mut bytes = Vec::new();
+        option::put_contexts(&mut bytes, number::SET_META_CONTEXT, &self.wish.export, &wanted);
+        self.write(&bytes)?;
         let mut contexts: Vec<(u32, String)> = Vec::new();
         for _ in 0..REPLIES_MAX {
             let reply = self.reply(number::SET_META_CONTEXT)?;
@@ -252,14 +248,14 @@ impl Talk<'_> {
                 answer::ACK => return Ok(contexts),
                 answer::META_CONTEXT => {
                     let (id, name) =
-                        reply.bytes.split_first_chunk::<4>().ok_or_else(|| broken("a malformed context"))?;
-                    let name = wanted.iter().find(|wanted| wanted.as_bytes() == name);
-                    let name = name.ok_or_else(|| broken("a context that was not asked for"))?;
-                    let id = u32::from_be_bytes(*id);
+                        option::parse_context(&reply.bytes).map_err(|_| broken("a malformed context"))?;
+                    if !wanted.contains(&name) {
+                        return Err(broken("a context that was not asked for"));
+                    }
                     if contexts.iter().any(|(other, known)| *other == id || known == name) {
                         return Err(broken("a context twice"));
                     }
-                    contexts.push((id, (*name).to_owned()));
+                    contexts.push((id, name.to_owned()));
                 }
                 // Without contexts much still works; an export that is not there, GO says better.
                 _ if reply.is_error() => return Ok(Vec::new()),
@@ -271,11 +267,11 @@ impl Talk<'_> {
 
     /// `None`: the server does not know GO.
     fn go(&mut self, style: Style, contexts: Vec<(u32, String)>) -> Result<Option<Facts>> {
-        let mut data = counted(&self.wish.export);
-        data.extend(1_u16.to_be_bytes());
-        data.extend(info::BLOCK_SIZE.to_be_bytes());
-        self.ask(number::GO, &data)?;
+        let mut bytes = Vec::new();
+        option::put_go(&mut bytes, number::GO, &self.wish.export, &[info::BLOCK_SIZE]);
+        self.write(&bytes)?;
         let (mut export, mut blocks) = (None, None);
+        let names = [info::NAME, info::DESCRIPTION].map(u16::to_be_bytes);
         for _ in 0..REPLIES_MAX {
             let reply = self.reply(number::GO)?;
             match reply.kind {
@@ -284,26 +280,15 @@ impl Talk<'_> {
                         export.ok_or_else(|| broken("it does not say the size of the export"))?;
                     return checked(size, flags, blocks, style, contexts).map(Some);
                 }
+                // For others, and in whatever script they are.
+                answer::INFO if names.iter().any(|kind| reply.bytes.starts_with(kind)) => {}
                 answer::INFO => {
-                    let (kind, rest) = reply
-                        .bytes
-                        .split_first_chunk::<2>()
-                        .ok_or_else(|| broken("malformed information"))?;
-                    match u16::from_be_bytes(*kind) {
-                        info::EXPORT => {
-                            let rest: [u8; 10] =
-                                rest.try_into().map_err(|_| broken("malformed information"))?;
-                            export = Some(size_and_flags(rest));
+                    match Block::read(&reply.bytes).map_err(|_| broken("malformed information"))? {
+                        Block::Export { size, flags } => export = Some((size, flags)),
+                        Block::BlockSize { minimum, preferred, maximum } => {
+                            blocks = Some((minimum, preferred, maximum));
                         }
-                        info::BLOCK_SIZE => {
-                            let rest: [u8; 12] =
-                                rest.try_into().map_err(|_| broken("malformed information"))?;
-                            let word =
-                                |at: usize| u32::from_be_bytes(rest[at..at + 4].try_into().expect("4 bytes"));
-                            blocks = Some((word(0), word(4), word(8)));
-                        }
-                        // Names and descriptions are for others.
-                        _ => {}
+                        Block::Name(_) | Block::Description(_) | Block::Unknown(_) => {}
                     }
                 }
                 answer::ERR_UNSUP => return Ok(None),
@@ -361,30 +346,22 @@ impl Talk<'_> {
     }
 
     fn ask(&mut self, option: u32, data: &[u8]) -> Result<()> {
-        let length = u32::try_from(data.len()).expect("names are bounded");
-        let mut bytes = Vec::with_capacity(16 + data.len());
-        bytes.extend(OPTION_MAGIC.to_be_bytes());
-        bytes.extend(option.to_be_bytes());
-        bytes.extend(length.to_be_bytes());
-        bytes.extend(data);
+        let mut bytes = Vec::with_capacity(option::OPTION_BYTES + data.len());
+        option::put_option(&mut bytes, option, data);
         self.write(&bytes)
     }
 
     fn reply(&mut self, option: u32) -> Result<Reply> {
-        let mut head = [0; 20];
+        let mut head = [0; option::REPLY_BYTES];
         self.read(&mut head)?;
-        let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().expect("4 bytes"));
-        let magic = u64::from_be_bytes(head[..8].try_into().expect("8 bytes"));
-        if magic != OPTION_REPLY_MAGIC || word(8) != option {
-            return Err(broken("what should be the reply to an option is none"));
-        }
-        let length = word(16);
-        if length > REPLY_BYTES_MAX {
+        let head = option::parse_reply(&head).filter(|head| head.option == option);
+        let head = head.ok_or_else(|| broken("what should be the reply to an option is none"))?;
+        if head.length > REPLY_BYTES_MAX {
             return Err(broken("a reply longer than any may be"));
         }
-        let mut bytes = vec![0; length as usize];
+        let mut bytes = vec![0; head.length as usize];
         self.read(&mut bytes)?;
-        Ok(Reply { kind: word(12), bytes })
+        Ok(Reply { kind: head.kind, bytes })
     }
 
     fn read(&mut self, mut into: &mut [u8]) -> Result<()> {
@@ -442,11 +419,6 @@ fn failed(cause: std::io::Error) -> Error {
 
 fn broken(how: &str) -> Error {
     Error::new(ErrorKind::Io, format!("the NBD server breaks the protocol: {how}"))
-}
-
-fn counted(text: &str) -> Vec<u8> {
-    let length = u32::try_from(text.len()).expect("names are bounded");
-    [&length.to_be_bytes()[..], text.as_bytes()].concat()
 }
 
 fn size_and_flags(bytes: [u8; 10]) -> (u64, u16) {

@@ -418,27 +418,37 @@ pub enum Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    /// Read the data of an INFO reply.
+    /// Read the data of an INFO reply whose numbers keep to the rules.
     ///
     /// # Errors
-    /// Of a length its kind does not have; a string that is none; block sizes against the rules.
+    /// As [`Block::read`]; block sizes against the rules.
     pub fn parse(data: &'a [u8]) -> Result<Self, Malformed> {
+        let block = Self::read(data)?;
+        if let Self::BlockSize { minimum, preferred, maximum } = block {
+            let sane = minimum.is_power_of_two()
+                && minimum <= 1 << 16
+                && preferred.is_power_of_two()
+                && preferred >= minimum.max(512)
+                && maximum >= preferred;
+            if !sane {
+                return Err(Malformed("the block sizes make no sense"));
+            }
+        }
+        Ok(block)
+    }
+
+    /// Read the data of an INFO reply, whatever its numbers say: a client may be content with less than the rules ask of servers.
+    ///
+    /// # Errors
+    /// Of a length its kind does not have; a string that is none.
+    pub fn read(data: &'a [u8]) -> Result<Self, Malformed> {
         let mut reader = Reader(data);
         let block = match reader.u16()? {
             info::EXPORT => Self::Export { size: reader.u64()?, flags: reader.u16()? },
             info::NAME => return Ok(Self::Name(text(reader.0)?)),
             info::DESCRIPTION => return Ok(Self::Description(text(reader.0)?)),
             info::BLOCK_SIZE => {
-                let (minimum, preferred, maximum) = (reader.u32()?, reader.u32()?, reader.u32()?);
-                let sane = minimum.is_power_of_two()
-                    && minimum <= 1 << 16
-                    && preferred.is_power_of_two()
-                    && preferred >= minimum.max(512)
-                    && maximum >= preferred;
-                if !sane {
-                    return Err(Malformed("the block sizes make no sense"));
-                }
-                Self::BlockSize { minimum, preferred, maximum }
+                Self::BlockSize { minimum: reader.u32()?, preferred: reader.u32()?, maximum: reader.u32()? }
             }
             other => return Ok(Self::Unknown(other)),
         };
