@@ -26,17 +26,23 @@
 //! connection is on a worker from its first request on.
 
 pub mod answer;
+mod caller;
 mod check;
 mod connection;
+pub mod haggle;
 pub mod hub;
 mod intake;
+pub mod listen;
 mod moves;
 pub mod pool;
 mod replies;
 pub mod sealed;
 pub mod served;
 pub mod server;
+pub mod shelf;
 mod slot;
+mod stuck;
+pub mod tls;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -44,13 +50,6 @@ use std::sync::Arc;
 use crate::export::exported::{Exported, Seat};
 use crate::export::nbd::tls::TlsStream;
 use crate::format::nbd::reply::Style;
-
-mod caller;
-pub mod haggle;
-pub mod listen;
-pub mod shelf;
-mod stuck;
-pub mod tls;
 
 /// A client that may send requests now.
 pub struct Negotiated {

@@ -59,7 +59,7 @@ impl Server {
         let served = &mut self.served[self.connections[piece.connection].served];
         let start = piece.position;
         let Some(extent) = Extent::new(start, piece.blocks.end) else {
-            self.piece_done(key, queue);
+            self.piece_done(key);
             return;
         };
         let grant = match piece.grant.take() {
@@ -200,7 +200,7 @@ impl Server {
     }
 
     /// All of a piece is done.
-    fn piece_done(&mut self, key: usize, queue: &mut dyn Queue) {
+    fn piece_done(&mut self, key: usize) {
         let piece = &self.pieces[key];
         if piece.work == Work::Read {
             self.data_ready(key);
@@ -210,7 +210,6 @@ impl Server {
         self.release(key);
         self.asked[asked].pieces -= 1;
         self.settle(asked);
-        let _ = queue;
     }
 
     /// A piece could not be done.
