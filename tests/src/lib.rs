@@ -51,6 +51,15 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Copy a program of this workspace to `copy`, for users whom the build directory may be closed to.
+///
+/// By cp(1): had this process the copy open for writing, a child that another test forks at that instant would hold it
+/// too, and the kernel refuses to run what somebody may still write (`ETXTBSY`).
+pub fn copy_program(name: &str, copy: &Path) {
+    let copied = Command::new("cp").arg(program(name)).arg(copy).status().expect("cp(1) runs");
+    assert!(copied.success(), "{name} is not copied to {}", copy.display());
+}
+
 /// A program of this workspace, built if need be. `CRYPTD_BIN_DIR` names a directory of ready ones instead.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
@@ -253,7 +262,7 @@ impl Start {
         if let Some(uid) = self.user {
             // Its own copy: the build directory may be closed to that user.
             let copy = dir.join("cryptd");
-            std::fs::copy(program("cryptd"), &copy).expect("program copied");
+            copy_program("cryptd", &copy);
             self.program = Some(copy.clone());
             for path in [dir.path(), &copy] {
                 std::os::unix::fs::chown(path, Some(uid), Some(uid)).expect("given to the user");

@@ -14,7 +14,7 @@ use std::time::Instant;
 use proto::{Body, JobId, JobInfo, JobState, Reply, Response, Status};
 use rustix::process::{Pid, Signal};
 
-use crate::{Daemon, PATIENCE, Random, Scratch, Start, eventually, is_root, program, skip};
+use crate::{Daemon, PATIENCE, Random, Scratch, Start, copy_program, eventually, is_root, program, skip};
 
 /// The user and group nobody trusts.
 pub const NOBODY: u32 = 65_534;
@@ -79,7 +79,7 @@ impl Place {
             bin = dir.join("bin");
             std::fs::create_dir(&bin).expect("a directory for the programs");
             for name in ["cryptctl", "cryptd"] {
-                std::fs::copy(program(name), bin.join(name)).expect("program copied");
+                copy_program(name, &bin.join(name));
             }
         }
         std::fs::create_dir(dir.join("data")).expect("a directory for the data");

@@ -350,8 +350,8 @@ fn a_job_is_slowed_paused_resumed_freed_and_watched_by_other_commands() {
 fn a_detached_job_outlives_its_command() {
     as_each_user(|user| {
         let place = Place::new(user);
-        let plain = place.noise("plain", 4 * MIB);
-        let ran = place.run("encrypt @/plain @/volume RAW --detach --throttle 2M --chunk-size 64k").done();
+        let plain = place.noise("plain", 16 * MIB);
+        let ran = place.run("encrypt @/plain @/volume RAW --detach --throttle 1M --chunk-size 64k").done();
         assert_eq!(ran.text(), "1\n");
         assert_eq!(place.names(), ["plain", "volume.partial"]);
         let _ = place.run("job throttle 1 none").done();
