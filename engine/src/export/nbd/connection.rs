@@ -16,10 +16,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::net::sockopt;
+
 use crate::backend::Port;
 use crate::export::exported::Seat;
 use crate::export::nbd::answer::{NOTE_MAX, Note, put_note};
 use crate::export::nbd::hub::Admission;
+use crate::export::nbd::pace::Pace;
 use crate::export::nbd::pool::{Class, WIRE_BYTES};
 use crate::export::nbd::sealed::Sealed;
 use crate::format::nbd::reply::Style;
@@ -77,8 +80,8 @@ pub enum Ready {
 /// What is being sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sending {
-    /// Gathered replies.
-    Gathered,
+    /// So many bytes of gathered replies.
+    Gathered(u32),
     /// A piece's own buffer.
     Piece(usize),
     /// What TLS has to say of its own.
@@ -144,6 +147,10 @@ pub struct Connection {
     pub unsent_large: usize,
     /// Its own buffer served a long request last: a payload that waits is next.
     pub own_long: bool,
+    /// Bytes that pieces read for it, or hold for it until they are sent.
+    pub reading: u64,
+    /// How far replies may run ahead, on a socket of this machine.
+    pub pace: Option<Pace>,
     /// Requests that are not answered, also those whose reply waits in `ready`.
     pub open: u32,
     /// Requests that are known by a key.
@@ -166,6 +173,22 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Bytes that the client waits for, as far as the socket has not taken them.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        let sent = if let Some(Sending::Gathered(bytes)) = self.sending { bytes } else { 0 };
+        self.reading + u64::from(self.gathered) + u64::from(sent)
+    }
+
+    /// Let the socket hold as much as the client's depth asks for.
+    pub fn keep_pace(&mut self) {
+        let waiting = self.waiting();
+        if let Some(size) = self.pace.as_mut().and_then(|pace| pace.see(waiting)) {
+            // Refused, it costs speed only.
+            let _ = sockopt::set_socket_send_buffer_size(&self.socket, size);
+        }
+    }
+
     /// How many shared buffers of a class hold what is to be sent.
     pub fn unsent(&mut self, class: Class) -> Option<&mut usize> {
         match class {

@@ -35,7 +35,7 @@ const _: () =
 const STATS_WAIT: Duration = Duration::from_millis(500);
 
 /// What is asked of the kernel for a socket's buffers, bytes; it gives what the host allows.
-const SOCKET_BYTES: usize = 4 << 20;
+pub const SOCKET_BYTES: usize = 4 << 20;
 
 /// From other threads to a worker's server.
 pub enum News {

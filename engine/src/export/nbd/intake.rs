@@ -59,6 +59,7 @@ impl Server {
                     if connection.feed_early() {
                         continue;
                     }
+                    connection.keep_pace();
                     if connection.draining && connection.intake == Intake::Request {
                         Self::stop_receiving(connection);
                     }
@@ -352,7 +353,11 @@ impl Server {
         let one = &mut self.asked[asked];
         one.issued = cut.asks.end - one.request.offset;
         one.pieces += 1;
-        self.connections[key].pieces += 1;
+        let connection = &mut self.connections[key];
+        connection.pieces += 1;
+        if work == Work::Read {
+            connection.reading += cut.asks.end - cut.asks.start;
+        }
         let block = self.served[self.connections[key].served].block;
         // What is changed in part is read beside the payload.
         let base = if work == Work::Write && !cut.is_whole() {

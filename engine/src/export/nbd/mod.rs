@@ -34,6 +34,7 @@ pub mod hub;
 mod intake;
 pub mod listen;
 mod moves;
+mod pace;
 pub mod pool;
 mod replies;
 pub mod sealed;

@@ -119,9 +119,9 @@ impl Server {
             piece
         } else if connection.gathered > 0 {
             let buf = connection.gather.take().expect("gathered into");
-            let span = 0..std::mem::take(&mut connection.gathered);
+            let bytes = std::mem::take(&mut connection.gathered);
             connection.gather = connection.spare.take();
-            self.transmit(key, Sending::Gathered, Some((buf, span)), queue);
+            self.transmit(key, Sending::Gathered(bytes), Some((buf, 0..bytes)), queue);
             // There is room again.
             self.gather(key);
             return;
@@ -188,7 +188,7 @@ impl Server {
         let sending = connection.sending.take().expect("this send");
         let failed = done.result.is_err();
         match sending {
-            Sending::Gathered => {
+            Sending::Gathered(_) => {
                 let place =
                     if connection.gather.is_none() { &mut connection.gather } else { &mut connection.spare };
                 *place = done.buf;
@@ -237,6 +237,8 @@ impl Server {
         let cut = Cut::reading(at, left, served.block, piece.class.bytes().into(), total);
         piece.position = cut.blocks.start;
         piece.until = cut.blocks.start;
+        connection.reading += cut.asks.end - cut.asks.start;
+        connection.reading -= piece.asks.end - piece.asks.start;
         piece.asks = cut.asks;
         piece.blocks = cut.blocks;
         self.start(key, queue);

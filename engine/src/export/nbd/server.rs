@@ -27,7 +27,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crossbeam::channel::Receiver;
-use rustix::net::Shutdown;
+use rustix::net::{AddressFamily, Shutdown, sockopt};
 use slab::Slab;
 
 use crate::backend::{Done, Op, Port, Queue, Wake, What};
@@ -37,6 +37,7 @@ use crate::export::exported::{Course, Exported};
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::connection::{Connection, Ending, Intake};
 use crate::export::nbd::hub::{Admission, News, Shared};
+use crate::export::nbd::pace::Pace;
 use crate::export::nbd::pool::{Class, Pool};
 use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
@@ -159,6 +160,7 @@ impl Server {
             }
         };
         self.served[served].connections += 1;
+        let pace = (sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX)).then(Pace::new);
         let key = self.connections.insert(Connection {
             admission,
             _seat: seat,
@@ -187,6 +189,8 @@ impl Server {
             unsent_small: 0,
             unsent_large: 0,
             own_long: false,
+            reading: 0,
+            pace,
             open: 0,
             asked: 0,
             pieces: 0,
@@ -395,8 +399,10 @@ impl Server {
             }
         }
         connection.pieces -= 1;
-        if matches!(piece.work, Work::Zero | Work::Discard) {
-            connection.long_pieces -= 1;
+        match piece.work {
+            Work::Zero | Work::Discard => connection.long_pieces -= 1,
+            Work::Read => connection.reading -= piece.asks.end - piece.asks.start,
+            Work::Write => {}
         }
         self.mark(piece.connection);
     }
