@@ -20,11 +20,14 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Those in `dir`, or why they cannot be measured.
+    /// Those in `dir`, or beside this program, or why they cannot be measured.
     ///
     /// # Errors
     /// The reason, as a phrase.
-    pub fn find(dir: &Path) -> Result<Self, String> {
+    pub fn find(dir: Option<&Path>) -> Result<Self, String> {
+        let own =
+            std::env::current_exe().map_err(|error| format!("this program's place is not known: {error}"))?;
+        let dir = dir.or(own.parent()).ok_or("this program is nowhere")?;
         let cryptctl = dir.join("cryptctl");
         for program in [&cryptctl, &dir.join("cryptd")] {
             if !run::answers(program, "--version") {

@@ -142,10 +142,8 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: Arguments) -> io::Result<()> {
-    let own = std::env::current_exe()?;
-    let bin_dir = arguments.bin_dir.clone().or_else(|| own.parent().map(Path::to_owned)).unwrap_or_default();
     // The volume is made and compared by ours, so nothing can be measured without.
-    let programs = Programs::find(&bin_dir).map_err(io::Error::other)?;
+    let programs = Programs::find(arguments.bin_dir.as_deref()).map_err(io::Error::other)?;
     let facts = Facts::collect();
     println!("{}; data unit {} bytes, {} MiB", facts.line(), arguments.sector_size, arguments.size);
     let size = arguments.size << 20;

@@ -186,9 +186,8 @@ fn main() -> ExitCode {
 }
 
 fn sweep(arguments: Arguments) -> io::Result<()> {
-    let own = std::env::current_exe()?;
-    let bin_dir = arguments.bin_dir.clone().or_else(|| own.parent().map(Path::to_owned)).unwrap_or_default();
-    let programs = Programs::find(&bin_dir).map_err(|why| eprintln!("SKIP cryptctl: {why}")).ok();
+    let programs =
+        Programs::find(arguments.bin_dir.as_deref()).map_err(|why| eprintln!("SKIP cryptctl: {why}")).ok();
     let json = arguments.json.clone();
     let mut sweep = Sweep { arguments, programs, facts: Facts::collect(), rows: Vec::new() };
     println!("{}; data unit {} bytes", sweep.facts.line(), sweep.arguments.sector_size);

@@ -239,9 +239,8 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: Arguments) -> io::Result<()> {
-    let own = std::env::current_exe()?;
-    let bin_dir = arguments.bin_dir.clone().or_else(|| own.parent().map(Path::to_owned)).unwrap_or_default();
-    let programs = Programs::find(&bin_dir).map_err(|why| eprintln!("SKIP cryptctl: {why}")).ok();
+    let programs =
+        Programs::find(arguments.bin_dir.as_deref()).map_err(|why| eprintln!("SKIP cryptctl: {why}")).ok();
     let facts = Facts::collect();
     println!("{}; {} MiB, {} s per run of fio", facts.line(), arguments.size, arguments.seconds);
     let size = arguments.size << 20;
