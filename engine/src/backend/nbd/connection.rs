@@ -28,6 +28,8 @@ use crate::format::nbd::request::{Command, Request};
 
 /// Bytes received in one go, so that one connection does not keep a worker from its others.
 const RECEIVED_AT_ONCE: usize = 4 << 20;
+/// What a turn counts for that brought fewer: with TLS there may be much else in it.
+const RECEIVED_LEAST: usize = 4 << 10;
 /// How long a server may move no byte while something is asked of it. Whoever waits for it cannot be told that they were cancelled before.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same while a flush is asked: all that was written may have to go to a slow disk.
@@ -486,7 +488,7 @@ impl State {
             if count < space && !transport.may_hold_more() {
                 break;
             }
-            total += count;
+            total += count.max(RECEIVED_LEAST);
         }
         Ok(())
     }
