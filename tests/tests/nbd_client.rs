@@ -167,6 +167,23 @@ fn many_requests_are_in_flight_over_several_connections() {
 }
 
 #[test]
+fn a_server_that_takes_few_clients_is_used_over_fewer_connections() {
+    let image = Image::of(&noise(6, 1 << 20));
+    let path = image.0.to_str().expect("a path of a test");
+    // One turns the others away; the other lets them wait.
+    let limited = ["--filter=limit", "file", path, "limit=2"];
+    let servers = [Server::nbdkit(&limited), Server::qemu(&image.0, &["-e", "2"])];
+    for server in servers.into_iter().flatten() {
+        let device = open(&server, 4);
+        assert_eq!(device.remote().expect("remote").connections(), 2);
+        let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+        let mut bytes = vec![0; 1 << 20];
+        blocking.read(0, &mut bytes).expect("read");
+        assert!(bytes == noise(6, 1 << 20));
+    }
+}
+
+#[test]
 fn an_image_of_qemu_is_read_and_written() {
     let image = Image::of(&noise(3, 16 << 20));
     let Some(server) = Server::qemu(&image.0, &["-e", "8"]) else { return };
