@@ -1,5 +1,7 @@
 //! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
 
+mod breaks;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicUsize;
