@@ -466,6 +466,9 @@ fn what_needs_durability_is_not_done_where_there_is_none() {
     empty(&place, "out", 4 * MIB);
     let Some(sink) = shell(&place.path("out").display().to_string()) else { return };
     let words = format!("decrypt @/vol {} --key file:@/one --force", uri(&sink, ""));
+    let _ =
+        place.run(&format!("{words} --checkpoint @/mark")).exit(2, &["cannot flush", "without a checkpoint"]);
+    assert!(place.read("out") == vec![0; 4 * MIB], "nothing was written");
     let _ = place.run(&words).exit(0, &["cannot make writes durable"]);
     assert!(place.read("out") == plain);
     // One that is exported keeps accounts of its own.

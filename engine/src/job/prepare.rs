@@ -114,6 +114,13 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let mut sent = Sent { descriptors, remotes: &remotes };
     let source = open_source(&source_wanted, &mut sent)?;
     let sink = open_sink(&sink_wanted, action, checkpoint.is_some() || updates, &mut sent)?;
+    if checkpoint.is_some() && sink.remote().is_some_and(|volume| !volume.can_flush()) {
+        let what =
+            "the NBD server cannot flush, so nothing says how far a copy has come: it takes no checkpoint";
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .at(sink.name())
+            .hint("have it served with flush, or copy without a checkpoint"));
+    }
     let names = match &sink_wanted.commit {
         Some(_) if action == Action::Verify => {
             return Err(Error::new(ErrorKind::Invalid, "verify writes nothing, so it has nothing to commit"));
