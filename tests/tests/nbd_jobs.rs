@@ -303,7 +303,8 @@ fn only_what_a_bitmap_marks_is_copied() {
         .run(&format!("encrypt {source} @/other --key file:@/one {BITMAP} --update"))
         .exit(1, &["no copy of the source"]);
     assert!(place.read("other") == before);
-    let _ = place.run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update")).exit(4, &[]);
+    let ran = place.run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update")).exit(4, &[]);
+    assert!(!ran.stderr.contains("neither the earlier copy"), "nothing was written: {}", ran.stderr);
     check(&place, "copy", "one", &now);
     for wrong in ["qemu:dirty-bitmap:b1", "qemu:allocation-depth:x"] {
         let words = format!("encrypt {source} @/new {key} --bitmap {wrong}");

@@ -40,7 +40,8 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
     // Before anything may be undone: what another job has begun to write is not ours to remove.
     check_empty(job, prepared)?;
     let mut checkpoint = prepared.checkpoint.take();
-    let outcome = carry(job, pipeline, prepared, checkpoint.as_mut());
+    let mut begun = false;
+    let outcome = carry(job, pipeline, prepared, checkpoint.as_mut(), &mut begun);
     prepared.checkpoint = checkpoint;
     match &mut prepared.checkpoint {
         Some(checkpoint) if outcome.is_ok() => checkpoint.remove(),
@@ -50,7 +51,8 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
                 _ => error.or_hint(GO_ON),
             });
         }
-        _ if prepared.updates => return outcome.map_err(|error| error.or_hint(AGAIN)),
+        _ if prepared.updates && begun => return outcome.map_err(|error| error.or_hint(AGAIN)),
+        _ if prepared.updates => {}
         _ if outcome.is_err() => undo(job, prepared),
         _ => {}
     }
@@ -63,11 +65,13 @@ const GO_ON: &str = "what was done is kept: the same command with --resume goes 
 /// What a user does about an update that ended before its time. There is nothing to undo it by.
 const AGAIN: &str = "the sink is neither the earlier copy nor the new one now: keep the bitmap, and run the same command again";
 
+/// `begun`: the sink may have been written to.
 fn carry(
     job: &Job,
     pipeline: &Pipeline,
     prepared: &mut Prepared,
     mut checkpoint: Option<&mut Checkpoint>,
+    begun: &mut bool,
 ) -> Result<Ending> {
     let transfer = &prepared.transfer.clone();
     // First of all, or a wrong passphrase would cost a full disk of room.
@@ -92,6 +96,7 @@ fn carry(
     };
     make_room(job, prepared)?;
     [&prepared.source, &prepared.sink].into_iter().for_each(|end| end.learn_holes());
+    *begun = true;
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = transfer.began_at();
     let tick = keeper.as_ref().map_or(TICK, |keeper| keeper.interval().min(TICK));
