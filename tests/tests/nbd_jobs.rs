@@ -439,6 +439,16 @@ fn what_a_server_refuses_is_said() {
             ))
             .done();
     }
+    // What does not fill its last block is refused before the first one is written.
+    empty(&place, "far", 40 * MIB);
+    place.noise("odd", 4 * MIB + 512);
+    let blocks = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"];
+    if let Some(server) = file(&place, "far", &blocks) {
+        let words = format!("encrypt @/odd {} RAW", uri(&server, ""));
+        let _ = place.run(&words).exit(2, &["less than 4096 bytes", "ends inside a block"]);
+        assert!(place.read("far") == vec![0; 40 * MIB]);
+        let _ = place.run(&format!("encrypt @/plain {} RAW", uri(&server, ""))).done();
+    }
 }
 
 #[test]

@@ -170,7 +170,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     }
     let is_written = action != Action::Verify && !sink.is_stream();
     let held = is_written.then(|| Held::to_write(&sink)).transpose()?;
-    let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning);
+    let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning)?;
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
     let plan = match (marked, sizes.total, geometry) {
@@ -545,7 +545,10 @@ struct Align {
     sink: u32,
 }
 
-/// Bypass the page cache where the devices and the sizes allow it.
+/// Bypass the page cache where the devices and the sizes allow it. In front of a server there is none.
+///
+/// # Errors
+/// `Unsupported`: a server whose blocks what is to be written does not fill.
 fn choose_direct(
     work: Work,
     source: &Device,
@@ -553,9 +556,10 @@ fn choose_direct(
     sizes: &Sizes,
     geometry: Option<&Geometry>,
     tuning: &Tuning,
-) -> Align {
+) -> Result<Align> {
+    let wanted = |device: &Device| tuning.direct != Some(false) || device.remote().is_some();
     let direct = |device: &Device, possible: bool| match device.direct_alignment() {
-        Some(align) if possible && tuning.direct != Some(false) && device.enable_direct() => align,
+        Some(align) if possible && wanted(device) && device.enable_direct() => align,
         _ => {
             // A descriptor may come with direct I/O on; buffered transfers have odd offsets and lengths.
             device.disable_direct();
@@ -583,10 +587,22 @@ fn choose_direct(
             }
         })
     };
-    Align {
-        source: direct(source, fits(source, Side::Source)),
-        sink: direct(sink, !must_buffer && fits(sink, Side::Sink)),
+    let sink_fits = fits(sink, Side::Sink);
+    // Where a stream ends is not known yet; of what the server has, the blocks are filled until then.
+    let known_inside = ends_inside && sizes.total.is_some();
+    if work != Work::Verify && sink.remote().is_some() && (known_inside || !sink_fits) {
+        let place = if sink_fits { "ends" } else { "begins" };
+        let what = format!(
+            "its server does not write less than {block} bytes, and what is to be written {place} inside a block of that"
+        );
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .at(sink.name())
+            .hint("have it served in smaller blocks"));
     }
+    Ok(Align {
+        source: direct(source, fits(source, Side::Source)),
+        sink: direct(sink, !must_buffer && sink_fits),
+    })
 }
 
 fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, means: Means) -> Result<u32> {
