@@ -325,13 +325,16 @@ fn zeros_of_a_source_are_learned_once_and_not_of_a_sink() {
     assert_eq!(data_of(&device), [(0, 3 << 30)]);
     let source = nbd::open(server.connect(1), &server.remote(""), None, "remote", READ).expect("opened");
     assert_eq!(data_of(&source), [(0, 3 << 30)], "nobody asked yet");
-    assert!(source.remote().expect("remote").learn_zeros());
+    let error = source.learn_holes(&|| true).expect_err("given up at once");
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    source.learn_holes(&|| false).expect("told");
     assert!(source.may_have_holes());
     let far = (2 << 30) + (1 << 20);
     assert_eq!(data_of(&source), [(1 << 20, (1 << 20) + 32768), (far, far + 65536)]);
     let Some(plain) = Server::nbdkit(&["--no-sr", "memory", "1M"]) else { return };
     let source = nbd::open(plain.connect(1), &plain.remote(""), None, "remote", READ).expect("opened");
-    assert!(!source.remote().expect("remote").learn_zeros());
+    let error = source.learn_holes(&|| false).expect_err("it does not say");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(!source.may_have_holes(), "a server without block status has data only");
 }
 
@@ -362,14 +365,17 @@ fn a_dirty_bitmap_of_qemu_marks_what_was_written() {
     let mut remote = server.remote("");
     remote.bitmap = Some("qemu:dirty-bitmap:since".to_owned());
     let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
-    let marked: Vec<_> =
-        nbd::marked(&source).expect("asked").iter().map(|extent| (extent.start(), extent.end())).collect();
+    let marked: Vec<_> = nbd::marked(&source, &|| false)
+        .expect("asked")
+        .iter()
+        .map(|extent| (extent.start(), extent.end()))
+        .collect();
     const MIB: u64 = 1 << 20;
     assert_eq!(marked, [(MIB, MIB + 65536), (10 * MIB, 10 * MIB + 196_608), (63 * MIB, 64 * MIB)]);
     remote.bitmap = Some("qemu:dirty-bitmap:other".to_owned());
     drop(source);
     let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
-    let error = nbd::marked(&source).expect_err("no such bitmap");
+    let error = nbd::marked(&source, &|| false).expect_err("no such bitmap");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
 }
 

@@ -452,6 +452,38 @@ fn what_a_server_refuses_is_said() {
 }
 
 #[test]
+fn holes_of_a_volume_on_a_server_are_all_kept_or_the_job_fails() {
+    let place = place();
+    let mut plain = volume(&place, "vol", 24 * MIB);
+    // Only the first MiB of it was ever written.
+    let bytes = place.read("vol");
+    let written = bytes.len() - 23 * MIB;
+    place.write("vol", &bytes[..written]);
+    let vol = std::fs::File::options().write(true).open(place.path("vol")).expect("open");
+    vol.set_len(bytes.len() as u64).expect("a hole");
+    plain[MIB..].fill(0);
+    let Some(server) = file(&place, "vol", &[]) else { return };
+    let words = format!("decrypt {} @/out --key file:@/one --keep-holes", uri(&server, ""));
+    // What a checkpoint is gone on with is compared with holes, too.
+    let running = place.spawn(&format!("{words} --checkpoint @/mark --throttle 8M"));
+    let _ = place.moving();
+    running.signal(rustix::process::Signal::INT);
+    let _ = running.wait().exit(1, &["--resume"]);
+    let _ = place.run(&format!("{words} --checkpoint @/mark --resume")).done();
+    assert!(place.read("out") == plain);
+    let path = place.path("vol").display().to_string();
+    let Some(silent) = Server::nbdkit(&["--no-sr", "file", &path]) else { return };
+    let words = format!("decrypt {} @/new --key file:@/one", uri(&silent, ""));
+    let _ = place.run(&format!("{words} --keep-holes")).exit(2, &["what of it is holes"]);
+    let Some(wrong) = file(&place, "vol", &["--filter=error", "error-extents-rate=100%"]) else { return };
+    let words = format!("decrypt {} @/new --key file:@/one", uri(&wrong, ""));
+    let _ = place.run(&format!("{words} --keep-holes")).exit(1, &["block status", "keep none of them"]);
+    assert!(!place.path("new").exists() && !place.path("new.partial").exists());
+    let _ = place.run(&words).done();
+    assert!(place.read("new")[..MIB] == plain[..MIB], "and noise behind it");
+}
+
+#[test]
 fn what_needs_durability_is_not_done_where_there_is_none() {
     let place = place();
     let plain = volume(&place, "vol", 4 * MIB);

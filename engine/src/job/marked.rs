@@ -7,6 +7,8 @@
 //! An *update* writes into an earlier copy in place. There is no undoing it, and no checkpoint: the same request, with the same bitmap,
 //! writes the same extents again.
 
+use std::time::{Duration, Instant};
+
 use proto::remote::Remote;
 use proto::{Action, Sink, Source};
 
@@ -18,6 +20,8 @@ use crate::job::prepare::Sizes;
 use crate::pipeline::transfer::Work;
 use crate::units::Extent;
 
+/// How long a server may take to say what its bitmap marks: nobody can cancel a job that is being checked.
+const STATUS_WAIT: Duration = Duration::from_secs(300);
 /// Most extents remembered of one job: 4 MiB of them.
 const EXTENTS_MAX: usize = 1 << 18;
 
@@ -91,7 +95,14 @@ pub fn extents(
     total: u64,
     step: u64,
 ) -> Result<Vec<Extent>> {
-    let dirty = nbd::marked(source)?;
+    let until = Instant::now() + STATUS_WAIT;
+    let dirty = nbd::marked(source, &|| Instant::now() >= until).map_err(|error| match error.kind() {
+        ErrorKind::Cancelled => {
+            let what = "the NBD server takes too long to say what its bitmap marks";
+            Error::new(ErrorKind::Io, what).at(source.name())
+        }
+        _ => error,
+    })?;
     let mut marked = Marked::new(total, step);
     if work == Work::Decrypt {
         inside(geometry, &dirty, total).for_each(|(start, end)| marked.add(start, end));

@@ -14,6 +14,7 @@ use crate::backend::nbd;
 use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::nbd::BASE_ALLOCATION;
 use crate::format::raw;
 use crate::job::Owner;
 use crate::job::checkpoint::{Checkpoint, Facts};
@@ -21,6 +22,7 @@ use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
 use crate::job::marked;
+use crate::job::run::ALL_OR_NONE;
 use crate::key::Descriptors;
 use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
@@ -146,6 +148,10 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
     };
     let side = if work == Work::Decrypt { &source } else { &sink };
+    let keep_holes = tuning.keep_holes && action != Action::Encrypt;
+    if keep_holes && side.remote().is_some_and(|volume| volume.facts().context(BASE_ALLOCATION).is_none()) {
+        return Err(nbd::silent_of_holes().at(side.name()).hint(ALL_OR_NONE));
+    }
     let exists = updates || work != Work::Encrypt;
     let opened =
         open_volume(&volume.format, exists, (side, key, owner), &mut sent, means, checkpoint.as_mut())?;
@@ -195,7 +201,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             geometry: geometry.expect("files and devices have their header in place"),
             pad: tuning.pad && action != Action::Decrypt,
             sparse: new_file && sparse,
-            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            keep_holes,
             source: &source,
             sink: &sink,
             header,
@@ -211,7 +217,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
                 capacity: (sink.nature() == Nature::Block).then(|| sink.size()).flatten(),
             },
             pad: tuning.pad && action != Action::Decrypt,
-            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            keep_holes,
             depth,
             plan,
         },

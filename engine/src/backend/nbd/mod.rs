@@ -49,9 +49,9 @@ use crate::backend::nbd::reconnect::Again;
 use crate::backend::nbd::tls::{Credentials, Means};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::nbd::flags;
-use crate::units::Extent;
 
-pub use extents::marked;
+use extents::Kept;
+pub use extents::{marked, silent_of_holes};
 
 /// How long the first connection may haggle before the others are given up for its sake.
 const SPARE_WAIT: Duration = Duration::from_secs(1);
@@ -68,8 +68,8 @@ const CONNECTIONS_MAX: usize = 64;
 pub struct Volume {
     shared: Arc<Shared>,
     connections: Vec<Arc<Connection>>,
-    /// What may be something else than zeros, once somebody asked; `None`: it cannot be told.
-    data: OnceLock<Option<Vec<Extent>>>,
+    /// What may be something else than zeros, once somebody has learned it.
+    data: OnceLock<Kept>,
     /// What stands for the export in this process.
     _anchor: Arc<OwnedFd>,
 }

@@ -543,7 +543,7 @@ fn marked_by(answer: impl FnOnce(u64) -> Vec<u8> + Send + 'static) -> Result<Vec
         let _ = theirs.write_all(&answer(cookie));
         let _ = theirs.read_to_end(&mut Vec::new());
     })));
-    let marked = marked(&device);
+    let marked = marked(&device, &|| false);
     drop(device);
     drop(server);
     marked.map(|extents| extents.iter().map(|extent| (extent.start(), extent.end())).collect())
