@@ -361,7 +361,9 @@ fn server_by_path(socket: &OwnedFd, address: &SocketAddrUnix) -> Option<String> 
     )
 }
 
-/// The server at an address; one of this machine is the same at all of its addresses.
+/// The server at an address; one of this machine is the same at all of its addresses. So two servers that listen at one port of two of its
+/// addresses (127.0.0.1 and 127.0.0.2) are taken for one, and cannot be both ends of a copy: from here they look like one that
+/// listens everywhere, and to take one for two would cost the volume.
 fn server_by_number(socket: &OwnedFd, place: SocketAddr) -> String {
     let (ip, port) = (place.ip().to_canonical(), place.port());
     // To an address of this machine one connects from that address.
