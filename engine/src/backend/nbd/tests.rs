@@ -1,6 +1,7 @@
 //! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
 
 mod breaks;
+mod holes;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
