@@ -17,9 +17,8 @@ fn holes_that_are_too_many_are_not_kept_in_part_without_a_word() {
         reply(number::GO, answer::ACK, &[]),
     ];
     theirs.write_all(&said.concat()).expect("room");
-    let purpose = Purpose { read: true, write: false, stream: false };
-    let device = open(vec![ours.into()], &remote(), None, "remote", purpose).expect("opened");
-    let server = Joined(Some(std::thread::spawn(move || {
+    // It ends when the device has gone.
+    let _server = Joined(Some(std::thread::spawn(move || {
         theirs.read_exact(&mut [0; HEARD]).expect("heard");
         // Eight bytes of data, eight of a hole, a MiB at a time.
         let extents: Vec<_> = (0..MIB / 16).flat_map(|_| [(8, 0), (8, 3)]).collect();
@@ -29,11 +28,11 @@ fn holes_that_are_too_many_are_not_kept_in_part_without_a_word() {
         }
         let _ = theirs.read_to_end(&mut Vec::new());
     })));
+    let purpose = Purpose { read: true, write: false, stream: false };
+    let device = open(vec![ours.into()], &remote(), None, "remote", purpose).expect("opened");
     for _ in 0..2 {
         let error = device.learn_holes(&|| false).expect_err("more than are remembered");
         assert_eq!(error.kind(), ErrorKind::Limit, "{}", error.chain());
     }
     assert!(matches!(device.region_at(0), Some(Region::Data { .. })));
-    drop(device);
-    drop(server);
 }
