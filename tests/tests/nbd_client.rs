@@ -167,6 +167,23 @@ fn many_requests_are_in_flight_over_several_connections() {
 }
 
 #[test]
+fn a_server_that_takes_few_clients_is_used_over_fewer_connections() {
+    let image = Image::of(&noise(6, 1 << 20));
+    let path = image.0.to_str().expect("a path of a test");
+    // One turns the others away; the other lets them wait.
+    let limited = ["--filter=limit", "file", path, "limit=2"];
+    let servers = [Server::nbdkit(&limited), Server::qemu(&image.0, &["-e", "2"])];
+    for server in servers.into_iter().flatten() {
+        let device = open(&server, 4);
+        assert_eq!(device.remote().expect("remote").connections(), 2);
+        let mut blocking = Blocking::open(Arc::clone(device.file()), "remote", 1).expect("blocking");
+        let mut bytes = vec![0; 1 << 20];
+        blocking.read(0, &mut bytes).expect("read");
+        assert!(bytes == noise(6, 1 << 20));
+    }
+}
+
+#[test]
 fn an_image_of_qemu_is_read_and_written() {
     let image = Image::of(&noise(3, 16 << 20));
     let Some(server) = Server::qemu(&image.0, &["-e", "8"]) else { return };
@@ -308,13 +325,16 @@ fn zeros_of_a_source_are_learned_once_and_not_of_a_sink() {
     assert_eq!(data_of(&device), [(0, 3 << 30)]);
     let source = nbd::open(server.connect(1), &server.remote(""), None, "remote", READ).expect("opened");
     assert_eq!(data_of(&source), [(0, 3 << 30)], "nobody asked yet");
-    assert!(source.remote().expect("remote").learn_zeros());
+    let error = source.learn_holes(&|| true).expect_err("given up at once");
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    source.learn_holes(&|| false).expect("told");
     assert!(source.may_have_holes());
     let far = (2 << 30) + (1 << 20);
     assert_eq!(data_of(&source), [(1 << 20, (1 << 20) + 32768), (far, far + 65536)]);
     let Some(plain) = Server::nbdkit(&["--no-sr", "memory", "1M"]) else { return };
     let source = nbd::open(plain.connect(1), &plain.remote(""), None, "remote", READ).expect("opened");
-    assert!(!source.remote().expect("remote").learn_zeros());
+    let error = source.learn_holes(&|| false).expect_err("it does not say");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(!source.may_have_holes(), "a server without block status has data only");
 }
 
@@ -345,14 +365,17 @@ fn a_dirty_bitmap_of_qemu_marks_what_was_written() {
     let mut remote = server.remote("");
     remote.bitmap = Some("qemu:dirty-bitmap:since".to_owned());
     let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
-    let marked: Vec<_> =
-        nbd::marked(&source).expect("asked").iter().map(|extent| (extent.start(), extent.end())).collect();
+    let marked: Vec<_> = nbd::marked(&source, &|| false)
+        .expect("asked")
+        .iter()
+        .map(|extent| (extent.start(), extent.end()))
+        .collect();
     const MIB: u64 = 1 << 20;
     assert_eq!(marked, [(MIB, MIB + 65536), (10 * MIB, 10 * MIB + 196_608), (63 * MIB, 64 * MIB)]);
     remote.bitmap = Some("qemu:dirty-bitmap:other".to_owned());
     drop(source);
     let source = nbd::open(server.connect(1), &remote, None, "remote", READ).expect("opened");
-    let error = nbd::marked(&source).expect_err("no such bitmap");
+    let error = nbd::marked(&source, &|| false).expect_err("no such bitmap");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
 }
 
@@ -386,7 +409,7 @@ fn a_server_that_comes_back_is_asked_again_for_what_it_did_not_answer() {
 }
 
 #[test]
-fn after_a_break_writes_and_flushes_fail_if_writes_may_be_lost_and_only_then() {
+fn after_a_break_everything_fails_if_writes_may_be_lost_and_only_then() {
     let image = Image::of(&vec![0; 1 << 20]);
     let path = image.0.to_str().expect("a path of a test");
     for flushed_before in [true, false] {
@@ -400,12 +423,13 @@ fn after_a_break_writes_and_flushes_fail_if_writes_may_be_lost_and_only_then() {
         }
         server.kill();
         server.restart();
-        // Reading goes on.
-        blocking.read(0, &mut [0; 4096]).expect("read");
         if flushed_before {
+            blocking.read(0, &mut [0; 4096]).expect("read");
             blocking.write(4096, &[2; 4096]).expect("written");
             blocking.flush().expect("nothing was lost");
         } else {
+            let error = blocking.read(0, &mut [0; 4096]).expect_err("it may be what was there before");
+            assert!(error.chain().contains("may be lost"), "{}", error.chain());
             let error = blocking.write(4096, &[2; 4096]).expect_err("it would be for nothing");
             assert!(error.chain().contains("may be lost"), "{}", error.chain());
             for _ in 0..2 {

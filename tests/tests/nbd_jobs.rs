@@ -303,7 +303,8 @@ fn only_what_a_bitmap_marks_is_copied() {
         .run(&format!("encrypt {source} @/other --key file:@/one {BITMAP} --update"))
         .exit(1, &["no copy of the source"]);
     assert!(place.read("other") == before);
-    let _ = place.run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update")).exit(4, &[]);
+    let ran = place.run(&format!("encrypt {source} @/copy --key file:@/two {BITMAP} --update")).exit(4, &[]);
+    assert!(!ran.stderr.contains("neither the earlier copy"), "nothing was written: {}", ran.stderr);
     check(&place, "copy", "one", &now);
     for wrong in ["qemu:dirty-bitmap:b1", "qemu:allocation-depth:x"] {
         let words = format!("encrypt {source} @/new {key} --bitmap {wrong}");
@@ -438,6 +439,48 @@ fn what_a_server_refuses_is_said() {
             ))
             .done();
     }
+    // What does not fill its last block is refused before the first one is written.
+    empty(&place, "far", 40 * MIB);
+    place.noise("odd", 4 * MIB + 512);
+    let blocks = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"];
+    if let Some(server) = file(&place, "far", &blocks) {
+        let words = format!("encrypt @/odd {} RAW", uri(&server, ""));
+        let _ = place.run(&words).exit(2, &["less than 4096 bytes", "ends inside a block"]);
+        assert!(place.read("far") == vec![0; 40 * MIB]);
+        let _ = place.run(&format!("encrypt @/plain {} RAW", uri(&server, ""))).done();
+    }
+}
+
+#[test]
+fn holes_of_a_volume_on_a_server_are_all_kept_or_the_job_fails() {
+    let place = place();
+    let mut plain = volume(&place, "vol", 24 * MIB);
+    // Only the first MiB of it was ever written.
+    let bytes = place.read("vol");
+    let written = bytes.len() - 23 * MIB;
+    place.write("vol", &bytes[..written]);
+    let vol = std::fs::File::options().write(true).open(place.path("vol")).expect("open");
+    vol.set_len(bytes.len() as u64).expect("a hole");
+    plain[MIB..].fill(0);
+    let Some(server) = file(&place, "vol", &[]) else { return };
+    let words = format!("decrypt {} @/out --key file:@/one --keep-holes", uri(&server, ""));
+    // What a checkpoint is gone on with is compared with holes, too.
+    let running = place.spawn(&format!("{words} --checkpoint @/mark --throttle 8M"));
+    let _ = place.moving();
+    running.signal(rustix::process::Signal::INT);
+    let _ = running.wait().exit(1, &["--resume"]);
+    let _ = place.run(&format!("{words} --checkpoint @/mark --resume")).done();
+    assert!(place.read("out") == plain);
+    let path = place.path("vol").display().to_string();
+    let Some(silent) = Server::nbdkit(&["--no-sr", "file", &path]) else { return };
+    let words = format!("decrypt {} @/new --key file:@/one", uri(&silent, ""));
+    let _ = place.run(&format!("{words} --keep-holes")).exit(2, &["what of it is holes"]);
+    let Some(wrong) = file(&place, "vol", &["--filter=error", "error-extents-rate=100%"]) else { return };
+    let words = format!("decrypt {} @/new --key file:@/one", uri(&wrong, ""));
+    let _ = place.run(&format!("{words} --keep-holes")).exit(1, &["block status", "keep none of them"]);
+    assert!(!place.path("new").exists() && !place.path("new.partial").exists());
+    let _ = place.run(&words).done();
+    assert!(place.read("new")[..MIB] == plain[..MIB], "and noise behind it");
 }
 
 #[test]
@@ -466,6 +509,9 @@ fn what_needs_durability_is_not_done_where_there_is_none() {
     empty(&place, "out", 4 * MIB);
     let Some(sink) = shell(&place.path("out").display().to_string()) else { return };
     let words = format!("decrypt @/vol {} --key file:@/one --force", uri(&sink, ""));
+    let _ =
+        place.run(&format!("{words} --checkpoint @/mark")).exit(2, &["cannot flush", "without a checkpoint"]);
+    assert!(place.read("out") == vec![0; 4 * MIB], "nothing was written");
     let _ = place.run(&words).exit(0, &["cannot make writes durable"]);
     assert!(place.read("out") == plain);
     // One that is exported keeps accounts of its own.

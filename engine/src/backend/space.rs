@@ -25,10 +25,15 @@ impl Device {
     }
 
     /// Ask an NBD server for the zeros of what is only read, before a worker wants to know: [`Device::region_at`] never waits for one.
-    /// When its job begins, since what was zeros when it was submitted may have been written to while it waited.
-    pub fn learn_holes(&self) {
-        if let Some(volume) = self.remote().filter(|_| self.may_have_holes()) {
-            volume.learn_zeros();
+    /// When its job begins, since what was zeros when it was submitted may have been written to while it waited. Blocks, until
+    /// `give_up` says so.
+    ///
+    /// # Errors
+    /// What is a hole may be taken for data: as [`crate::backend::nbd::Volume::learn_zeros`] has it.
+    pub fn learn_holes(&self, give_up: &dyn Fn() -> bool) -> Result<()> {
+        match self.remote().filter(|_| !self.is_written()) {
+            Some(volume) => volume.learn_zeros(give_up).map_err(|error| error.at(self.name())),
+            None => Ok(()),
         }
     }
 

@@ -7,6 +7,8 @@
 //! An *update* writes into an earlier copy in place. There is no undoing it, and no checkpoint: the same request, with the same bitmap,
 //! writes the same extents again.
 
+use std::time::{Duration, Instant};
+
 use proto::remote::Remote;
 use proto::{Action, Sink, Source};
 
@@ -18,6 +20,8 @@ use crate::job::prepare::Sizes;
 use crate::pipeline::transfer::Work;
 use crate::units::Extent;
 
+/// How long a server may take to say what its bitmap marks: nobody can cancel a job that is being checked.
+const STATUS_WAIT: Duration = Duration::from_secs(300);
 /// Most extents remembered of one job: 4 MiB of them.
 const EXTENTS_MAX: usize = 1 << 18;
 
@@ -91,24 +95,38 @@ pub fn extents(
     total: u64,
     step: u64,
 ) -> Result<Vec<Extent>> {
-    let mut marked = Marked::new(total, step);
-    for extent in nbd::marked(source)? {
-        if work == Work::Decrypt {
-            inside(geometry, extent, total).for_each(|(start, end)| marked.add(start, end));
-        } else {
-            marked.add(extent.start(), extent.end());
+    let until = Instant::now() + STATUS_WAIT;
+    let dirty = nbd::marked(source, &|| Instant::now() >= until).map_err(|error| match error.kind() {
+        ErrorKind::Cancelled => {
+            let what = "the NBD server takes too long to say what its bitmap marks";
+            Error::new(ErrorKind::Io, what).at(source.name())
         }
+        _ => error,
+    })?;
+    let mut marked = Marked::new(total, step);
+    if work == Work::Decrypt {
+        inside(geometry, &dirty, total).for_each(|(start, end)| marked.add(start, end));
+    } else {
+        dirty.iter().for_each(|extent| marked.add(extent.start(), extent.end()));
     }
     Ok(marked.extents)
 }
 
-/// Bytes of plaintext whose ciphertext lies in this extent of the encrypted side.
-fn inside(geometry: &Geometry, extent: Extent, total: u64) -> impl Iterator<Item = (u64, u64)> {
-    geometry.placed().filter_map(move |(start, area)| {
+/// Bytes of plaintext whose ciphertext lies in these extents of the encrypted side, ascending. Areas come in the order of the plaintext, in
+/// which their ciphertext need not lie: so it is area by area that extents are looked for.
+fn inside<'a>(
+    geometry: &'a Geometry,
+    dirty: &'a [Extent],
+    total: u64,
+) -> impl Iterator<Item = (u64, u64)> + 'a {
+    geometry.placed().flat_map(move |(start, area)| {
         let size = area.size.unwrap_or(total.saturating_sub(start));
-        let from = extent.start().max(area.offset);
-        let to = extent.end().min(area.offset.saturating_add(size));
-        (from < to).then(|| (start + (from - area.offset), start + (to - area.offset)))
+        let end = area.offset.saturating_add(size);
+        let first = dirty.partition_point(|extent| extent.end() <= area.offset);
+        dirty[first..].iter().take_while(move |extent| extent.start() < end).map(move |extent| {
+            let (from, to) = (extent.start().max(area.offset), extent.end().min(end));
+            (start + (from - area.offset), start + (to - area.offset))
+        })
     })
 }
 
@@ -126,6 +144,7 @@ impl Marked {
         Self { extents: Vec::new(), total, step, gap: 0 }
     }
 
+    /// No start lies before that of the last.
     fn add(&mut self, start: u64, end: u64) {
         let end = end.checked_next_multiple_of(self.step).unwrap_or(u64::MAX).min(self.total);
         let start = start / self.step * self.step;
@@ -162,6 +181,7 @@ impl Marked {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::plan::Plan;
     use crate::volume::DataArea;
 
     fn pairs(extents: &[Extent]) -> Vec<(u64, u64)> {
@@ -185,13 +205,94 @@ mod tests {
         let geometry = Geometry::new(vec![area(1000, Some(500)), area(5000, None)]).expect("two areas");
         let map = |start, end| {
             let extent = Extent::new(start, end).expect("not empty");
-            inside(&geometry, extent, 2500).collect::<Vec<_>>()
+            inside(&geometry, &[extent], 2500).collect::<Vec<_>>()
         };
         assert_eq!(map(0, 1000), [], "the header is no plaintext");
         assert_eq!(map(900, 1100), [(0, 100)]);
         assert_eq!(map(1400, 6000), [(400, 500), (500, 1500)]);
         assert_eq!(map(6999, 9000), [(2499, 2500)]);
         assert_eq!(map(7000, u64::MAX), []);
+    }
+
+    #[test]
+    fn areas_that_descend_on_the_disk_make_a_plan_that_ascends() {
+        // The plaintext begins behind on the disk.
+        let areas = [(1 << 20, Some(64 << 10)), (64 << 10, Some(128 << 10)), (512 << 10, Some(4096))];
+        let areas = areas.map(|(offset, size)| DataArea { offset, size, cipher: None });
+        let geometry = Geometry::new(areas.to_vec()).expect("three areas");
+        let total = geometry.fixed_bytes().expect("all have a size");
+        let dirty: Vec<Extent> = [(64 << 10, 68 << 10), (100 << 10, 600 << 10), (1 << 20, 2 << 20)]
+            .map(|(start, end)| Extent::new(start, end).expect("not empty"))
+            .to_vec();
+        let mut marked = Marked::new(total, 4096);
+        inside(&geometry, &dirty, total).for_each(|(start, end)| marked.add(start, end));
+        assert_eq!(pairs(&marked.extents), [(0, 68 << 10), (100 << 10, 196 << 10)]);
+        let plan = Plan::only(marked.extents, total, 8192);
+        assert_eq!(plan.covered_bytes(), Some(164 << 10));
+    }
+
+    /// Numbers from a seed.
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, limit: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % limit.max(1)
+        }
+
+        /// Apart and ascending.
+        fn extents(&mut self, most: u64, end: u64) -> Vec<Extent> {
+            let mut cuts: Vec<u64> = (0..2 * self.below(most)).map(|_| self.below(end)).collect();
+            cuts.sort_unstable();
+            cuts.dedup();
+            cuts.chunks_exact(2).filter_map(|cut| Extent::new(cut[0], cut[1])).collect()
+        }
+    }
+
+    #[test]
+    fn whatever_areas_and_bitmaps_say_all_of_it_is_planned_and_nothing_panics() {
+        for seed in 1..=4000 {
+            let mut dice = Dice(seed << 32 | 0x9e37_79b9);
+            // Of a small disk, or of one as large as there can be.
+            let disk = if dice.below(4) == 0 { i64::MAX.cast_unsigned() } else { 1 << 20 };
+            let mut areas: Vec<DataArea> = dice
+                .extents(8, disk)
+                .iter()
+                .map(|at| DataArea { offset: at.start(), size: Some(at.len()), cipher: None })
+                .collect();
+            for at in (1..areas.len()).rev() {
+                areas.swap(at, usize::try_from(dice.below(at as u64 + 1)).expect("an index"));
+            }
+            if dice.below(3) == 0 {
+                areas.push(DataArea { offset: disk - dice.below(4096), size: None, cipher: None });
+            }
+            let Ok(geometry) = Geometry::new(areas) else { continue };
+            let known: u64 = geometry.areas().iter().filter_map(|area| area.size).sum();
+            let total = geometry.fixed_bytes().unwrap_or(known + dice.below(4096));
+            let step = 1 << dice.below(14);
+            let dirty = dice.extents(16, disk);
+            let mut marked = Marked::new(total, step);
+            for (start, end) in inside(&geometry, &dirty, total) {
+                marked.add(start, end);
+                if dice.below(8) == 0 {
+                    // As if there were too many.
+                    marked.gap = (2 * marked.gap).max(step);
+                }
+            }
+            let planned = pairs(&marked.extents);
+            drop(Plan::only(marked.extents, total, 4096));
+            for (start, area) in geometry.placed() {
+                let size = area.size.unwrap_or(total - start);
+                for at in [0, size / 3, size.saturating_sub(1)].into_iter().filter(|&at| at < size) {
+                    let place = area.offset + at;
+                    let is_dirty = dirty.iter().any(|extent| (extent.start()..extent.end()).contains(&place));
+                    let is_planned = planned.iter().any(|&(from, to)| (from..to).contains(&(start + at)));
+                    assert!(is_planned || !is_dirty, "seed {seed}: byte {}", start + at);
+                }
+            }
+        }
     }
 
     #[test]

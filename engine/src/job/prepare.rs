@@ -14,6 +14,7 @@ use crate::backend::nbd;
 use crate::crypto::spec::CipherSpec;
 use crate::crypto::{Kernel, Layout, Secret, SectorCipher, VolumeKey, cipher};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::nbd::BASE_ALLOCATION;
 use crate::format::raw;
 use crate::job::Owner;
 use crate::job::checkpoint::{Checkpoint, Facts};
@@ -21,6 +22,7 @@ use crate::job::commit::Names;
 use crate::job::encrypted::{self, Encrypted};
 use crate::job::geometry::Geometry;
 use crate::job::marked;
+use crate::job::run::ALL_OR_NONE;
 use crate::key::Descriptors;
 use crate::pipeline::crypt::{PAD, too_small, unaligned};
 use crate::pipeline::plan::Plan;
@@ -114,6 +116,13 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let mut sent = Sent { descriptors, remotes: &remotes };
     let source = open_source(&source_wanted, &mut sent)?;
     let sink = open_sink(&sink_wanted, action, checkpoint.is_some() || updates, &mut sent)?;
+    if checkpoint.is_some() && sink.remote().is_some_and(|volume| !volume.can_flush()) {
+        let what =
+            "the NBD server cannot flush, so nothing says how far a copy has come: it takes no checkpoint";
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .at(sink.name())
+            .hint("have it served with flush, or copy without a checkpoint"));
+    }
     let names = match &sink_wanted.commit {
         Some(_) if action == Action::Verify => {
             return Err(Error::new(ErrorKind::Invalid, "verify writes nothing, so it has nothing to commit"));
@@ -139,6 +148,10 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
         }
     };
     let side = if work == Work::Decrypt { &source } else { &sink };
+    let keep_holes = tuning.keep_holes && action != Action::Encrypt;
+    if keep_holes && side.remote().is_some_and(|volume| volume.facts().context(BASE_ALLOCATION).is_none()) {
+        return Err(nbd::silent_of_holes().at(side.name()).hint(ALL_OR_NONE));
+    }
     let exists = updates || work != Work::Encrypt;
     let opened =
         open_volume(&volume.format, exists, (side, key, owner), &mut sent, means, checkpoint.as_mut())?;
@@ -163,7 +176,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     }
     let is_written = action != Action::Verify && !sink.is_stream();
     let held = is_written.then(|| Held::to_write(&sink)).transpose()?;
-    let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning);
+    let align = choose_direct(work, &source, &sink, &sizes, geometry, &tuning)?;
     let chunk = chunk_bytes(&source, &sink, align, &tuning, means)?;
     let (workers_max, depth) = width(&source, &sink, &tuning, means)?;
     let plan = match (marked, sizes.total, geometry) {
@@ -188,7 +201,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
             geometry: geometry.expect("files and devices have their header in place"),
             pad: tuning.pad && action != Action::Decrypt,
             sparse: new_file && sparse,
-            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            keep_holes,
             source: &source,
             sink: &sink,
             header,
@@ -204,7 +217,7 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
                 capacity: (sink.nature() == Nature::Block).then(|| sink.size()).flatten(),
             },
             pad: tuning.pad && action != Action::Decrypt,
-            keep_holes: tuning.keep_holes && action != Action::Encrypt,
+            keep_holes,
             depth,
             plan,
         },
@@ -538,7 +551,10 @@ struct Align {
     sink: u32,
 }
 
-/// Bypass the page cache where the devices and the sizes allow it.
+/// Bypass the page cache where the devices and the sizes allow it. In front of a server there is none.
+///
+/// # Errors
+/// `Unsupported`: a server whose blocks what is to be written does not fill.
 fn choose_direct(
     work: Work,
     source: &Device,
@@ -546,9 +562,10 @@ fn choose_direct(
     sizes: &Sizes,
     geometry: Option<&Geometry>,
     tuning: &Tuning,
-) -> Align {
+) -> Result<Align> {
+    let wanted = |device: &Device| tuning.direct != Some(false) || device.remote().is_some();
     let direct = |device: &Device, possible: bool| match device.direct_alignment() {
-        Some(align) if possible && tuning.direct != Some(false) && device.enable_direct() => align,
+        Some(align) if possible && wanted(device) && device.enable_direct() => align,
         _ => {
             // A descriptor may come with direct I/O on; buffered transfers have odd offsets and lengths.
             device.disable_direct();
@@ -576,10 +593,22 @@ fn choose_direct(
             }
         })
     };
-    Align {
-        source: direct(source, fits(source, Side::Source)),
-        sink: direct(sink, !must_buffer && fits(sink, Side::Sink)),
+    let sink_fits = fits(sink, Side::Sink);
+    // Where a stream ends is not known yet; of what the server has, the blocks are filled until then.
+    let known_inside = ends_inside && sizes.total.is_some();
+    if work != Work::Verify && sink.remote().is_some() && (known_inside || !sink_fits) {
+        let place = if sink_fits { "ends" } else { "begins" };
+        let what = format!(
+            "its server does not write less than {block} bytes, and what is to be written {place} inside a block of that"
+        );
+        return Err(Error::new(ErrorKind::Unsupported, what)
+            .at(sink.name())
+            .hint("have it served in smaller blocks"));
     }
+    Ok(Align {
+        source: direct(source, fits(source, Side::Source)),
+        sink: direct(sink, !must_buffer && sink_fits),
+    })
 }
 
 fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, means: Means) -> Result<u32> {

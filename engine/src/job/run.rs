@@ -40,7 +40,8 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
     // Before anything may be undone: what another job has begun to write is not ours to remove.
     check_empty(job, prepared)?;
     let mut checkpoint = prepared.checkpoint.take();
-    let outcome = carry(job, pipeline, prepared, checkpoint.as_mut());
+    let mut begun = false;
+    let outcome = carry(job, pipeline, prepared, checkpoint.as_mut(), &mut begun);
     prepared.checkpoint = checkpoint;
     match &mut prepared.checkpoint {
         Some(checkpoint) if outcome.is_ok() => checkpoint.remove(),
@@ -50,7 +51,8 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
                 _ => error.or_hint(GO_ON),
             });
         }
-        _ if prepared.updates => return outcome.map_err(|error| error.or_hint(AGAIN)),
+        _ if prepared.updates && begun => return outcome.map_err(|error| error.or_hint(AGAIN)),
+        _ if prepared.updates => {}
         _ if outcome.is_err() => undo(job, prepared),
         _ => {}
     }
@@ -60,14 +62,20 @@ pub fn run(job: &Job, pipeline: &Pipeline, prepared: &mut Prepared) -> Result<En
 /// What a user does about a copy that ended before its time and has a checkpoint.
 const GO_ON: &str = "what was done is kept: the same command with --resume goes on";
 
+/// What a user does about holes that cannot all be kept.
+pub(super) const ALL_OR_NONE: &str =
+    "some holes would be decrypted like data: keep none of them, or copy the volume where it lies";
+
 /// What a user does about an update that ended before its time. There is nothing to undo it by.
 const AGAIN: &str = "the sink is neither the earlier copy nor the new one now: keep the bitmap, and run the same command again";
 
+/// `begun`: the sink may have been written to.
 fn carry(
     job: &Job,
     pipeline: &Pipeline,
     prepared: &mut Prepared,
     mut checkpoint: Option<&mut Checkpoint>,
+    begun: &mut bool,
 ) -> Result<Ending> {
     let transfer = &prepared.transfer.clone();
     // First of all, or a wrong passphrase would cost a full disk of room.
@@ -81,6 +89,8 @@ fn carry(
         // Reading its header took the lock along.
         prepared.sink.lock()?;
     }
+    // Before a copy goes on: what it holds is compared with what the source makes of its holes.
+    learn_holes(job, prepared)?;
     let mut keeper = match checkpoint {
         None => None,
         Some(checkpoint) => {
@@ -91,7 +101,7 @@ fn carry(
         }
     };
     make_room(job, prepared)?;
-    [&prepared.source, &prepared.sink].into_iter().for_each(|end| end.learn_holes());
+    *begun = true;
     pipeline.run(transfer, prepared.workers_max);
     let mut behind = transfer.began_at();
     let tick = keeper.as_ref().map_or(TICK, |keeper| keeper.interval().min(TICK));
@@ -125,6 +135,25 @@ fn carry(
     }
     make_durable(job, pipeline, prepared, keeper.as_mut())?;
     Ok(Ending { padded_bytes: transfer.padded_bytes() })
+}
+
+/// Ask NBD servers for the zeros of what is only read. Where holes are to be kept all of them must be known; elsewhere zeros are read.
+fn learn_holes(job: &Job, prepared: &Prepared) -> Result<()> {
+    let transfer = &prepared.transfer;
+    for (device, side) in [(&prepared.source, Side::Source), (&prepared.sink, Side::Sink)] {
+        let are_kept = transfer.keep_holes && side == transfer.work.encrypted_side();
+        if !are_kept && !device.may_have_holes() {
+            continue;
+        }
+        let learned = device.learn_holes(&|| job.is_cancelled());
+        job.check_cancelled()?;
+        match learned {
+            Err(error) if are_kept => return Err(error.hint(ALL_OR_NONE)),
+            Err(error) => tracing::warn!("{}", error.chain()),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
 }
 
 /// A sink file is empty when its job begins, or zeros left out would show what was there before.

@@ -395,10 +395,14 @@ impl Talk<'_> {
         }
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
+            // Also where there is something at any time, and never what is waited for.
+            if left.is_zero() {
+                return Err(silent());
+            }
             let wait = Timespec::try_from(left).expect("seconds");
             match poll(&mut [PollFd::new(self.transport.socket(), wanted)], Some(&wait)) {
                 Err(Errno::INTR) => {}
-                Ok(0) => return Err(Error::new(ErrorKind::Io, "the NBD server does not answer")),
+                Ok(0) => return Err(silent()),
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(Error::io("cannot wait for the NBD server", errno)),
             }
@@ -415,6 +419,10 @@ fn failed(cause: std::io::Error) -> Error {
         }
         _ => Error::io("the connection to the NBD server broke", cause),
     }
+}
+
+fn silent() -> Error {
+    Error::new(ErrorKind::Io, "the NBD server does not answer")
 }
 
 fn broken(how: &str) -> Error {
@@ -461,4 +469,22 @@ fn checked(
         ));
     }
     Ok(Facts { size, flags, block_min, block_preferred, payload_max, style, contexts })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn time_is_up_although_there_is_something_to_read() {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        std::io::Write::write_all(&mut theirs, b"tickets").expect("sent");
+        let wish = Wish { export: String::new(), context: None, name: "remote".to_owned(), tls: None };
+        let transport = prepare(ours.into(), "remote").expect("a socket");
+        let talk = Talk { transport, wish: &wish, deadline: Instant::now() };
+        let error = talk.ready(PollFlags::IN).expect_err("too late");
+        assert!(error.chain().contains("does not answer"), "{}", error.chain());
+    }
 }

@@ -8,7 +8,8 @@
 //! A write that was not answered is asked again: nobody was told anything. A write that *was* answered and not yet flushed may
 //! have been in the memory of a server that died, and is not known here any more. So once a connection breaks while there are such writes,
 //! every later write and flush of the volume fails, for as long as it is open: whoever needs to know that bytes are durable learns that they
-//! may not be, and goes on from what was durable before. Why not write everything through (FUA): each write would wait for
+//! may not be, and goes on from what was durable before. So does every read: what was written and acknowledged would come back as it was
+//! before, and nobody who reads (the client of an export) could tell. A volume that nobody wrote to is read on. Why not write everything through (FUA): each write would wait for
 //! the disk, for the sake of a break that most jobs never see.
 
 use std::io::{IoSlice, IoSliceMut};
@@ -28,6 +29,8 @@ use crate::format::nbd::request::{Command, Request};
 
 /// Bytes received in one go, so that one connection does not keep a worker from its others.
 const RECEIVED_AT_ONCE: usize = 4 << 20;
+/// What a turn counts for that brought fewer: with TLS there may be much else in it.
+const RECEIVED_LEAST: usize = 4 << 10;
 /// How long a server may move no byte while something is asked of it. Whoever waits for it cannot be told that they were cancelled before.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same while a flush is asked: all that was written may have to go to a slow disk.
@@ -133,6 +136,8 @@ struct State {
     trouble: Option<Trouble>,
     /// When bytes last went either way, or the first was asked.
     moved: Instant,
+    /// Since when something is asked, of this server or the one before it came again.
+    asked: Instant,
     /// How long it may move none while something is asked.
     patience: Duration,
 }
@@ -166,6 +171,7 @@ impl Connection {
             counted: 0,
             trouble: None,
             moved: Instant::now(),
+            asked: Instant::now(),
             patience: PATIENCE,
         };
         Self { shared, state: Mutex::new(state), users: AtomicUsize::new(0) }
@@ -200,8 +206,8 @@ impl Connection {
             (_, What::Discard { .. }) if !self.shared.facts.has(flags::SEND_WRITE_ZEROES) => {
                 Some(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
             }
-            // It would fail at the last flush anyway, after all that work.
-            (_, What::Flush | What::Write { .. } | What::Discard { .. })
+            // Writes would fail at the last flush anyway, after all that work, and reads might find what was there before them.
+            (_, What::Flush | What::Read { .. } | What::Write { .. } | What::Discard { .. })
                 if self.shared.doubt.load(Ordering::Acquire) =>
             {
                 Some(lost())
@@ -324,19 +330,19 @@ impl Connection {
         let unflushed =
             self.shared.acknowledged.load(Ordering::Acquire) > self.shared.flushed.load(Ordering::Acquire);
         // 3. Doubt comes before any request on another connection, so no flush there can be taken for one that covers them.
-        if elsewhere || unflushed {
+        if elsewhere || unflushed || self.shared.doubt.load(Ordering::Acquire) {
             self.shared.doubt.store(true, Ordering::Release);
-            for command in [Command::Flush, Command::Write, Command::WriteZeroes] {
-                state.session.fail(Some(command), lost);
-            }
+            state.lose();
         } else {
             self.shared.haunt(state.session.writes_begun());
         }
         tracing::warn!("{}: the connection to the NBD server is lost: {why}", wish.name);
+        let silence = state.session.is_asked().then(|| state.asked.elapsed());
         state.session.restart(self.shared.facts.bounds());
         state.link = Link::Down;
         let replied = std::mem::take(&mut state.session.replies) > 0;
         let trouble = state.trouble.take().filter(|_| !replied);
+        let trouble = trouble.map(|trouble| trouble.after(silence.unwrap_or_default()));
         let started = again.is_some_and(|Again { address, within }| {
             let how = (address, trouble.unwrap_or_else(|| Trouble::new(within)));
             let started = reconnect::start(self, Arc::clone(&self.shared), how, why.clone());
@@ -353,6 +359,11 @@ impl Connection {
         let mut state = self.lock();
         state.trouble = Some(trouble);
         state.moved = Instant::now();
+        state.asked = state.moved;
+        if self.shared.doubt.load(Ordering::Acquire) {
+            // Another connection broke meanwhile.
+            state.lose();
+        }
         state.session.restart(facts.bounds());
         state.generation += 1;
         state.link = Link::Up(transport);
@@ -437,10 +448,18 @@ impl State {
         waits.then(|| self.moved + patience)
     }
 
+    /// What must not be asked of a server that may have lost writes ends here; [`Session::restart`] forgets its requests.
+    fn lose(&mut self) {
+        for command in [Command::Flush, Command::Read, Command::Write, Command::WriteZeroes] {
+            self.session.fail(Some(command), lost);
+        }
+    }
+
     /// What is asked of a server that was asked nothing begins its time anew.
     fn asks(&mut self) {
         if !self.session.is_asked() {
             self.moved = Instant::now();
+            self.asked = self.moved;
         }
     }
 
@@ -486,7 +505,7 @@ impl State {
             if count < space && !transport.may_hold_more() {
                 break;
             }
-            total += count;
+            total += count.max(RECEIVED_LEAST);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //!
 //! It is asked for on a thread that may wait, a GiB at a time, and kept as extents, of which there are at most [`EXTENTS_MAX`]: beyond
 //! that, those that are close to each other are joined with what lies between them, farther and farther apart. So more may be read or
-//! copied than must be, never less.
+//! copied than must be, never less. Who must know every hole is told when there were too many ([`Volume::learn_zeros`]).
 //!
 //! What the server says of zeros is what was so when it was asked. A volume that somebody writes to while it is read has no content of
 //! one moment anyway; whoever needs that exports a snapshot.
@@ -35,11 +35,11 @@ const POLL: Duration = Duration::from_millis(100);
 /// The flag of a dirty extent.
 const DIRTY: u64 = 1;
 
-/// What a source's bitmap marks, ascending and apart. Blocks: not for workers.
+/// What a source's bitmap marks, ascending and apart. Blocks, until `give_up` says so: not for workers.
 ///
 /// # Errors
-/// `Unsupported`: the server has no such bitmap, or tells of none. `Io`: as it says.
-pub fn marked(source: &Device) -> Result<Vec<Extent>> {
+/// `Unsupported`: the server has no such bitmap, or tells of none. `Io`: as it says. `Cancelled`: given up.
+pub fn marked(source: &Device, give_up: &dyn Fn() -> bool) -> Result<Vec<Extent>> {
     let no_remote = || Error::new(ErrorKind::Invalid, "only an NBD server has bitmaps").at(source.name());
     let volume = source.remote().ok_or_else(no_remote)?;
     let context = volume
@@ -55,29 +55,37 @@ pub fn marked(source: &Device) -> Result<Vec<Extent>> {
             .hint("`nbdinfo --map=NAME` shows what a server has; qemu-nbd offers a bitmap by -B NAME"));
     };
     let dirty = |flags| if context.starts_with(DIRTY_BITMAP) { flags & DIRTY != 0 } else { flags != 0 };
-    collect(volume, id, EXTENTS_MAX, dirty).map_err(|error| error.at(source.name()))
+    let kept = collect(volume, id, dirty, give_up).map_err(|error| error.at(source.name()))?;
+    Ok(kept.extents)
 }
 
 impl Volume {
-    /// Ask which bytes are zeros, if that was not done. `false`: the server does not say, or all are data. Blocks: not for workers.
-    pub fn learn_zeros(&self) -> bool {
-        let data = self.data.get_or_init(|| {
-            let id = self.facts().context(BASE_ALLOCATION)?;
+    /// Ask which bytes are zeros, if that was not learned yet. Blocks, until `give_up` says so: not for workers.
+    ///
+    /// # Errors
+    /// All bytes are data then, as far as is known. `Unsupported`: the server does not say; `Io`: it does not answer as it should;
+    /// `Cancelled`: given up. `Limit`: some zeros are taken for data, since they are in more places than are remembered.
+    pub fn learn_zeros(&self, give_up: &dyn Fn() -> bool) -> Result<()> {
+        if self.data.get().is_none() {
+            let id = self.facts().context(BASE_ALLOCATION).ok_or_else(silent_of_holes)?;
             // A hole alone says nothing of what it reads as.
             let is_data = |flags| flags & u64::from(allocation::ZERO) == 0;
-            collect(self, id, EXTENTS_MAX, is_data)
-                .inspect_err(|error| tracing::warn!("{}: {}", self.shared.wish.name, error.chain()))
-                .ok()
-        });
-        let size = self.facts().size;
-        data.as_ref().is_some_and(|data| !matches!(&data[..], [one] if one.len() == size))
+            let kept = collect(self, id, is_data, give_up)?;
+            // Who learned it at the same time has learned the same.
+            let _ = self.data.set(kept);
+        }
+        if self.data.get().is_some_and(|kept| kept.gap > 0) {
+            let what = format!("it has zeros between more than {EXTENTS_MAX} extents of data");
+            return Err(Error::new(ErrorKind::Limit, what));
+        }
+        Ok(())
     }
 
     /// What lies at `offset`, as far as it was learned. Never waits.
     #[must_use]
     pub fn region_at(&self, offset: u64) -> Region {
         let size = self.facts().size;
-        let Some(Some(data)) = self.data.get() else { return Region::Data { until: size } };
+        let Some(Kept { extents: data, .. }) = self.data.get() else { return Region::Data { until: size } };
         match data.get(data.partition_point(|extent| extent.end() <= offset)) {
             None => Region::Hole { until: size },
             Some(extent) if extent.start() > offset => Region::Hole { until: extent.start() },
@@ -86,10 +94,21 @@ impl Volume {
     }
 }
 
+/// A server that has no block status.
+#[must_use]
+pub fn silent_of_holes() -> Error {
+    Error::new(ErrorKind::Unsupported, "the NBD server does not say what of it is holes")
+}
+
 /// The extents of a volume whose flags in a context are `wanted`.
-fn collect(volume: &Volume, context: u32, most: usize, wanted: impl Fn(u64) -> bool) -> Result<Vec<Extent>> {
+fn collect(
+    volume: &Volume,
+    context: u32,
+    wanted: impl Fn(u64) -> bool,
+    give_up: &dyn Fn() -> bool,
+) -> Result<Kept> {
     let size = volume.facts().size;
-    let mut kept = Kept { extents: Vec::new(), gap: 0, most };
+    let mut kept = Kept { extents: Vec::new(), gap: 0, most: EXTENTS_MAX };
     let mut asker = Asker::of(volume);
     let mut offset = 0;
     let mut replies = 0;
@@ -97,7 +116,7 @@ fn collect(volume: &Volume, context: u32, most: usize, wanted: impl Fn(u64) -> b
         replies += 1;
         let length = (size - offset).min(STEP);
         let before = offset;
-        for extent in asker.ask(offset, u32::try_from(length).expect("a GiB at most"))? {
+        for extent in asker.ask(offset, u32::try_from(length).expect("a GiB at most"), give_up)? {
             // The last may go beyond what was asked; what lies there is asked for.
             let end = offset.saturating_add(extent.length).min(before + length);
             if extent.context == context && offset < end {
@@ -111,13 +130,13 @@ fn collect(volume: &Volume, context: u32, most: usize, wanted: impl Fn(u64) -> b
             return Err(Error::new(ErrorKind::Io, "the NBD server's block status does not get on"));
         }
     }
-    Ok(kept.extents)
+    Ok(kept)
 }
 
 /// Extents, ascending, of which there are not too many.
-struct Kept {
+pub(super) struct Kept {
     extents: Vec<Extent>,
-    /// Those that are no farther apart are joined.
+    /// Those that are no farther apart are joined, and what lies between them is not told from them any more.
     gap: u64,
     most: usize,
 }
@@ -164,16 +183,16 @@ impl Asker {
         Self { connection: volume.take_connection(), inbox }
     }
 
-    fn ask(&mut self, offset: u64, length: u32) -> Result<Vec<StatusExtent>> {
+    fn ask(&mut self, offset: u64, length: u32, give_up: &dyn Fn() -> bool) -> Result<Vec<StatusExtent>> {
         let answer = Answer::default();
         let owner = Owner { inbox: Arc::clone(&self.inbox), port: 0, token: 0 };
         self.connection.submit_status(owner, offset, length, Arc::clone(&answer));
-        let done = self.wait()?;
+        let done = self.wait(give_up)?;
         done.result.map_err(|cause| Error::io("asking for block status failed", cause))?;
         Ok(std::mem::take(&mut *answer.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    fn wait(&mut self) -> Result<Done> {
+    fn wait(&mut self, give_up: &dyn Fn() -> bool) -> Result<Done> {
         let deadline = Instant::now() + REPLY_WAIT;
         loop {
             let watch = self.connection.pump(&self.inbox, true);
@@ -182,10 +201,15 @@ impl Asker {
             if let Some(done) = ended {
                 return Ok(done);
             }
-            if Instant::now() >= deadline {
+            let given_up = give_up();
+            if given_up || Instant::now() >= deadline {
                 self.connection.cancel(&self.inbox, 0, true);
                 self.inbox.drain(|_, _| ());
-                return Err(Error::new(ErrorKind::Io, "the NBD server does not answer"));
+                return Err(if given_up {
+                    Error::new(ErrorKind::Cancelled, "asking for block status was given up")
+                } else {
+                    Error::new(ErrorKind::Io, "the NBD server does not answer")
+                });
             }
             match watch.socket {
                 // Another queue may take our reply off the connection, so not for long.

@@ -49,12 +49,14 @@ use crate::backend::nbd::reconnect::Again;
 use crate::backend::nbd::tls::{Credentials, Means};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::nbd::flags;
-use crate::units::Extent;
 
-pub use extents::marked;
+use extents::Kept;
+pub use extents::{marked, silent_of_holes};
 
 /// How long the first connection may haggle before the others are given up for its sake.
 const SPARE_WAIT: Duration = Duration::from_secs(1);
+/// How long one of the others may haggle.
+const SPARE_HAGGLE_WAIT: Duration = Duration::from_secs(2);
 /// How long a server may take until an export can be used.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
 /// How long to try to connect again where nothing was said, milliseconds.
@@ -66,8 +68,8 @@ const CONNECTIONS_MAX: usize = 64;
 pub struct Volume {
     shared: Arc<Shared>,
     connections: Vec<Arc<Connection>>,
-    /// What may be something else than zeros, once somebody asked; `None`: it cannot be told.
-    data: OnceLock<Option<Vec<Extent>>>,
+    /// What may be something else than zeros, once somebody has learned it.
+    data: OnceLock<Kept>,
     /// What stands for the export in this process.
     _anchor: Arc<OwnedFd>,
 }
@@ -230,13 +232,7 @@ pub fn open(
         hang_up(&spare);
         spare.clear();
     }
-    for more in spare {
-        let (transport, other) = connect::haggle(connect::prepare(more, name)?, &shared.wish, deadline)?;
-        if !other.is_same_as(&facts) {
-            return refuse(ErrorKind::Conflict, "the connections lead to different exports".to_owned());
-        }
-        all.push(Arc::new(Connection::new(Arc::clone(&shared), transport, &other)));
-    }
+    all.extend(take_spares(spare, &shared, deadline)?);
     let anchor = anchor(identity).map_err(|error| error.at(name))?;
     let file = Arc::new(handle(&anchor).map_err(|error| error.at(name))?);
     let volume = Arc::new(Volume { shared, connections: all, data: OnceLock::new(), _anchor: anchor });
@@ -255,18 +251,72 @@ fn hang_up(connections: &[OwnedFd]) {
 /// Haggle on the first of several connections. Some servers take one client at a time, and wait for the first word of one of the
 /// others: if it takes long, those are hung up on, and none is left.
 fn beside_silence<T>(others: &mut Vec<OwnedFd>, haggle: impl FnOnce() -> Result<T>) -> Result<T> {
+    if others.is_empty() {
+        return haggle();
+    }
     let (over, waits) = crossbeam::channel::bounded::<()>(0);
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
+    let haggled = std::thread::scope(|scope| {
+        let silence = || {
             if waits.recv_timeout(SPARE_WAIT) == Err(crossbeam::channel::RecvTimeoutError::Timeout) {
-                hang_up(others);
+                hang_up(&*others);
                 others.clear();
             }
-        });
-        let haggled = haggle();
-        drop(over);
-        haggled
+        };
+        match std::thread::Builder::new().name("nbd-spares".to_owned()).spawn_scoped(scope, silence) {
+            Ok(_) => {
+                let haggled = haggle();
+                drop(over);
+                Ok(haggled)
+            }
+            // The machine is short of threads, and spares are a luxury.
+            Err(_) => Err(haggle),
+        }
+    });
+    haggled.unwrap_or_else(|haggle| {
+        hang_up(&*others);
+        others.clear();
+        haggle()
     })
+}
+
+/// Haggle on the connections beside the first, each of which may be refused or left waiting by a server that takes few clients: from the
+/// first such one on none is used.
+///
+/// # Errors
+/// `Conflict`: one leads to another export.
+fn take_spares(
+    spares: Vec<OwnedFd>,
+    shared: &Arc<Shared>,
+    deadline: Instant,
+) -> Result<Vec<Arc<Connection>>> {
+    let name = &shared.wish.name;
+    let wanted = spares.len();
+    let mut taken = Vec::with_capacity(wanted);
+    let mut left = spares.into_iter();
+    while let Some(spare) = left.next() {
+        let until = deadline.min(Instant::now() + SPARE_HAGGLE_WAIT);
+        let haggled = connect::prepare(spare, name).and_then(|transport| {
+            let socket = Arc::clone(transport.socket());
+            connect::haggle(transport, &shared.wish, until)
+                .inspect_err(|_| hang_up(std::slice::from_ref(&*socket)))
+        });
+        match haggled {
+            Ok((_, other)) if !other.is_same_as(&shared.facts) => {
+                let what = "the connections lead to different exports";
+                return Err(Error::new(ErrorKind::Conflict, what).at(name));
+            }
+            Ok((transport, other)) => {
+                taken.push(Arc::new(Connection::new(Arc::clone(shared), transport, &other)));
+            }
+            Err(error) => {
+                hang_up(left.as_slice());
+                let usable = taken.len() + 1;
+                tracing::info!("{usable} of {} connections are used: {}", wanted + 1, error.chain());
+                break;
+            }
+        }
+    }
+    Ok(taken)
 }
 
 /// What is the same export of the same server: where the connection leads, whatever way that was named. A server that
@@ -311,7 +361,9 @@ fn server_by_path(socket: &OwnedFd, address: &SocketAddrUnix) -> Option<String> 
     )
 }
 
-/// The server at an address; one of this machine is the same at all of its addresses.
+/// The server at an address; one of this machine is the same at all of its addresses. So two servers that listen at one port of two of its
+/// addresses (127.0.0.1 and 127.0.0.2) are taken for one, and cannot be both ends of a copy: from here they look like one that
+/// listens everywhere, and to take one for two would cost the volume.
 fn server_by_number(socket: &OwnedFd, place: SocketAddr) -> String {
     let (ip, port) = (place.ip().to_canonical(), place.port());
     // To an address of this machine one connects from that address.

@@ -3,8 +3,8 @@
 //! The daemon connects only where [`Address`] was left in the request, which is for callers whose rights it has anyway. The export must be
 //! what it was: another size, other abilities, and the volume is given up. What was not answered is then asked again.
 //!
-//! A server that can be connected to and dies of what it is asked again has not come back: the time allowed and the waits between attempts go
-//! on from where they were ([`Trouble`]), until a reply has arrived.
+//! A server that can be connected to and dies of what it is asked again, or says nothing to it, has not come back: the time allowed, of which
+//! its silence is a part, and the waits between attempts go on from where they were ([`Trouble`]), until a reply has arrived.
 //!
 //! ## Writes that are asked again
 //! A server may have taken a write, be alive, and carry it out after its answer to the second copy (a connection may break in the
@@ -35,7 +35,7 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 /// What is left of the time allowed.
 #[derive(Debug, Clone, Copy)]
 pub struct Trouble {
-    /// For trying; the time that connections were up does not count.
+    /// For trying. The time that connections were up counts as far as something was asked over them, and not answered.
     left: Duration,
     /// Before the next attempt.
     wait: Duration,
@@ -46,6 +46,12 @@ impl Trouble {
     #[must_use]
     pub fn new(within: Duration) -> Self {
         Self { left: within, wait: Duration::ZERO }
+    }
+
+    /// A connection was up again, and this long nothing was answered over it.
+    #[must_use]
+    pub fn after(self, silence: Duration) -> Self {
+        Self { left: self.left.saturating_sub(silence), ..self }
     }
 }
 

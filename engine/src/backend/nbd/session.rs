@@ -151,7 +151,7 @@ enum Reading {
 
 /// Bytes that arrived and were not looked at.
 struct Staging {
-    bytes: Box<[u8]>,
+    bytes: Zeroizing<Box<[u8]>>,
     start: usize,
     end: usize,
 }
@@ -224,7 +224,7 @@ impl Session {
             awaited: 0,
             writes: 0,
             serial: 0,
-            staging: Staging { bytes: vec![0; STAGING_BYTES].into(), start: 0, end: 0 },
+            staging: Staging { bytes: Zeroizing::new(vec![0; STAGING_BYTES].into()), start: 0, end: 0 },
             reading: Reading::Header,
             whole: Zeroizing::default(),
             finished: Vec::new(),

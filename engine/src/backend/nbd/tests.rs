@@ -1,5 +1,8 @@
 //! Servers that lie, over a pair of sockets: every one is refused, nothing panics, nothing hangs, and every operation comes back.
 
+mod breaks;
+mod holes;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicUsize;
@@ -541,7 +544,7 @@ fn marked_by(answer: impl FnOnce(u64) -> Vec<u8> + Send + 'static) -> Result<Vec
         let _ = theirs.write_all(&answer(cookie));
         let _ = theirs.read_to_end(&mut Vec::new());
     })));
-    let marked = marked(&device);
+    let marked = marked(&device, &|| false);
     drop(device);
     drop(server);
     marked.map(|extents| extents.iter().map(|extent| (extent.start(), extent.end())).collect())

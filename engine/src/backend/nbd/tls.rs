@@ -20,6 +20,8 @@ const SYSTEM_AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 /// Plaintext kept for a socket that takes no more.
 const BUFFERED_BYTES: usize = 256 << 10;
+/// Ciphertext taken in one go that brings no plaintext: tickets for sessions, of which a server may send as many as it likes.
+const BARREN_BYTES: usize = 64 << 10;
 
 /// What the descriptors of [`proto::remote::Tls`] held.
 pub struct Credentials {
@@ -161,9 +163,11 @@ impl Private {
         Ok(true)
     }
 
-    /// As [`super::transport::Transport::receive`].
+    /// As [`super::transport::Transport::receive`]. `None` is also what comes of much that is no plaintext: whoever waits for some looks at
+    /// the time then.
     pub fn receive(&mut self, slices: &mut [IoSliceMut<'_>], more: bool) -> std::io::Result<Option<usize>> {
         let mut total = 0;
+        let mut barren = 0;
         for slice in slices {
             let mut filled = 0;
             while filled < slice.len() {
@@ -172,12 +176,13 @@ impl Private {
                     Ok(count) => {
                         filled += count;
                         total += count;
+                        barren = 0;
                     }
                     Err(error) if error.kind() == Io::WouldBlock => {
-                        match if more { self.more() } else { Ok(false) } {
-                            Ok(true) => {}
+                        match if more && barren < BARREN_BYTES { self.more() } else { Ok(0) } {
                             // What has arrived counts; the rest is told next time.
-                            Ok(false) => return Ok((total > 0).then_some(total)),
+                            Ok(0) => return Ok((total > 0).then_some(total)),
+                            Ok(count) => barren += count,
                             Err(_) if total > 0 => return Ok(Some(total)),
                             Err(error) => return Err(error),
                         }
@@ -190,17 +195,18 @@ impl Private {
         Ok(Some(total))
     }
 
-    /// Take what the socket has. `false`: nothing now.
-    fn more(&mut self) -> std::io::Result<bool> {
-        match self.tls.read_tls(&mut Raw(&self.socket)) {
-            Err(error) if error.kind() == Io::WouldBlock => return Ok(false),
-            other => other.map(drop)?,
-        }
+    /// Take what the socket has, of which this many bytes come; 0: nothing now.
+    fn more(&mut self) -> std::io::Result<usize> {
+        let count = match self.tls.read_tls(&mut Raw(&self.socket)) {
+            Err(error) if error.kind() == Io::WouldBlock => return Ok(0),
+            other => other?,
+        };
         let processed = self.tls.process_new_packets();
         // An answer of the handshake, or an alert that says what is wrong.
         self.drain()?;
         processed.map_err(|cause| std::io::Error::new(Io::InvalidData, cause))?;
-        Ok(true)
+        // The end of the connection is for the reader to tell.
+        Ok(count.max(1))
     }
 
     /// More to give to the socket.
@@ -212,5 +218,75 @@ impl Private {
     pub fn close(&mut self) {
         self.tls.send_close_notify();
         let _ = self.drain();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use rcgen::CertifiedKey;
+    use rustls::{ServerConfig, ServerConnection};
+
+    use super::*;
+
+    /// Bytes in front of a record.
+    const RECORD_HEADER: usize = 5;
+    /// Bytes of a ticket as rustls makes them: head, lifetime, age, nonce, identity, no extensions.
+    const TICKET: usize = 4 + 4 + 4 + (1 + 32) + (2 + 32) + 2;
+
+    #[test]
+    fn tickets_without_end_do_not_keep_who_reads() {
+        let CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+        let credentials = Credentials {
+            server_name: "localhost".to_owned(),
+            authorities: Some(cert.pem().into_bytes()),
+            identity: None,
+        };
+        let key = PrivateKeyDer::try_from(signing_key.serialize_der()).expect("a key");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .expect("a server");
+        config.send_tls13_tickets = 20_000;
+        // Whole tickets in each record: of pieces, rustls gathers only so many.
+        config.max_fragment_size = Some(RECORD_HEADER + 8 * TICKET);
+        let mut server = ServerConnection::new(Arc::new(config)).expect("a server");
+        server.set_buffer_limit(None);
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let theirs = OwnedFd::from(theirs);
+        let means = Means::of(&credentials).expect("means");
+        let mut client = Private::new(Arc::new(ours.into()), &means).expect("a client");
+        let mut byte = [0];
+        let _ = client.send(&[]).expect("hello");
+        while server.is_handshaking() {
+            server.read_tls(&mut Raw(&theirs)).expect("heard");
+            server.process_new_packets().expect("understood");
+            while server.wants_write() && server.write_tls(&mut Raw(&theirs)).is_ok() {}
+            if server.is_handshaking() {
+                let received = client.receive(&mut [IoSliceMut::new(&mut byte)], true);
+                assert_eq!(received.expect("heard"), None);
+            }
+        }
+        let waiting = || rustix::io::ioctl_fionread(&**client.socket()).expect("bytes");
+        let before = waiting();
+        assert!(before > (BARREN_BYTES + BARREN_BYTES / 2) as u64, "{before} bytes of tickets");
+        let received = client.receive(&mut [IoSliceMut::new(&mut byte)], true);
+        assert_eq!(received.expect("nothing yet"), None);
+        let after = rustix::io::ioctl_fionread(&**client.socket()).expect("bytes");
+        assert!(after > 0 && after < before, "{after} of {before} bytes are left");
+        // What is behind them is found all the same.
+        server.writer().write_all(b"!").expect("accepted");
+        loop {
+            while server.wants_write() && server.write_tls(&mut Raw(&theirs)).is_ok() {}
+            if client.receive(&mut [IoSliceMut::new(&mut byte)], true).expect("heard").is_some() {
+                break;
+            }
+        }
+        assert_eq!(byte, *b"!");
     }
 }
