@@ -9,8 +9,8 @@ use engine::backend::device::{Device, Nature, Purpose, Region};
 use engine::backend::{Done, Op, Port, Position, Queue, QueueChoice, What, nbd, open_queue};
 use engine::error::ErrorKind;
 use engine::sys::buffer::{Arena, Buf};
-use tests::PATIENCE;
 use tests::nbd_servers::Server;
+use tests::{PATIENCE, Scratch};
 
 const BOTH: Purpose = Purpose { read: true, write: true, stream: false };
 const READ: Purpose = Purpose { read: true, write: false, stream: false };
@@ -336,6 +336,28 @@ fn zeros_of_a_source_are_learned_once_and_not_of_a_sink() {
     let error = source.learn_holes(&|| false).expect_err("it does not say");
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert!(!source.may_have_holes(), "a server without block status has data only");
+}
+
+#[test]
+fn a_block_of_which_a_part_is_a_hole_is_data() {
+    let scratch = Scratch::new();
+    let file = scratch.join("odd");
+    std::fs::write(&file, noise(5, (1 << 20) + 1000)).expect("written");
+    // The filter tells of the file's end where it is, and the policy answers no question that begins there.
+    let Some(server) = Server::nbdkit(&[
+        "--filter=blocksize-policy",
+        "--filter=truncate",
+        "file",
+        file.to_str().expect("a path of a test"),
+        "truncate=2M",
+        "blocksize-minimum=4096",
+        "blocksize-error-policy=error",
+    ]) else {
+        return;
+    };
+    let source = nbd::open(server.connect(1), &server.remote(""), None, "remote", READ).expect("opened");
+    source.learn_holes(&|| false).expect("told");
+    assert_eq!(data_of(&source), [(0, (1 << 20) + 4096)]);
 }
 
 fn run(program: &str, arguments: &[&str]) -> bool {

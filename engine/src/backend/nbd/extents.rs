@@ -107,7 +107,7 @@ fn collect(
     wanted: impl Fn(u64) -> bool,
     give_up: &dyn Fn() -> bool,
 ) -> Result<Kept> {
-    let size = volume.facts().size;
+    let (size, block) = (volume.facts().size, u64::from(volume.facts().block_min.max(1)));
     let mut kept = Kept { extents: Vec::new(), gap: 0, most: EXTENTS_MAX };
     let mut asker = Asker::of(volume);
     let mut offset = 0;
@@ -125,6 +125,14 @@ fn collect(
                 }
                 offset = end;
             }
+        }
+        // A server may tell of part of a block, and is never asked of one: it is wanted whole.
+        let past = offset % block;
+        if past > 0 && offset < size {
+            let told = kept.extents.last().map_or(0, |extent| extent.end());
+            let whole = (offset - past + block).min(size);
+            kept.add(told.max(offset - past), whole);
+            offset = whole;
         }
         if offset == before || replies > REPLIES_MAX {
             return Err(Error::new(ErrorKind::Io, "the NBD server's block status does not get on"));
