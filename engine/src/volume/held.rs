@@ -14,7 +14,8 @@
 //!
 //! A re-encryption beside an export reads and writes in the export's manner, direct or through the page cache: two manners would not
 //! agree about a page that is partly the one's and partly the other's. But on an open file of its own: of a write-back that failed each open
-//! file is told once, and a flush of the one may not take from the other what clients must hear.
+//! file is told once, and a flush of the one may not take from the other what clients must hear. And in turn with the export's flushes
+//! ([`Turns`]): of a device's cache that failed only that one is told who flushed it.
 //!
 //! What this cannot keep out is cryptsetup on a regular file, which asks for none of these locks; its lock of a re-encryption is taken by
 //! `cryptctl`, where it may. A block device is opened exclusively by who sends it.
@@ -25,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use crate::backend::blocking::Turns;
 use crate::backend::device::{Device, Identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::view::View;
@@ -36,15 +38,15 @@ pub struct Served {
     pub view: Arc<View>,
     /// Its alignment for direct I/O, bytes; 1: it is buffered.
     pub align: u32,
-    /// See [`Served::is_lost`].
-    lost: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Whose turn it is to flush it.
+    pub flushes: Arc<dyn Turns>,
 }
 
 impl Served {
     /// May some of what its clients wrote be lost, although it can be read? That is so for good.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        (self.lost)()
+        self.flushes.is_lost()
     }
 
     /// For who would build on what can be read.
@@ -227,13 +229,13 @@ impl Held {
         self.beside.as_ref()
     }
 
-    /// The volume is open, and served by this view: from now on a re-encryption may run beside it, unless `lost` says that what was
-    /// written may be lost. No effect on one that is only read.
-    pub fn publish(&self, view: &Arc<View>, align: u32, lost: Box<dyn Fn() -> bool + Send + Sync>) {
+    /// The volume is open, and served by this view: from now on a re-encryption may run beside it, in turn with its flushes and unless
+    /// one has failed. No effect on one that is only read.
+    pub fn publish(&self, view: &Arc<View>, align: u32, flushes: Arc<dyn Turns>) {
         if self.uses == Use::Serve
             && let Some(uses) = table().as_mut().and_then(|table| table.get_mut(&self.device.identity()))
         {
-            uses.served = Some(Arc::new(Served { view: view.clone(), align, lost }));
+            uses.served = Some(Arc::new(Served { view: view.clone(), align, flushes }));
         }
     }
 }
@@ -324,6 +326,23 @@ mod tests {
         let other = open(&path);
         for second in [file.try_clone().expect("dup"), other.try_clone().expect("dup")] {
             let second = device(second);
+    #[derive(Default)]
+    struct Flushes(AtomicBool);
+
+    impl Turns for Flushes {
+        fn is_lost(&self) -> bool {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn begin_in_turn(&self) -> Result<()> {
+            unreachable!("nothing is flushed here")
+        }
+
+        fn end_in_turn(&self, is_durable: bool) {
+            self.0.fetch_or(!is_durable, Ordering::Relaxed);
+        }
+    }
+
             assert_eq!(refusal(Held::to_rewrite(&second)), "another job re-encrypts this volume: volume");
             assert_eq!(refusal(Held::to_serve(&second, true)), "a job re-encrypts this volume: volume");
         }
@@ -354,15 +373,14 @@ mod tests {
         assert!(refusal(Held::to_rewrite(&job)).contains("just being opened"));
         assert!(refusal(Held::to_serve(&job, true)).contains("exported already"));
         let view = view();
-        let lost = Arc::new(AtomicBool::new(false));
-        let is_lost = lost.clone();
-        export.publish(&view, 512, Box::new(move || is_lost.load(Ordering::Relaxed)));
+        let flushes = Arc::new(Flushes::default());
+        export.publish(&view, 512, flushes.clone());
         let own = device(exported.file().try_clone().expect("dup").into());
         assert!(refusal(Held::to_rewrite(&own)).contains("this very open file"));
-        lost.store(true, Ordering::Relaxed);
+        flushes.end_in_turn(false);
         let error = Held::to_rewrite(&job).expect_err("refused");
         assert!(error.chain().contains("may be lost"), "{}", error.chain());
-        lost.store(false, Ordering::Relaxed);
+        flushes.0.store(false, Ordering::Relaxed);
         let held = Held::to_rewrite(&job).expect("beside it");
         let served = held.beside().expect("the export");
         assert!(Arc::ptr_eq(&served.view, &view));
@@ -387,7 +405,7 @@ mod tests {
         let (one, two) = (device(open(&path)), device(open(&path)));
         let first = Held::to_serve(&one, true).expect("free");
         let second = Held::to_serve(&two, true).expect("shared");
-        first.publish(&view(), 1, Box::new(|| false));
+        first.publish(&view(), 1, Arc::new(Flushes::default()));
         assert!(refusal(Held::to_rewrite(&one)).contains("read only"));
         assert!(refusal(Held::to_serve(&one, false)).contains("exported already"));
         drop(first);

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use proto::reencrypt::{Format, Luks, Mode, Phase, Report};
 
-use crate::backend::blocking::Blocking;
+use crate::backend::blocking::{Blocking, Turns};
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
@@ -141,13 +141,16 @@ struct Desk<'a> {
     place_free: &'a dyn Fn(),
     /// The data's alignment for direct I/O, bytes; 1: it is buffered.
     align: u32,
+    /// Who else flushes the data: an export's clients.
+    flushes: Option<(Arc<Device>, Arc<dyn Turns>)>,
 }
 
 impl<'a> Desk<'a> {
     fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Result<Self> {
         if let Some(export) = &prepared.beside_export {
             let align = online::as_served(&prepared.data, prepared.beside.as_deref(), export)?;
-            return Ok(Self { pipeline, place_free, align });
+            let flushes = Some((prepared.data.clone(), export.flushes.clone()));
+            return Ok(Self { pipeline, place_free, align, flushes });
         }
         let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
         // A write to an odd end would make a file longer.
@@ -162,7 +165,7 @@ impl<'a> Desk<'a> {
         if let Some(beside) = &prepared.beside {
             beside.disable_direct();
         }
-        Ok(Self { pipeline, place_free, align })
+        Ok(Self { pipeline, place_free, align, flushes: None })
     }
 
     /// Nothing of the job is under way.
@@ -172,11 +175,15 @@ impl<'a> Desk<'a> {
         }
     }
 
-    /// A device read and written in order, through the kind of queue that workers use.
+    /// A device read and written in order, through the kind of queue that workers use. What clients use is flushed in turn with them.
     fn blocking(&self, device: &Arc<Device>) -> Result<Blocking> {
         let direct = self.align > 1 && device.direct_alignment().is_some();
         let align = if direct { device.direct_alignment().unwrap_or(1) } else { 1 };
-        self.pipeline.blocking(device.file().clone(), device.name(), align)
+        let blocking = self.pipeline.blocking(device.file().clone(), device.name(), align)?;
+        Ok(match &self.flushes {
+            Some((data, flushes)) if Arc::ptr_eq(data, device) => blocking.in_turn(flushes.clone()),
+            _ => blocking,
+        })
     }
 
     /// Go on with what was begun, or begin. `None`: one was over but for what has been overwritten now.
