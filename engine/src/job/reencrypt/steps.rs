@@ -319,7 +319,12 @@ impl Loop<'_> {
         // The header may say so from here on, whether this fails or not.
         self.step = Step::Begun(hot);
         // 3.
-        self.ledger.begin(extent)
+        let begun = self.ledger.begin(extent);
+        if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Conflict) {
+            // Nothing of it was written: at rest as before, and clients lose nothing by it.
+            self.step = Step::Rest;
+        }
+        begun
     }
 
     fn overwrite(&mut self, hot: Hotzone) -> Result<()> {
@@ -359,7 +364,16 @@ impl Loop<'_> {
         // 5.
         self.flush()?;
         // 6.
-        self.ledger.commit(extent)?;
+        while let Err(error) = self.ledger.commit(extent) {
+            // Who holds the header's lock lets go of it in the end, and until then clients wait; without it what they wait for is lost.
+            if self.ahead.is_none() || !self.ledger.is_locked_out() || (self.wish)() == Wish::Stop {
+                return Err(error);
+            }
+            tracing::warn!(
+                "a step waits for the lock of its header, and clients for that: {}",
+                error.chain()
+            );
+        }
         self.step = Step::Rest;
         self.committed = until;
         // 5. of the view.
