@@ -169,6 +169,22 @@ impl Held {
 
     /// To serve it. What is held keeps out re-encryptions until [`Held::publish`] says where they find the view.
     ///
+    /// As [`Held::to_rewrite`], of what lies beside a volume that is re-encrypted: its header, or the journal. An export would be overwritten.
+    ///
+    /// # Errors
+    /// `Conflict`: it is exported, too. As [`Held::to_rewrite`].
+    pub fn to_accompany(device: &Arc<Device>) -> Result<Self> {
+        let held = Self::to_rewrite(device)?;
+        match held.beside {
+            None => Ok(held),
+            Some(_) => conflict(
+                device,
+                "what would be its header or journal is a volume that is exported",
+                EXPORT_LIST,
+            ),
+        }
+    }
+
     /// # Errors
     /// `Conflict`: a job, another export or another program has it.
     pub fn to_serve(device: &Arc<Device>, read_only: bool) -> Result<Self> {
@@ -392,6 +408,8 @@ mod tests {
         // The export may end first: the job keeps the volume.
         let held = Held::to_rewrite(&job).expect("beside it");
         drop(export);
+        assert!(refusal(Held::to_accompany(&job)).contains("a volume that is exported"));
+        assert!(!lock::is_taken(&other), "what was refused holds nothing");
         assert_eq!(lock::try_lock(&other), Ok(false));
         assert!(refusal(Held::to_serve(&exported, false)).contains("re-encrypts"));
         drop(held);
