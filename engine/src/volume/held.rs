@@ -80,7 +80,8 @@ struct Uses {
     written: bool,
     readers: usize,
     served: Option<Arc<Served>>,
-    /// Of who serves it: kept until a re-encryption beside that has ended, too.
+    /// Of who serves it: kept until a re-encryption beside that has ended, too. Of several who only read, the first one's, until the last has
+    /// gone: they may share an open file, and who unlocks that does so for all of them.
     lock: Option<Locked>,
 }
 
@@ -104,6 +105,7 @@ pub struct Held {
     device: Arc<Device>,
     uses: Use,
     beside: Option<Arc<Served>>,
+    /// Of a re-encryption.
     lock: Option<Locked>,
 }
 
@@ -167,8 +169,6 @@ impl Held {
         Ok(Self { device: device.clone(), uses: Use::Rewrite, beside, lock })
     }
 
-    /// To serve it. What is held keeps out re-encryptions until [`Held::publish`] says where they find the view.
-    ///
     /// As [`Held::to_rewrite`], of what lies beside a volume that is re-encrypted: its header, or the journal. An export would be overwritten.
     ///
     /// # Errors
@@ -185,6 +185,8 @@ impl Held {
         }
     }
 
+    /// To serve it. What is held keeps out re-encryptions until [`Held::publish`] says where they find the view.
+    ///
     /// # Errors
     /// `Conflict`: a job, another export or another program has it.
     pub fn to_serve(device: &Arc<Device>, read_only: bool) -> Result<Self> {
@@ -207,18 +209,20 @@ impl Held {
             _ => {}
         }
         let file = &**device.file();
-        check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
-        let lock = Locked(device.file().clone());
+        // One who reads already has it for all of them.
+        if !volumes.get(&device.identity()).is_some_and(|uses| uses.lock.is_some()) {
+            check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
+        }
         let uses = volumes.entry(device.identity()).or_default();
-        let (kind, lock) = if read_only {
+        let kind = if read_only {
             uses.readers += 1;
-            (Use::Read, Some(lock))
+            Use::Read
         } else {
             uses.serving = true;
-            uses.lock = Some(lock);
-            (Use::Serve, None)
+            Use::Serve
         };
-        Ok(Self { device: device.clone(), uses: kind, beside: None, lock })
+        uses.lock.get_or_insert_with(|| Locked(device.file().clone()));
+        Ok(Self { device: device.clone(), uses: kind, beside: None, lock: None })
     }
 
     /// To write all of it anew: the sink of a job.
@@ -322,6 +326,23 @@ mod tests {
         Arc::new(Device::from_fd(file.into(), "volume", WRITE).expect("device"))
     }
 
+    #[derive(Default)]
+    struct Flushes(AtomicBool);
+
+    impl Turns for Flushes {
+        fn is_lost(&self) -> bool {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn begin_in_turn(&self) -> Result<()> {
+            unreachable!("nothing is flushed here")
+        }
+
+        fn end_in_turn(&self, is_durable: bool) {
+            self.0.fetch_or(!is_durable, Ordering::Relaxed);
+        }
+    }
+
     fn refusal(held: Result<Held>) -> String {
         let error = held.expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Conflict);
@@ -342,23 +363,6 @@ mod tests {
         let other = open(&path);
         for second in [file.try_clone().expect("dup"), other.try_clone().expect("dup")] {
             let second = device(second);
-    #[derive(Default)]
-    struct Flushes(AtomicBool);
-
-    impl Turns for Flushes {
-        fn is_lost(&self) -> bool {
-            self.0.load(Ordering::Relaxed)
-        }
-
-        fn begin_in_turn(&self) -> Result<()> {
-            unreachable!("nothing is flushed here")
-        }
-
-        fn end_in_turn(&self, is_durable: bool) {
-            self.0.fetch_or(!is_durable, Ordering::Relaxed);
-        }
-    }
-
             assert_eq!(refusal(Held::to_rewrite(&second)), "another job re-encrypts this volume: volume");
             assert_eq!(refusal(Held::to_serve(&second, true)), "a job re-encrypts this volume: volume");
         }
@@ -404,12 +408,12 @@ mod tests {
         assert!(lock::is_taken(&other), "the header too");
         assert!(refusal(Held::to_rewrite(&job)).contains("another job"));
         drop(held);
+        assert!(refusal(Held::to_accompany(&job)).contains("a volume that is exported"));
+        assert!(!lock::is_taken(&other), "what was refused holds nothing");
         assert_eq!((lock::is_taken(&other), lock::try_lock(&other)), (false, Ok(false)), "as before");
         // The export may end first: the job keeps the volume.
         let held = Held::to_rewrite(&job).expect("beside it");
         drop(export);
-        assert!(refusal(Held::to_accompany(&job)).contains("a volume that is exported"));
-        assert!(!lock::is_taken(&other), "what was refused holds nothing");
         assert_eq!(lock::try_lock(&other), Ok(false));
         assert!(refusal(Held::to_serve(&exported, false)).contains("re-encrypts"));
         drop(held);
@@ -426,10 +430,15 @@ mod tests {
         first.publish(&view(), 1, Arc::new(Flushes::default()));
         assert!(refusal(Held::to_rewrite(&one)).contains("read only"));
         assert!(refusal(Held::to_serve(&one, false)).contains("exported already"));
+        // And one through the same open file.
+        let third =
+            Held::to_serve(&device(one.file().try_clone().expect("dup").into()), true).expect("shared");
         drop(first);
         let other = open(&path);
         assert_eq!(lock::try_lock(&other), Ok(false));
         drop(second);
+        assert_eq!(lock::try_lock(&other), Ok(false), "one still reads");
+        drop(third);
         drop(Held::to_rewrite(&one).expect("free"));
         std::fs::remove_file(&path).expect("clean up");
     }
