@@ -212,6 +212,10 @@ impl<'a> Desk<'a> {
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
         }
+        if let Some(export) = &prepared.beside_export {
+            // What the view would refuse in the end is refused before the header says anything.
+            export.view.check_whole().map_err(|error| error.at(prepared.data.name()))?;
+        }
         let wish = self.wish(prepared, luks);
         let header = self.blocking(prepared.header())?;
         let new_key = prepared.new_key.as_ref();
@@ -247,6 +251,26 @@ impl<'a> Desk<'a> {
             }
             _ => Standing::UnderWay,
         }
+    }
+
+    /// Beside an export, behind a last step that failed: is all data new, and does the header say so durably?
+    ///
+    /// What was written and not flushed may be in the page cache only. An older header that a power cut brought back would have the step
+    /// recovered, over what clients have written since.
+    fn is_over_durably(&self, prepared: &Prepared, opened: &Opened) -> bool {
+        let settled = || {
+            let (mut header, mut data) = (self.blocking(prepared.header())?, self.blocking(&prepared.data)?);
+            let Header::Luks2(loaded) = Header::load(&mut header)? else { return Ok(false) };
+            if !proof::is_all_new(&loaded, opened)? {
+                return Ok(false);
+            }
+            ledger::settle(&mut header, &mut data, &loaded)?;
+            Ok(true)
+        };
+        settled().unwrap_or_else(|error: Error| {
+            tracing::warn!("what became of the last step of a re-encryption is not known: {}", error.chain());
+            false
+        })
     }
 
     /// Plain data has none before it is begun.
@@ -391,7 +415,7 @@ impl<'a> Desk<'a> {
         };
         let export = prepared.beside_export.as_deref();
         let sound = || export.map_or(Ok(()), |export| export.check(prepared.data.name()));
-        let ended = steps::run(Steps {
+        let mut ended = steps::run(Steps {
             course: &course,
             carrier: &mut carrier,
             ledger: &mut *opened.ledger,
@@ -403,8 +427,15 @@ impl<'a> Desk<'a> {
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
         let standing = self.standing(prepared);
-        if standing == Standing::Unswept {
-            view.iter().for_each(|view| view.finish());
+        if let Some(view) = view
+            && ended.was_last
+            && self.is_over_durably(prepared, opened)
+        {
+            view.finish();
+            if standing == Standing::Gone {
+                // Even what it leaves behind is gone.
+                ended.state = State::Finished;
+            }
         }
         verdict(job, prepared, opened, ended, standing)?;
         let Some(proving) = proving else { return Ok(()) };

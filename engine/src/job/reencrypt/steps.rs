@@ -52,6 +52,8 @@ pub struct Ended {
     pub boundary: u64,
     /// In what state the volume is left.
     pub state: State,
+    /// Behind the step that was not finished there is no other.
+    pub was_last: bool,
     /// Why it did not go on to the end.
     pub failure: Option<Error>,
     /// Sum of the contributions of all plaintext read, if that was asked for: of all data only when it was finished.
@@ -179,7 +181,12 @@ pub fn run(steps: Steps<'_>) -> Ended {
     }
     // The workers' failure is the cause; what the loop met is its consequence.
     let failure = course.transfer.take_failure().or(failure.err());
-    Ended { boundary: course.track.boundary_at(this.committed), state, failure, proof: this.proof }
+    let was_last = match &this.step {
+        Step::Begun(hot) | Step::Writing(hot, _) => hot.until == course.track.total(),
+        Step::Rest | Step::Journalling(..) => false,
+    };
+    let boundary = course.track.boundary_at(this.committed);
+    Ended { boundary, state, was_last, failure, proof: this.proof }
 }
 
 struct Loop<'a> {
