@@ -93,9 +93,13 @@ pub const EXPORT_NAME_MAX: usize = 1024;
 pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
 /// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
 pub const EXPORT_ADDRESS_MAX: usize = 512;
-/// A client that has taken nothing of what it is sent for so long is disconnected when buffers run short: what waits to be sent to it
-/// keeps buffers from others.
-pub const SEND_STALLED: Duration = Duration::from_secs(60);
+/// A client for which one buffer has waited so long, to be taken or to be filled, is disconnected when buffers run short: it keeps them from
+/// others. However little comes and goes: that of 256 KiB, some KiB each second are little enough.
+pub const CLIENT_STALLED: Duration = Duration::from_secs(60);
+/// Shared buffers of exports on each worker, bytes: taken with the first export, beside [`ALL_WORKERS_MEMORY`], and kept.
+pub const EXPORT_WORKER_MEMORY: u64 = 19 << 20;
+/// Buffers of one client of an export, bytes, TLS included: kept for the next one.
+pub const EXPORT_CLIENT_MEMORY: u64 = 320 << 10;
 /// How long an export that ends waits for clients to take what they have asked for; then they are dropped.
 pub const EXPORT_DRAIN: Duration = Duration::from_secs(15);
 

@@ -14,8 +14,8 @@
 //! third each, and those who come later always find some; and with its own buffer each gets on, whatever the others hold.
 //!
 //! What waits to be sent holds its buffer as long as the client does not read: a connection with [`Pool::share`] of them is not read
-//! for until some are sent. That bounds what stalled clients take little by little; what they hold already is theirs until they
-//! are disconnected, see [`crate::limits::SEND_STALLED`].
+//! for until some are sent. That bounds what stalled clients take little by little; what they hold already, and a buffer for a payload
+//! that does not come, is theirs until they are disconnected, see [`crate::limits::CLIENT_STALLED`].
 
 use crate::error::Result;
 use crate::sys::buffer::{Arena, Buf};

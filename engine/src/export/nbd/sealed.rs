@@ -96,7 +96,6 @@ impl Server {
     ) {
         let connection = &mut self.connections[key];
         connection.sending = Some(sending);
-        connection.sending_since = self.now;
         let (buf, span) = match &mut connection.sealed {
             None => buf.expect("only TLS speaks for itself"),
             Some(sealed) => {
@@ -118,7 +117,6 @@ impl Server {
             && !hard
             && let Some((buf, span)) = sealed.next()
         {
-            connection.sending_since = self.now;
             let what = What::Write { position: Position::Stream, buf, span };
             push(queue, Whose::Send, key, connection.port, what);
             return None;
