@@ -62,6 +62,8 @@ pub const HAGGLE_TIME: Duration = Duration::from_secs(30);
 pub const HAGGLE_BYTES_MAX: usize = 1 << 20;
 /// Options of one client: a listing of all exports of a socket, each with what is to be known of it.
 pub const HAGGLE_OPTIONS_MAX: u32 = 1024;
+/// Steps of one client that haggles in one turn of the loop (a receive, or an option), so that one that has much to say does not starve others.
+pub const HAGGLE_STEPS_PER_TURN: u32 = 16;
 /// Connections of one export: sixteen clients with sixteen connections each.
 pub const CONNECTIONS_PER_EXPORT_MAX: u32 = 256;
 /// Exports on one listening socket.

@@ -10,6 +10,7 @@ use rustls::ServerConfig;
 
 use crate::export::nbd::haggle::{Agreed, Catalogue, Haggle, Security, Step};
 use crate::export::nbd::tls::TlsStream;
+use crate::limits;
 
 /// A client between its arrival and its first request.
 pub(super) struct Caller {
@@ -51,9 +52,9 @@ impl Caller {
         (self.socket, self.tls)
     }
 
-    /// Go on as far as it goes without waiting. Everything is sent before more is read, so nothing piles up.
+    /// Go on without waiting, as far as it goes in one turn. Everything is sent before more is read, so nothing piles up.
     pub(super) fn drive(&mut self, catalogue: &dyn Catalogue, scratch: &mut [u8]) -> Progress {
-        loop {
+        for _ in 0..limits::HAGGLE_STEPS_PER_TURN {
             match self.send() {
                 Ok(true) => {}
                 Ok(false) => return Progress::Waits(EventFlags::OUT),
@@ -80,6 +81,8 @@ impl Caller {
                 },
             }
         }
+        // Others are next. Whatever comes next here, there is room to send something, so it gets its turn again.
+        Progress::Waits(EventFlags::OUT)
     }
 
     fn step(&mut self, catalogue: &dyn Catalogue) {
