@@ -210,7 +210,7 @@ impl Held {
         }
         let file = &**device.file();
         // One who reads already has it for all of them.
-        if !volumes.get(&device.identity()).is_some_and(|uses| uses.lock.is_some()) {
+        if volumes.get(&device.identity()).is_none_or(|uses| uses.lock.is_none()) {
             check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
         }
         let uses = volumes.entry(device.identity()).or_default();
