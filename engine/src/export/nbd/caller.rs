@@ -152,3 +152,34 @@ impl AsFd for Caller {
         self.socket.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::export::nbd::shelf::Shelf;
+    use crate::format::nbd::OPTION_MAGIC;
+
+    #[test]
+    fn who_has_much_to_say_gives_way_and_gets_its_turn_again() {
+        let (mut client, server) = UnixStream::pair().expect("sockets");
+        server.set_nonblocking(true).expect("set");
+        let mut caller = Caller::new(server.into(), None);
+        let mut said = 3_u32.to_be_bytes().to_vec();
+        // LIST, of no exports.
+        let option = [&OPTION_MAGIC.to_be_bytes()[..], &3_u32.to_be_bytes(), &0_u32.to_be_bytes()].concat();
+        said.extend(option.repeat(100));
+        client.write_all(&said).expect("sent");
+        let (shelf, mut scratch, mut turns) = (Shelf::default(), vec![0; 4096], 1);
+        loop {
+            match caller.drive(&shelf, &mut scratch) {
+                Progress::Waits(EventFlags::IN) => break,
+                Progress::Waits(EventFlags::OUT) => turns += 1,
+                Progress::Waits(_) | Progress::Agreed(_) | Progress::Over(_) => panic!("it goes on haggling"),
+            }
+        }
+        assert!(turns > 100 / limits::HAGGLE_STEPS_PER_TURN, "{turns} turns");
+    }
+}
