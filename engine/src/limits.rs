@@ -62,6 +62,8 @@ pub const HAGGLE_TIME: Duration = Duration::from_secs(30);
 pub const HAGGLE_BYTES_MAX: usize = 1 << 20;
 /// Options of one client: a listing of all exports of a socket, each with what is to be known of it.
 pub const HAGGLE_OPTIONS_MAX: u32 = 1024;
+/// Steps of one client that haggles in one turn of the loop (a receive, or an option), so that one that has much to say does not starve others.
+pub const HAGGLE_STEPS_PER_TURN: u32 = 16;
 /// Connections of one export: sixteen clients with sixteen connections each.
 pub const CONNECTIONS_PER_EXPORT_MAX: u32 = 256;
 /// Exports on one listening socket.
@@ -93,9 +95,13 @@ pub const EXPORT_NAME_MAX: usize = 1024;
 pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
 /// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
 pub const EXPORT_ADDRESS_MAX: usize = 512;
-/// A client that has taken nothing of what it is sent for so long is disconnected when buffers run short: what waits to be sent to it
-/// keeps buffers from others.
-pub const SEND_STALLED: Duration = Duration::from_secs(60);
+/// A client for which one buffer has waited so long, to be taken or to be filled, is disconnected when buffers run short: it keeps them from
+/// others. However little comes and goes: that of 256 KiB, some KiB each second are little enough.
+pub const CLIENT_STALLED: Duration = Duration::from_secs(60);
+/// Shared buffers of exports on each worker, bytes: taken with the first export, beside [`ALL_WORKERS_MEMORY`], and kept.
+pub const EXPORT_WORKER_MEMORY: u64 = 19 << 20;
+/// Buffers of one client of an export, bytes, TLS included: kept for the next one.
+pub const EXPORT_CLIENT_MEMORY: u64 = 320 << 10;
 /// How long an export that ends waits for clients to take what they have asked for; then they are dropped.
 pub const EXPORT_DRAIN: Duration = Duration::from_secs(15);
 

@@ -171,6 +171,38 @@ fn after_a_failed_flush_nothing_is_called_durable_any_more() {
 }
 
 #[test]
+fn a_job_that_flushes_beside_clients_fails_with_them_and_they_with_it() {
+    let beside = |world: &World, disk, exported: &Rig| {
+        let blocking = world.blocking(disk, "volume").expect("a device");
+        blocking.in_turn(exported.export.durability.clone())
+    };
+    let fail = |world: &World, disk| {
+        world.inject(Fault { disk, on: On::Flush, when: When::Nth(1), effect: Effect::Fail(5) });
+    };
+    // Clients were told: what the job would call durable may be lost.
+    let (world, disk) = self::world(8);
+    let exported = rig(&world, disk);
+    let (mut wire, mut job) = (exported.client(Style::Structured), beside(&world, disk, &exported));
+    assert_eq!(wire.write(0, 0, &pattern(1)).error, 0);
+    job.flush().expect("flushed");
+    assert_eq!(wire.call(Command::Flush, 0, 0, 0).error, 0);
+    fail(&world, disk);
+    assert_eq!(wire.call(Command::Flush, 0, 0, 0).error, EIO);
+    let error = job.flush().expect_err("the disk would flush again without a murmur");
+    assert_eq!(error.kind(), engine::error::ErrorKind::Io);
+    // The job was told: what clients wrote may be lost.
+    let (world, disk) = self::world(9);
+    let exported = rig(&world, disk);
+    let (mut wire, mut job) = (exported.client(Style::Structured), beside(&world, disk, &exported));
+    assert_eq!(wire.write(0, 0, &pattern(1)).error, 0);
+    fail(&world, disk);
+    assert!(job.flush().expect_err("it fails").chain().contains("EIO"));
+    assert_eq!(wire.call(Command::Flush, 0, 0, 0).error, EIO);
+    assert_eq!(wire.write(FUA, 0, &pattern(2)).error, EIO);
+    assert!(exported.export.durability.is_lost());
+}
+
+#[test]
 fn an_error_of_the_disk_is_told_and_the_connection_goes_on() {
     let (world, disk) = world(6);
     let exported = rig(&world, disk);

@@ -7,7 +7,9 @@
 
 use std::time::Instant;
 
+use engine::error::ErrorKind;
 use engine::format::luks2::reencrypt::Mode;
+use engine::job::reencrypt::steps::State;
 use proto::reencrypt::Resilience;
 use tests::crash::Shape;
 use tests::crash::online::{self, Broken};
@@ -118,5 +120,23 @@ fn broken_rules_are_found() {
         });
         let (more, violation) = found.unwrap_or_else(|| panic!("{what}: nothing was found"));
         eprintln!("{what}: found at seed {more}: {}", violation.message);
+    }
+}
+
+#[test]
+fn who_holds_the_lock_of_the_header_takes_nothing_from_clients() {
+    for (name, shape) in [("checksum", PLAIN), ("journal", JOURNAL)] {
+        let volume = shape.volume();
+        let whole = |what: &str, at| {
+            let ended = online::locked_out(&volume, seed(), at);
+            ended.unwrap_or_else(|error| panic!("{name}, {what}: {}", error.chain()))
+        };
+        let ended = whole("at the end of each step", None);
+        assert!(ended.failure.is_none() && ended.state == State::Finished, "{name}: {ended:?}");
+        for step in 1..=3 {
+            let ended = whole("at the beginning of a step", Some(step));
+            assert_eq!(ended.state, State::Clean, "{name}, step {step}: {ended:?}");
+            assert_eq!(ended.failure.map(|error| error.kind()), Some(ErrorKind::Conflict), "{name} {step}");
+        }
     }
 }

@@ -19,6 +19,22 @@ use crate::units::Extent;
 /// The largest transfer: a LUKS2 header with its JSON area, or a keyslot's material, in one or a few.
 const BUFFER_BYTES: u32 = 1 << 20;
 
+/// Whose turn it is to flush what several write: one at a time, and nobody behind one that failed. Of a write-back that failed each open
+/// file is told once, and of a device's cache only who flushed it.
+pub trait Turns: Send + Sync {
+    /// Has one failed? Then it stays so.
+    fn is_lost(&self) -> bool;
+
+    /// Wait for the turn; [`Turns::end`] follows.
+    ///
+    /// # Errors
+    /// One has failed: the next would succeed, and say of lost bytes that they are durable.
+    fn begin_in_turn(&self) -> Result<()>;
+
+    /// The flush is over.
+    fn end_in_turn(&self, is_durable: bool);
+}
+
 /// A file or device read and written in order, each call complete when it returns.
 pub struct Blocking {
     queue: Box<dyn Queue>,
@@ -30,6 +46,7 @@ pub struct Blocking {
     used: usize,
     name: String,
     align: u64,
+    turns: Option<Arc<dyn Turns>>,
 }
 
 /// Which way bytes go.
@@ -98,7 +115,15 @@ impl Blocking {
             used: 0,
             name: name.to_owned(),
             align: u64::from(align),
+            turns: None,
         })
+    }
+
+    /// Flush in turn with others who write the same device.
+    #[must_use]
+    pub fn in_turn(mut self, turns: Arc<dyn Turns>) -> Self {
+        self.turns = Some(turns);
+        self
     }
 
     /// What the user calls it.
@@ -191,11 +216,17 @@ impl Blocking {
     /// # Errors
     /// The I/O error with name. Nothing may be assumed about earlier writes then.
     pub fn flush(&mut self) -> Result<()> {
-        let done = self.run(What::Flush)?;
-        match done.result {
-            Ok(_) => Ok(()),
-            Err(cause) => Err(Error::io("flush failed", cause).at(&self.name)),
+        let turns = self.turns.clone();
+        if let Some(turns) = &turns {
+            turns.begin_in_turn().map_err(|error| error.at(&self.name))?;
         }
+        let flushed = self
+            .run(What::Flush)
+            .and_then(|done| done.result.map_err(|cause| Error::io("flush failed", cause).at(&self.name)));
+        if let Some(turns) = &turns {
+            turns.end_in_turn(flushed.is_ok());
+        }
+        flushed.map(drop)
     }
 
     /// One past the last byte of a transfer.

@@ -119,4 +119,8 @@ where
             cbc::Decryptor::inner_iv_init(aes, iv).decrypt_blocks(blocks);
         });
     }
+
+    fn is_separable(&self) -> bool {
+        false
+    }
 }

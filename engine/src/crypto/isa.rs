@@ -112,6 +112,10 @@ impl SectorCipher for Isa {
         // SAFETY: as in `encrypt`.
         unsafe { (self.decrypt)(&self.side.schedule, &self.side.counter, run) }
     }
+
+    fn is_separable(&self) -> bool {
+        true
+    }
 }
 
 struct FusedIsa {

@@ -74,6 +74,8 @@ pub trait SectorCipher: Send + Sync {
     /// # Panics
     /// If `buf` is not a whole number of data units.
     fn decrypt(&self, first: DataUnit, buf: &mut [u8]);
+    /// Does every block of a data unit come out right whatever the others are? Not so where they are chained.
+    fn is_separable(&self) -> bool;
 }
 
 /// Turns ciphertext under an old key and layout into ciphertext under a new one, in place, in one pass over memory.

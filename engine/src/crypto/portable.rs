@@ -67,4 +67,8 @@ where
     fn decrypt(&self, first: DataUnit, buf: &mut [u8]) {
         self.each(first, buf, |xts, unit, tweak| xts.decrypt_sector(unit, tweak));
     }
+
+    fn is_separable(&self) -> bool {
+        true
+    }
 }

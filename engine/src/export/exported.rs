@@ -7,7 +7,9 @@ use std::time::Instant;
 use proto::export::ExportId;
 
 use crate::backend::Wake;
+use crate::backend::blocking::Turns;
 use crate::backend::device::Device;
+use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::view::View;
 use crate::telemetry::record::StageRecord;
 
@@ -32,7 +34,7 @@ pub struct Exported {
     /// What has been done.
     pub counters: Counters,
     /// What is durable of it.
-    pub durability: Durability,
+    pub durability: Arc<Durability>,
     /// See [`Course`].
     course: AtomicU8,
     /// What workers that have let go of it recorded, and their system calls.
@@ -49,9 +51,15 @@ pub struct Exported {
 ///
 /// Flushes are numbered in the order they begin: one that begins later than a request came covers it, whichever worker makes it. So
 /// a worker that never gets its turn is served by the others' flushes.
+///
+/// A job beside the export flushes in turn with them ([`Turns`]), by an open file of its own: one of its flushes that fails has failed for all,
+/// and one that succeeds covers nobody's requests, for the export's file may have been told otherwise. It waits for one flush at most:
+/// no other begins while it waits.
 #[derive(Default)]
 pub struct Durability {
     flushing: Mutex<Flushing>,
+    /// One is over that somebody waits for in [`Turns::begin_in_turn`].
+    over: Condvar,
     lost: AtomicBool,
 }
 
@@ -62,7 +70,7 @@ pub enum Begin {
     Begun,
     /// Another one is under way.
     Busy,
-    /// There is none any more, see [`Durability::lose`].
+    /// There is none any more, see [`Durability::is_lost`].
     Lost,
 }
 
@@ -74,6 +82,8 @@ struct Flushing {
     /// Number of the latest that has succeeded.
     durable: u64,
     waiting: Vec<Arc<dyn Wake>>,
+    /// So many wait in [`Turns::begin_in_turn`].
+    jobs: u32,
 }
 
 impl Durability {
@@ -85,7 +95,7 @@ impl Durability {
         if self.is_lost() {
             return Begin::Lost;
         }
-        if flushing.busy {
+        if flushing.busy || flushing.jobs > 0 {
             if !flushing.waiting.iter().any(|other| Arc::ptr_eq(other, waker)) {
                 flushing.waiting.push(waker.clone());
             }
@@ -110,29 +120,54 @@ impl Durability {
 
     /// The flush that was begun is over.
     pub fn end(&self, is_durable: bool) {
-        let waiting = {
-            let mut flushing = lock(&self.flushing);
-            if is_durable {
-                flushing.durable = flushing.begun;
-            } else {
-                self.lose();
-            }
-            flushing.busy = false;
-            std::mem::take(&mut flushing.waiting)
-        };
+        let mut flushing = lock(&self.flushing);
+        if is_durable {
+            flushing.durable = flushing.begun;
+        }
+        self.over(flushing, is_durable);
+    }
+
+    /// Whoever waits may go on.
+    fn over(&self, mut flushing: MutexGuard<'_, Flushing>, is_durable: bool) {
+        if !is_durable {
+            self.lost.store(true, Ordering::Release);
+        }
+        flushing.busy = false;
+        let waiting = std::mem::take(&mut flushing.waiting);
+        drop(flushing);
+        self.over.notify_all();
         waiting.iter().for_each(|waker| waker.wake());
     }
 
-    /// Some of what was written may be lost although it can be read: say so to every flush and write from now on. For whoever else
-    /// flushes the same open file, and is told that it failed.
-    pub fn lose(&self) {
-        self.lost.store(true, Ordering::Release);
-    }
-
-    /// See [`Durability::lose`].
+    /// May some of what was written be lost although it can be read? Then every flush and write is told so.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
+    }
+}
+
+impl Turns for Durability {
+    fn is_lost(&self) -> bool {
+        Self::is_lost(self)
+    }
+
+    fn begin_in_turn(&self) -> Result<()> {
+        let mut flushing = lock(&self.flushing);
+        flushing.jobs += 1;
+        while flushing.busy && !self.is_lost() {
+            flushing = self.over.wait(flushing).unwrap_or_else(PoisonError::into_inner);
+        }
+        flushing.jobs -= 1;
+        if !self.is_lost() {
+            flushing.busy = true;
+            return Ok(());
+        }
+        let what = "an earlier flush failed: what was written may be lost";
+        Err(Error::new(ErrorKind::Io, what).hint("stop its export, and check what is on the volume"))
+    }
+
+    fn end_in_turn(&self, is_durable: bool) {
+        self.over(lock(&self.flushing), is_durable);
     }
 }
 
@@ -184,7 +219,7 @@ impl Exported {
             align,
             view,
             counters: Counters::default(),
-            durability: Durability::default(),
+            durability: Arc::default(),
             course: AtomicU8::new(0),
             kept: Mutex::default(),
             quiet: (Mutex::default(), Condvar::new()),
@@ -329,6 +364,37 @@ mod tests {
         assert_eq!(durability.begin(&waker), Begin::Begun);
         durability.end(false);
         assert!(beside >= durability.durable(), "it failed");
+    }
+
+    #[test]
+    fn a_job_flushes_in_turn_and_covers_nobody() {
+        let durability = Durability::default();
+        let (bell, waker) = Bell::new();
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        std::thread::scope(|scope| {
+            let job = scope.spawn(|| durability.begin_in_turn());
+            while lock(&durability.flushing).jobs == 0 {
+                std::thread::yield_now();
+            }
+            assert!(!job.is_finished());
+            // Who would go on flushing gives way.
+            durability.end(true);
+            assert_eq!(durability.begin(&waker), Begin::Busy);
+            job.join().expect("ends").expect("its turn");
+        });
+        let (ticket, rung) = (durability.ticket(), bell.0.load(Ordering::SeqCst));
+        durability.end_in_turn(true);
+        assert_eq!(bell.0.load(Ordering::SeqCst), rung + 1);
+        assert!(ticket >= durability.durable(), "by another open file");
+        assert_eq!(durability.begin(&waker), Begin::Begun);
+        durability.end(true);
+        assert!(ticket < durability.durable());
+        durability.begin_in_turn().expect("its turn");
+        durability.end_in_turn(false);
+        assert_eq!(durability.begin(&waker), Begin::Lost);
+        let refused = durability.begin_in_turn().expect_err("refused");
+        assert_eq!(refused.kind(), ErrorKind::Io);
+        assert!(durability.is_lost());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! is each under its own key. A `reencrypt` job goes on from there while clients use it.
 //!
 //! Refused here: serving it to be read only, or by a header that cannot be written. Its header is made durable before any client writes,
-//! or a power cut could bring back an older one, whose recovery would undo what clients have written.
+//! or a power cut could bring back an older one, whose recovery would undo what clients have written; so is one that says that it is over
+//! ([`settle`]).
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::job::reencrypt::course;
 use crate::pipeline::view::{View, Way};
 use crate::volume::Header;
 use crate::volume::reencrypt::decide::Requirement;
-use crate::volume::reencrypt::{Opened, open};
+use crate::volume::reencrypt::{Opened, luks, open};
 
 /// Does the header say that a re-encryption is under way?
 #[must_use]
@@ -23,6 +24,27 @@ pub fn is_under_way(header: &Header) -> bool {
     match header {
         Header::Luks1(_) => false,
         Header::Luks2(loaded) => Requirement::of(&loaded.header.metadata) != Requirement::None,
+    }
+}
+
+/// A header that says that nothing is under way is the last word: not one that is in the page cache only, behind whose back a power cut brings
+/// back one of before, and with it a recovery of what clients have overwritten since. What it notes to be overwritten still is, for
+/// then the end may have been cut off before it was durable. `detached`: it cannot be written.
+///
+/// # Errors
+/// `Unsupported`: something is to be overwritten, and cannot be. Else of the device, or as [`luks::sweep`].
+pub fn settle(header: Header, blocking: &mut Blocking, detached: bool) -> Result<()> {
+    match header {
+        Header::Luks2(mut loaded) if luks::is_unswept(&loaded.header.metadata) => {
+            if detached {
+                let what = "a re-encryption has left something to be overwritten, and the detached header is opened to be read only";
+                return Err(Error::new(ErrorKind::Unsupported, what)
+                    .at(blocking.name())
+                    .hint("let it be overwritten first: cryptctl reencrypt --resume-only"));
+            }
+            luks::sweep(blocking, &mut loaded).map(drop)
+        }
+        _ => blocking.flush(),
     }
 }
 

@@ -210,8 +210,7 @@ impl Exports {
     fn serve(self: &Arc<Self>, life: &Arc<Life>, request: &Request, opened: Opened) -> Result<Vec<String>> {
         let Opened { device, align, view, warnings, held } = opened;
         let exported = Exported::new(life.id, request, device, align, view.clone());
-        let served = exported.clone();
-        held.publish(&view, align, Box::new(move || served.durability.is_lost()));
+        held.publish(&view, align, exported.durability.clone());
         let entrance = self.entrance(life)?;
         life.serve(exported.clone(), held)?;
         let (exports, kept) = (self.clone(), life.clone());
@@ -288,7 +287,13 @@ impl Exports {
 
     fn make_durable(&self, exported: &Exported) -> Result<()> {
         let device = &exported.device;
-        self.pipeline.blocking(device.file().clone(), device.name(), exported.align)?.flush()
+        let mut blocking = self.pipeline.blocking(device.file().clone(), device.name(), exported.align)?;
+        if !exported.durability.is_lost() {
+            // A job may go on beside it, and has to know.
+            blocking = blocking.in_turn(exported.durability.clone());
+        }
+        // What can still be saved is, even where some of it is lost.
+        blocking.flush()
     }
 
     fn withdraw(&self, life: &Life) {

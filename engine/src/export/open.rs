@@ -144,8 +144,11 @@ impl Closed {
     fn midway(&mut self, give_up: &dyn Fn() -> bool) -> Result<Option<reencrypt::Opened>> {
         let Format::Luks(open) = &self.format else { return Ok(None) };
         let at = self.header.as_ref().unwrap_or(&self.device);
-        let (header, _) = load(at)?;
+        let (header, mut blocking) = load(at)?;
         if !midway::is_under_way(&header) {
+            if !self.read_only {
+                midway::settle(header, &mut blocking, self.header.is_some())?;
+            }
             return Ok(None);
         }
         if open.secret != proto::luks::Secret::Passphrase {

@@ -103,6 +103,12 @@ impl Segments {
         self.0.iter().map(|segment| segment.unit_bytes).max().expect("a volume has a segment")
     }
 
+    /// Does every part of a data unit come out right whatever the rest of it is, in all segments?
+    #[must_use]
+    pub fn is_separable(&self) -> bool {
+        self.0.iter().all(|segment| segment.cipher.as_ref().is_none_or(|cipher| cipher.is_separable()))
+    }
+
     /// The first part of an extent, in whole data units: up to the end of the segment it begins in, and not beyond `until`. `None`: that lies
     /// in front of it.
     #[must_use]

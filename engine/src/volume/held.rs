@@ -14,7 +14,8 @@
 //!
 //! A re-encryption beside an export reads and writes in the export's manner, direct or through the page cache: two manners would not
 //! agree about a page that is partly the one's and partly the other's. But on an open file of its own: of a write-back that failed each open
-//! file is told once, and a flush of the one may not take from the other what clients must hear.
+//! file is told once, and a flush of the one may not take from the other what clients must hear. And in turn with the export's flushes
+//! ([`Turns`]): of a device's cache that failed only that one is told who flushed it.
 //!
 //! What this cannot keep out is cryptsetup on a regular file, which asks for none of these locks; its lock of a re-encryption is taken by
 //! `cryptctl`, where it may. A block device is opened exclusively by who sends it.
@@ -25,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use crate::backend::blocking::Turns;
 use crate::backend::device::{Device, Identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::view::View;
@@ -36,15 +38,15 @@ pub struct Served {
     pub view: Arc<View>,
     /// Its alignment for direct I/O, bytes; 1: it is buffered.
     pub align: u32,
-    /// See [`Served::is_lost`].
-    lost: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Whose turn it is to flush it.
+    pub flushes: Arc<dyn Turns>,
 }
 
 impl Served {
     /// May some of what its clients wrote be lost, although it can be read? That is so for good.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        (self.lost)()
+        self.flushes.is_lost()
     }
 
     /// For who would build on what can be read.
@@ -78,7 +80,8 @@ struct Uses {
     written: bool,
     readers: usize,
     served: Option<Arc<Served>>,
-    /// Of who serves it: kept until a re-encryption beside that has ended, too.
+    /// Of who serves it: kept until a re-encryption beside that has ended, too. Of several who only read, the first one's, until the last has
+    /// gone: they may share an open file, and who unlocks that does so for all of them.
     lock: Option<Locked>,
 }
 
@@ -102,6 +105,7 @@ pub struct Held {
     device: Arc<Device>,
     uses: Use,
     beside: Option<Arc<Served>>,
+    /// Of a re-encryption.
     lock: Option<Locked>,
 }
 
@@ -165,6 +169,22 @@ impl Held {
         Ok(Self { device: device.clone(), uses: Use::Rewrite, beside, lock })
     }
 
+    /// As [`Held::to_rewrite`], of what lies beside a volume that is re-encrypted: its header, or the journal. An export would be overwritten.
+    ///
+    /// # Errors
+    /// `Conflict`: it is exported, too. As [`Held::to_rewrite`].
+    pub fn to_accompany(device: &Arc<Device>) -> Result<Self> {
+        let held = Self::to_rewrite(device)?;
+        match held.beside {
+            None => Ok(held),
+            Some(_) => conflict(
+                device,
+                "what would be its header or journal is a volume that is exported",
+                EXPORT_LIST,
+            ),
+        }
+    }
+
     /// To serve it. What is held keeps out re-encryptions until [`Held::publish`] says where they find the view.
     ///
     /// # Errors
@@ -189,18 +209,20 @@ impl Held {
             _ => {}
         }
         let file = &**device.file();
-        check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
-        let lock = Locked(device.file().clone());
+        // One who reads already has it for all of them.
+        if volumes.get(&device.identity()).is_none_or(|uses| uses.lock.is_none()) {
+            check(device, if read_only { lock::try_lock_reading(file) } else { lock::try_lock_data(file) })?;
+        }
         let uses = volumes.entry(device.identity()).or_default();
-        let (kind, lock) = if read_only {
+        let kind = if read_only {
             uses.readers += 1;
-            (Use::Read, Some(lock))
+            Use::Read
         } else {
             uses.serving = true;
-            uses.lock = Some(lock);
-            (Use::Serve, None)
+            Use::Serve
         };
-        Ok(Self { device: device.clone(), uses: kind, beside: None, lock })
+        uses.lock.get_or_insert_with(|| Locked(device.file().clone()));
+        Ok(Self { device: device.clone(), uses: kind, beside: None, lock: None })
     }
 
     /// To write all of it anew: the sink of a job.
@@ -227,13 +249,13 @@ impl Held {
         self.beside.as_ref()
     }
 
-    /// The volume is open, and served by this view: from now on a re-encryption may run beside it, unless `lost` says that what was
-    /// written may be lost. No effect on one that is only read.
-    pub fn publish(&self, view: &Arc<View>, align: u32, lost: Box<dyn Fn() -> bool + Send + Sync>) {
+    /// The volume is open, and served by this view: from now on a re-encryption may run beside it, in turn with its flushes and unless
+    /// one has failed. No effect on one that is only read.
+    pub fn publish(&self, view: &Arc<View>, align: u32, flushes: Arc<dyn Turns>) {
         if self.uses == Use::Serve
             && let Some(uses) = table().as_mut().and_then(|table| table.get_mut(&self.device.identity()))
         {
-            uses.served = Some(Arc::new(Served { view: view.clone(), align, lost }));
+            uses.served = Some(Arc::new(Served { view: view.clone(), align, flushes }));
         }
     }
 }
@@ -304,6 +326,23 @@ mod tests {
         Arc::new(Device::from_fd(file.into(), "volume", WRITE).expect("device"))
     }
 
+    #[derive(Default)]
+    struct Flushes(AtomicBool);
+
+    impl Turns for Flushes {
+        fn is_lost(&self) -> bool {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn begin_in_turn(&self) -> Result<()> {
+            unreachable!("nothing is flushed here")
+        }
+
+        fn end_in_turn(&self, is_durable: bool) {
+            self.0.fetch_or(!is_durable, Ordering::Relaxed);
+        }
+    }
+
     fn refusal(held: Result<Held>) -> String {
         let error = held.expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Conflict);
@@ -354,15 +393,14 @@ mod tests {
         assert!(refusal(Held::to_rewrite(&job)).contains("just being opened"));
         assert!(refusal(Held::to_serve(&job, true)).contains("exported already"));
         let view = view();
-        let lost = Arc::new(AtomicBool::new(false));
-        let is_lost = lost.clone();
-        export.publish(&view, 512, Box::new(move || is_lost.load(Ordering::Relaxed)));
+        let flushes = Arc::new(Flushes::default());
+        export.publish(&view, 512, flushes.clone());
         let own = device(exported.file().try_clone().expect("dup").into());
         assert!(refusal(Held::to_rewrite(&own)).contains("this very open file"));
-        lost.store(true, Ordering::Relaxed);
+        flushes.end_in_turn(false);
         let error = Held::to_rewrite(&job).expect_err("refused");
         assert!(error.chain().contains("may be lost"), "{}", error.chain());
-        lost.store(false, Ordering::Relaxed);
+        flushes.0.store(false, Ordering::Relaxed);
         let held = Held::to_rewrite(&job).expect("beside it");
         let served = held.beside().expect("the export");
         assert!(Arc::ptr_eq(&served.view, &view));
@@ -370,6 +408,8 @@ mod tests {
         assert!(lock::is_taken(&other), "the header too");
         assert!(refusal(Held::to_rewrite(&job)).contains("another job"));
         drop(held);
+        assert!(refusal(Held::to_accompany(&job)).contains("a volume that is exported"));
+        assert!(!lock::is_taken(&other), "what was refused holds nothing");
         assert_eq!((lock::is_taken(&other), lock::try_lock(&other)), (false, Ok(false)), "as before");
         // The export may end first: the job keeps the volume.
         let held = Held::to_rewrite(&job).expect("beside it");
@@ -387,13 +427,18 @@ mod tests {
         let (one, two) = (device(open(&path)), device(open(&path)));
         let first = Held::to_serve(&one, true).expect("free");
         let second = Held::to_serve(&two, true).expect("shared");
-        first.publish(&view(), 1, Box::new(|| false));
+        first.publish(&view(), 1, Arc::new(Flushes::default()));
         assert!(refusal(Held::to_rewrite(&one)).contains("read only"));
         assert!(refusal(Held::to_serve(&one, false)).contains("exported already"));
+        // And one through the same open file.
+        let third =
+            Held::to_serve(&device(one.file().try_clone().expect("dup").into()), true).expect("shared");
         drop(first);
         let other = open(&path);
         assert_eq!(lock::try_lock(&other), Ok(false));
         drop(second);
+        assert_eq!(lock::try_lock(&other), Ok(false), "one still reads");
+        drop(third);
         drop(Held::to_rewrite(&one).expect("free"));
         std::fs::remove_file(&path).expect("clean up");
     }

@@ -20,7 +20,7 @@ use engine::format::luks2::metadata::SegmentKind;
 use engine::format::luks2::reencrypt::Direction;
 use engine::job::reencrypt::course;
 use engine::job::reencrypt::online;
-use engine::job::reencrypt::steps::{self, Pace, Steps, Traffic, Wish as Go};
+use engine::job::reencrypt::steps::{self, Ended, Pace, State, Steps, Traffic, Wish as Go};
 use engine::pipeline::carrier::{Carrier, Inline, Turn};
 use engine::pipeline::segment::Segments;
 use engine::pipeline::view::{Access, Grant, View, Way};
@@ -29,7 +29,7 @@ use engine::units::{DataUnit, Extent};
 use engine::volume::reencrypt::ledger::{Ledger, Protection};
 use engine::volume::reencrypt::{Opened, Side};
 
-use super::course::course_shape;
+use super::course::{Wrap, course_shape};
 use super::judge::{Judge, Standing};
 use super::proof::{Proof, mix, number_of};
 use super::{HEADER, Volume};
@@ -437,6 +437,53 @@ impl Ledger for FlushesItself {
     }
 }
 
+/// Another program has the lock of the header: of one step when it begins, or of each when it is committed, once.
+struct LockedOut {
+    inner: Box<dyn Ledger>,
+    /// The step that does not begin.
+    at: Option<usize>,
+    steps: usize,
+    refused: bool,
+}
+
+impl LockedOut {
+    fn refuse() -> Result<()> {
+        Err(Error::new(ErrorKind::Conflict, "the header is locked by another program"))
+    }
+}
+
+impl Ledger for LockedOut {
+    fn protection(&self) -> Protection {
+        self.inner.protection()
+    }
+
+    fn step_bytes(&self) -> u64 {
+        self.inner.step_bytes()
+    }
+
+    fn hotzone_max(&self) -> Option<u64> {
+        self.inner.hotzone_max()
+    }
+
+    fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
+        self.inner.save(hot, checksums)
+    }
+
+    fn begin(&mut self, hot: Extent) -> Result<()> {
+        self.steps += 1;
+        if self.at == Some(self.steps) { Self::refuse() } else { self.inner.begin(hot) }
+    }
+
+    fn commit(&mut self, hot: Extent) -> Result<()> {
+        self.refused = self.at.is_none() && !self.refused;
+        if self.refused { Self::refuse() } else { self.inner.commit(hot) }
+    }
+
+    fn is_locked_out(&self) -> bool {
+        self.refused
+    }
+}
+
 impl CommitsLate {
     fn catch_up(&mut self) -> Result<()> {
         self.late.take().map_or(Ok(()), |hot| self.inner.commit(hot))
@@ -472,8 +519,48 @@ impl Ledger for CommitsLate {
     }
 }
 
-/// Go on to the end while clients are there. `view`: as they have it; `None`: as the volume was opened.
+/// Go on to the end while clients are there.
 fn finish(world: &World, volume: &Volume, opened: Opened, seed: u64, broken: Broken) -> Result<History> {
+    let disk = volume.shape.data_disk();
+    let total = opened.total;
+    let wrap = |inner: Box<dyn Ledger>| match broken {
+        Broken::NotDurable => {
+            Box::new(FlushesItself { inner, world: world.clone(), disk }) as Box<dyn Ledger>
+        }
+        Broken::PassedTooSoon => Box::new(CommitsLate { inner, late: None, total }),
+        _ => inner,
+    };
+    let (ended, history) = run(world, volume, opened, seed, broken, &wrap)?;
+    match ended.failure {
+        None => Ok(history),
+        Some(error) => Err(error),
+    }
+}
+
+/// A rotation with clients, for whose header's lock another program comes: at the beginning of a step, which ends the rotation, or (`None`)
+/// at the end of each, which does not. Whatever becomes of it, no request of a client fails or waits for ever. Returns how it ended.
+///
+/// # Errors
+/// A client read what was never there, or waits for ever. As the production code has them.
+pub fn locked_out(volume: &Volume, seed: u64, at: Option<usize>) -> Result<Ended> {
+    let world = World::new(seed);
+    for (image, options) in &volume.disks {
+        world.add(image.clone(), *options)?;
+    }
+    let opened = super::course::begin(&world, volume)?;
+    let wrap = |inner| Box::new(LockedOut { inner, at, steps: 0, refused: false }) as Box<dyn Ledger>;
+    run(&world, volume, opened, seed, Broken::Nothing, &wrap).map(|(ended, _)| ended)
+}
+
+/// The loop, beside clients, with another ledger.
+fn run(
+    world: &World,
+    volume: &Volume,
+    opened: Opened,
+    seed: u64,
+    broken: Broken,
+    wrap: Wrap<'_>,
+) -> Result<(Ended, History)> {
     let wrong = |why: String| Error::new(ErrorKind::Internal, why);
     let disk = volume.shape.data_disk();
     let shape = course_shape(world, (&volume.shape).into())?;
@@ -489,15 +576,7 @@ fn finish(world: &World, volume: &Volume, opened: Opened, seed: u64, broken: Bro
     let mut clients = Clients::new(world, volume, &view, side(&opened.old)?, seed, broken)?;
     online::begin(&view, &opened, &course, &shape)?;
     let inner = Inline::new(world, &course.transfer, course.news.clone(), course.buffers)?;
-    let mut ledger = match broken {
-        Broken::NotDurable => {
-            Box::new(FlushesItself { inner: opened.ledger, world: world.clone(), disk }) as Box<dyn Ledger>
-        }
-        Broken::PassedTooSoon => {
-            Box::new(CommitsLate { inner: opened.ledger, late: None, total: opened.total })
-        }
-        _ => opened.ledger,
-    };
+    let mut ledger = wrap(opened.ledger);
     // What is not to be made durable by the loop: another disk is.
     let flushed = if broken == Broken::NotDurable { HEADER } else { disk };
     let mut data = world.blocking(flushed, "data")?;
@@ -515,11 +594,13 @@ fn finish(world: &World, volume: &Volume, opened: Opened, seed: u64, broken: Bro
             sound: &|| Ok(()),
         }),
     });
-    if let Some(error) = ended.failure {
-        return Err(error);
-    }
     drop((busy, ledger, data));
-    clients.leave().map_err(wrong)
+    if ended.state == State::Crash {
+        // What is not recovered is not served.
+        let cause = ended.failure.expect("why it is not at rest");
+        return Err(wrong("the step is to be recovered".to_owned()).because(cause));
+    }
+    Ok((ended, clients.leave().map_err(wrong)?))
 }
 
 /// All of the plaintext, by what the header says of it.

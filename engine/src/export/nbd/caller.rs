@@ -10,6 +10,7 @@ use rustls::ServerConfig;
 
 use crate::export::nbd::haggle::{Agreed, Catalogue, Haggle, Security, Step};
 use crate::export::nbd::tls::TlsStream;
+use crate::limits;
 
 /// A client between its arrival and its first request.
 pub(super) struct Caller {
@@ -51,9 +52,9 @@ impl Caller {
         (self.socket, self.tls)
     }
 
-    /// Go on as far as it goes without waiting. Everything is sent before more is read, so nothing piles up.
+    /// Go on without waiting, as far as it goes in one turn. Everything is sent before more is read, so nothing piles up.
     pub(super) fn drive(&mut self, catalogue: &dyn Catalogue, scratch: &mut [u8]) -> Progress {
-        loop {
+        for _ in 0..limits::HAGGLE_STEPS_PER_TURN {
             match self.send() {
                 Ok(true) => {}
                 Ok(false) => return Progress::Waits(EventFlags::OUT),
@@ -80,6 +81,8 @@ impl Caller {
                 },
             }
         }
+        // Others are next. Whatever comes next here, there is room to send something, so it gets its turn again.
+        Progress::Waits(EventFlags::OUT)
     }
 
     fn step(&mut self, catalogue: &dyn Catalogue) {
@@ -147,5 +150,36 @@ impl Caller {
 impl AsFd for Caller {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::export::nbd::shelf::Shelf;
+    use crate::format::nbd::OPTION_MAGIC;
+
+    #[test]
+    fn who_has_much_to_say_gives_way_and_gets_its_turn_again() {
+        let (mut client, server) = UnixStream::pair().expect("sockets");
+        server.set_nonblocking(true).expect("set");
+        let mut caller = Caller::new(server.into(), None);
+        let mut said = 3_u32.to_be_bytes().to_vec();
+        // LIST, of no exports.
+        let option = [&OPTION_MAGIC.to_be_bytes()[..], &3_u32.to_be_bytes(), &0_u32.to_be_bytes()].concat();
+        said.extend(option.repeat(100));
+        client.write_all(&said).expect("sent");
+        let (shelf, mut scratch, mut turns) = (Shelf::default(), vec![0; 4096], 1);
+        loop {
+            match caller.drive(&shelf, &mut scratch) {
+                Progress::Waits(EventFlags::IN) => break,
+                Progress::Waits(EventFlags::OUT) => turns += 1,
+                Progress::Waits(_) | Progress::Agreed(_) | Progress::Over(_) => panic!("it goes on haggling"),
+            }
+        }
+        assert!(turns > 100 / limits::HAGGLE_STEPS_PER_TURN, "{turns} turns");
     }
 }

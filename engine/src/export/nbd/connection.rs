@@ -14,7 +14,6 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::net::sockopt;
 
@@ -128,8 +127,6 @@ pub struct Connection {
     pub ready: VecDeque<Ready>,
     /// What is in flight.
     pub sending: Option<Sending>,
-    /// Since when: the client has taken nothing since then.
-    pub sending_since: Instant,
     /// An in-order read has begun to be sent: nothing else is until its end.
     pub stream: Option<usize>,
     /// Its next part is ready.

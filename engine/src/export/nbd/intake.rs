@@ -85,7 +85,8 @@ impl Server {
         connection.receiving = false;
         match done.result {
             Ok(count) if count > 0 => {
-                if !connection.take_received(count as usize) {
+                let served = &mut self.served[connection.served];
+                if !connection.take_received(count as usize, served) {
                     self.hang_up(key, queue);
                 }
             }

@@ -80,7 +80,8 @@ impl Server {
                     }
                 };
                 let waited = self.now.saturating_duration_since(piece.since);
-                served.record.record(&served.counters, Stage::Queue, waited, extent.len());
+                let granted = grant.extent.end().min(extent.end()) - start;
+                served.record.record(&served.counters, Stage::Queue, waited, granted);
                 grant
             }
         };

@@ -14,10 +14,11 @@
 //! third each, and those who come later always find some; and with its own buffer each gets on, whatever the others hold.
 //!
 //! What waits to be sent holds its buffer as long as the client does not read: a connection with [`Pool::share`] of them is not read
-//! for until some are sent. That bounds what stalled clients take little by little; what they hold already is theirs until they
-//! are disconnected, see [`crate::limits::SEND_STALLED`].
+//! for until some are sent. That bounds what stalled clients take little by little; what they hold already, and a buffer for a payload
+//! that does not come, is theirs until they are disconnected, see [`crate::limits::CLIENT_STALLED`].
 
 use crate::error::Result;
+use crate::limits;
 use crate::sys::buffer::{Arena, Buf};
 
 /// Bytes in front of the data: room for any header, and a whole page, so that data is aligned for direct I/O.
@@ -37,6 +38,13 @@ pub const LARGE_COUNT: u32 = 48;
 
 /// Wire buffers made at a time: a huge page of them.
 const WIRE_BLOCK: u32 = 32;
+
+const _: () = assert!(
+    SMALL_COUNT as u64 * (HEAD + SMALL_BYTES) as u64 + LARGE_COUNT as u64 * (HEAD + LARGE_BYTES) as u64
+        <= limits::EXPORT_WORKER_MEMORY
+);
+const _: () =
+    assert!(5 * WIRE_BYTES as u64 <= limits::EXPORT_CLIENT_MEMORY, "its own, three wires, and one for TLS");
 
 /// Which kind a slot buffer is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -69,6 +69,7 @@ impl Server {
         let connection = &mut self.connections[piece.connection];
         let asked = &mut self.asked[piece.asked];
         piece.step = Step::Send;
+        piece.since = self.now;
         if let Some(unsent) = connection.unsent(piece.class) {
             *unsent += 1;
         }

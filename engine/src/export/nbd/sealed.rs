@@ -12,11 +12,14 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
+use proto::Stage;
 use rustix::net::{SendFlags, send};
 
 use crate::backend::{Done, Position, Queue, What};
 use crate::export::nbd::connection::{Connection, Ending, Sending};
+use crate::export::nbd::served::Served;
 use crate::export::nbd::server::{Server, Whose, push};
 use crate::export::nbd::tls::TlsStream;
 use crate::sys::buffer::Buf;
@@ -74,6 +77,15 @@ impl Sealed {
         Some((staging, 0..u32::try_from(count).expect("as long as a buffer")))
     }
 
+    /// [`Sealed::next`], as a part of what encrypting takes.
+    fn next_timed(&mut self, served: &mut Served) -> Option<(Buf, Range<u32>)> {
+        let begun = Instant::now();
+        let next = self.next();
+        // The volume's own bytes are counted where they are decrypted.
+        served.record.record(&served.counters, Stage::Crypt, begun.elapsed(), 0);
+        next
+    }
+
     /// Say the end, where it can be said; returns the staging buffer. What the kernel does not take at once is not worth waiting for.
     pub fn close(mut self, socket: &OwnedFd) -> Buf {
         if !self.cut {
@@ -96,12 +108,12 @@ impl Server {
     ) {
         let connection = &mut self.connections[key];
         connection.sending = Some(sending);
-        connection.sending_since = self.now;
         let (buf, span) = match &mut connection.sealed {
             None => buf.expect("only TLS speaks for itself"),
             Some(sealed) => {
                 sealed.lent = buf;
-                sealed.next().expect("there is something to send")
+                let next = sealed.next_timed(&mut self.served[connection.served]);
+                next.expect("there is something to send")
             }
         };
         let what = What::Write { position: Position::Stream, buf, span };
@@ -116,9 +128,8 @@ impl Server {
         sealed.staging = done.buf.take();
         if done.result.is_ok()
             && !hard
-            && let Some((buf, span)) = sealed.next()
+            && let Some((buf, span)) = sealed.next_timed(&mut self.served[connection.served])
         {
-            connection.sending_since = self.now;
             let what = What::Write { position: Position::Stream, buf, span };
             push(queue, Whose::Send, key, connection.port, what);
             return None;
@@ -133,12 +144,15 @@ impl Server {
 
 impl Connection {
     /// So many bytes were received behind those that are not understood yet. `false`: they are not what they should be.
-    pub(super) fn take_received(&mut self, count: usize) -> bool {
+    pub(super) fn take_received(&mut self, count: usize, served: &mut Served) -> bool {
         let Some(sealed) = &mut self.sealed else {
             self.unread.end += count;
             return true;
         };
         let buf = self.received.as_ref().expect("not lent");
-        sealed.open(&buf[self.unread.end..self.unread.end + count], &mut self.early)
+        let begun = Instant::now();
+        let opened = sealed.open(&buf[self.unread.end..self.unread.end + count], &mut self.early);
+        served.record.record(&served.counters, Stage::Crypt, begun.elapsed(), 0);
+        opened
     }
 }

@@ -180,7 +180,6 @@ impl Server {
             spare: Some(spare),
             ready: VecDeque::with_capacity(64),
             sending: None,
-            sending_since: self.now,
             stream: None,
             stream_ready: false,
             own: Some(own),
@@ -424,25 +423,24 @@ impl Server {
         }
     }
 
-    /// Disconnect clients that do not read while buffers are short. Returns when to look again.
+    /// Disconnect clients that keep buffers waiting while they are short. Returns when to look again.
     fn end_stalled(&mut self, queue: &mut dyn Queue) -> Option<Instant> {
         if !self.pool.is_short() {
             return None;
         }
-        let due = |connection: &Connection| {
-            let stalls = connection.sending.is_some() && connection.ending != Ending::Hard;
-            let holds = connection.unsent_small + connection.unsent_large > 0;
-            (stalls && holds).then(|| connection.sending_since + limits::SEND_STALLED)
-        };
         loop {
-            let connections = self.connections.iter();
-            let (end, key) = connections.filter_map(|(key, one)| Some((due(one)?, key))).min()?;
+            let connections = &self.connections;
+            let alive = |key: &usize| connections[*key].ending != Ending::Hard;
+            let pieces = self.pieces.iter().filter(|(_, piece)| alive(&piece.connection));
+            let kept = pieces.filter_map(|(_, piece)| Some((piece.kept_since()?, piece.connection)));
+            let (since, key) = kept.min()?;
+            let end = since + limits::CLIENT_STALLED;
             if end > self.now {
                 return Some(end);
             }
             let export = self.connections[key].admission.export.id;
             tracing::warn!(
-                "export {export}: a client that does not read is disconnected: others need the buffers"
+                "export {export}: a client that neither reads nor sends what it said is disconnected: others need the buffers"
             );
             self.hang_up(key, queue);
         }

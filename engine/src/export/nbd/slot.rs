@@ -120,6 +120,14 @@ impl Piece {
         self.place(self.position)..self.place(self.until)
     }
 
+    /// Since when it has kept a shared buffer while it waits for its client: for all of a payload, or to take what is sent. Not since the
+    /// client did something last: one that does a little all the time keeps it as long as one that does nothing.
+    #[must_use]
+    pub fn kept_since(&self) -> Option<Instant> {
+        let waits = matches!(self.step, Step::Payload | Step::Send) && self.class != Class::Own;
+        waits.then_some(self.since)
+    }
+
     /// Is it among its request's pieces that are not done?
     #[must_use]
     pub fn is_counted(&self) -> bool {
@@ -239,6 +247,39 @@ mod tests {
                         assert!(cut.is_whole() || edge);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_waits_for_its_client_keeps_a_shared_buffer_from_others() {
+        let since = Instant::now();
+        let piece = |step, class| Piece {
+            connection: 0,
+            asked: 0,
+            work: Work::Write,
+            step,
+            buf: None,
+            class,
+            asks: 0..BLOCK,
+            blocks: 0..BLOCK,
+            base: HEAD,
+            position: 0,
+            until: 0,
+            grant: None,
+            out: 0..0,
+            last: false,
+            in_order: false,
+            in_flight: true,
+            since,
+        };
+        for class in [Class::Small, Class::Large] {
+            for step in [Step::Payload, Step::Send] {
+                assert_eq!(piece(step, class).kept_since(), Some(since));
+                assert_eq!(piece(step, Class::Own).kept_since(), None, "nobody else wants it");
+            }
+            for step in [Step::Grant, Step::Read, Step::Edge, Step::Write] {
+                assert_eq!(piece(step, class).kept_since(), None, "the client is not to blame");
             }
         }
     }

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use proto::reencrypt::{Format, Luks, Mode, Phase, Report};
 
-use crate::backend::blocking::Blocking;
+use crate::backend::blocking::{Blocking, Turns};
 use crate::backend::device::Device;
 use crate::crypto::Secret;
 use crate::error::{Error, ErrorKind, Result};
@@ -141,13 +141,16 @@ struct Desk<'a> {
     place_free: &'a dyn Fn(),
     /// The data's alignment for direct I/O, bytes; 1: it is buffered.
     align: u32,
+    /// Who else flushes the data: an export's clients.
+    flushes: Option<(Arc<Device>, Arc<dyn Turns>)>,
 }
 
 impl<'a> Desk<'a> {
     fn new(pipeline: &'a Pipeline, place_free: &'a dyn Fn(), prepared: &Prepared) -> Result<Self> {
         if let Some(export) = &prepared.beside_export {
             let align = online::as_served(&prepared.data, prepared.beside.as_deref(), export)?;
-            return Ok(Self { pipeline, place_free, align });
+            let flushes = Some((prepared.data.clone(), export.flushes.clone()));
+            return Ok(Self { pipeline, place_free, align, flushes });
         }
         let whole = |align: &u32| prepared.data_bytes().is_multiple_of((*align).into());
         // A write to an odd end would make a file longer.
@@ -162,7 +165,7 @@ impl<'a> Desk<'a> {
         if let Some(beside) = &prepared.beside {
             beside.disable_direct();
         }
-        Ok(Self { pipeline, place_free, align })
+        Ok(Self { pipeline, place_free, align, flushes: None })
     }
 
     /// Nothing of the job is under way.
@@ -172,11 +175,15 @@ impl<'a> Desk<'a> {
         }
     }
 
-    /// A device read and written in order, through the kind of queue that workers use.
+    /// A device read and written in order, through the kind of queue that workers use. What clients use is flushed in turn with them.
     fn blocking(&self, device: &Arc<Device>) -> Result<Blocking> {
         let direct = self.align > 1 && device.direct_alignment().is_some();
         let align = if direct { device.direct_alignment().unwrap_or(1) } else { 1 };
-        self.pipeline.blocking(device.file().clone(), device.name(), align)
+        let blocking = self.pipeline.blocking(device.file().clone(), device.name(), align)?;
+        Ok(match &self.flushes {
+            Some((data, flushes)) if Arc::ptr_eq(data, device) => blocking.in_turn(flushes.clone()),
+            _ => blocking,
+        })
     }
 
     /// Go on with what was begun, or begin. `None`: one was over but for what has been overwritten now.
@@ -204,6 +211,10 @@ impl<'a> Desk<'a> {
         }
         if prepared.resume_only {
             return Err(nothing_begun(prepared));
+        }
+        if let Some(export) = &prepared.beside_export {
+            // What the view would refuse in the end is refused before the header says anything.
+            export.view.check_whole().map_err(|error| error.at(prepared.data.name()))?;
         }
         let wish = self.wish(prepared, luks);
         let header = self.blocking(prepared.header())?;
@@ -240,6 +251,26 @@ impl<'a> Desk<'a> {
             }
             _ => Standing::UnderWay,
         }
+    }
+
+    /// Beside an export, behind a last step that failed: is all data new, and does the header say so durably?
+    ///
+    /// What was written and not flushed may be in the page cache only. An older header that a power cut brought back would have the step
+    /// recovered, over what clients have written since.
+    fn is_over_durably(&self, prepared: &Prepared, opened: &Opened) -> bool {
+        let settled = || {
+            let (mut header, mut data) = (self.blocking(prepared.header())?, self.blocking(&prepared.data)?);
+            let Header::Luks2(loaded) = Header::load(&mut header)? else { return Ok(false) };
+            if !proof::is_all_new(&loaded, opened)? {
+                return Ok(false);
+            }
+            ledger::settle(&mut header, &mut data, &loaded)?;
+            Ok(true)
+        };
+        settled().unwrap_or_else(|error: Error| {
+            tracing::warn!("what became of the last step of a re-encryption is not known: {}", error.chain());
+            false
+        })
     }
 
     /// Plain data has none before it is begun.
@@ -384,7 +415,7 @@ impl<'a> Desk<'a> {
         };
         let export = prepared.beside_export.as_deref();
         let sound = || export.map_or(Ok(()), |export| export.check(prepared.data.name()));
-        let ended = steps::run(Steps {
+        let mut ended = steps::run(Steps {
             course: &course,
             carrier: &mut carrier,
             ledger: &mut *opened.ledger,
@@ -396,8 +427,15 @@ impl<'a> Desk<'a> {
         job.keep_record(course.transfer.final_record());
         let before = ended.proof;
         let standing = self.standing(prepared);
-        if standing == Standing::Unswept {
-            view.iter().for_each(|view| view.finish());
+        if let Some(view) = view
+            && ended.was_last
+            && self.is_over_durably(prepared, opened)
+        {
+            view.finish();
+            if standing == Standing::Gone {
+                // Even what it leaves behind is gone.
+                ended.state = State::Finished;
+            }
         }
         verdict(job, prepared, opened, ended, standing)?;
         let Some(proving) = proving else { return Ok(()) };

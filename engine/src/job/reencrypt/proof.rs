@@ -11,6 +11,7 @@ use crate::crypto::proof::{self, KEY_BYTES, Proof};
 use crate::crypto::sha256::Digest;
 use crate::crypto::{Secret, bytes_equal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::luks2::Loaded;
 use crate::job::reencrypt::Desk;
 use crate::job::reencrypt::course::{self, Shape};
 use crate::job::state::Job;
@@ -129,6 +130,28 @@ pub fn is_over(header: &mut Blocking) -> Result<()> {
     Err(Error::new(ErrorKind::Internal, what)
         .at(header.name())
         .hint("another program may have written it; cryptctl reencrypt --resume-only takes it down"))
+}
+
+/// Does a header say that all data is under the new key, and nothing of a re-encryption? By the key, and not by names: who else may
+/// have written it is not known.
+///
+/// # Errors
+/// A digest that cannot be computed.
+pub(super) fn is_all_new(loaded: &Loaded, opened: &Opened) -> Result<bool> {
+    let metadata = &loaded.header.metadata;
+    let Some((_, new)) = &opened.new.cipher else { return Ok(false) };
+    if Requirement::of(metadata) != Requirement::None {
+        return Ok(false);
+    }
+    let mut segments = 0;
+    for (id, _) in metadata.data_segments() {
+        segments += 1;
+        match metadata.digest_of_segment(id) {
+            Some((_, digest)) if unlock::meets(digest, new)? => {}
+            _ => return Ok(false),
+        }
+    }
+    Ok(segments > 0)
 }
 
 /// Does nothing of the header on disk have to do with the old volume key any more?

@@ -189,7 +189,9 @@ pub fn prepare(means: Means, owner: &Owner, submit: Submit, descriptors: Vec<Own
     let held = if request.dry_run {
         Vec::new()
     } else {
-        [Some(&data), beside.as_ref()].into_iter().flatten().map(Held::to_rewrite).collect::<Result<_>>()?
+        let volume = Held::to_rewrite(&data)?;
+        let beside = beside.as_ref().map(Held::to_accompany).transpose()?;
+        [Some(volume), beside].into_iter().flatten().collect()
     };
     let beside_export = held.first().and_then(Held::beside).cloned();
     if request.shared && beside_export.is_none() && !request.dry_run {

@@ -52,6 +52,8 @@ pub struct Ended {
     pub boundary: u64,
     /// In what state the volume is left.
     pub state: State,
+    /// Behind the step that was not finished there is no other.
+    pub was_last: bool,
     /// Why it did not go on to the end.
     pub failure: Option<Error>,
     /// Sum of the contributions of all plaintext read, if that was asked for: of all data only when it was finished.
@@ -179,7 +181,12 @@ pub fn run(steps: Steps<'_>) -> Ended {
     }
     // The workers' failure is the cause; what the loop met is its consequence.
     let failure = course.transfer.take_failure().or(failure.err());
-    Ended { boundary: course.track.boundary_at(this.committed), state, failure, proof: this.proof }
+    let was_last = match &this.step {
+        Step::Begun(hot) | Step::Writing(hot, _) => hot.until == course.track.total(),
+        Step::Rest | Step::Journalling(..) => false,
+    };
+    let boundary = course.track.boundary_at(this.committed);
+    Ended { boundary, state, was_last, failure, proof: this.proof }
 }
 
 struct Loop<'a> {
@@ -319,7 +326,12 @@ impl Loop<'_> {
         // The header may say so from here on, whether this fails or not.
         self.step = Step::Begun(hot);
         // 3.
-        self.ledger.begin(extent)
+        let begun = self.ledger.begin(extent);
+        if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Conflict) {
+            // Nothing of it was written: at rest as before, and clients lose nothing by it.
+            self.step = Step::Rest;
+        }
+        begun
     }
 
     fn overwrite(&mut self, hot: Hotzone) -> Result<()> {
@@ -359,7 +371,16 @@ impl Loop<'_> {
         // 5.
         self.flush()?;
         // 6.
-        self.ledger.commit(extent)?;
+        while let Err(error) = self.ledger.commit(extent) {
+            // Who holds the header's lock lets go of it in the end, and until then clients wait; without it what they wait for is lost.
+            if self.ahead.is_none() || !self.ledger.is_locked_out() || (self.wish)() == Wish::Stop {
+                return Err(error);
+            }
+            tracing::warn!(
+                "a step waits for the lock of its header, and clients for that: {}",
+                error.chain()
+            );
+        }
         self.step = Step::Rest;
         self.committed = until;
         // 5. of the view.

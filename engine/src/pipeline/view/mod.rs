@@ -4,8 +4,13 @@
 //!
 //! | | beside a read | beside a write |
 //! |---|---|---|
-//! | read | yes | yes: either may come first, as on any disk |
+//! | read | yes | yes, if its cipher allows: either may come first, as on any disk |
 //! | write | yes | not where they share a data unit |
+//!
+//! Why a read beside a write is safe: it may find a part of it, and the rest of what it finds is the same bytes as before, also where the
+//! write is of a whole data unit for the sake of a few bytes of it. Where a cipher chains the blocks of a data unit (CBC) it is not: half of a
+//! write makes other bytes of the unit come out wrong, which nobody wrote. There reads and writes that overlap keep away from each other, and
+//! no read overtakes a write that waits.
 //!
 //! A re-encryption that runs meanwhile moves through the volume in *order* (see [`crate::pipeline::plan`]):
 //!
@@ -101,8 +106,12 @@ struct Held {
 
 impl Held {
     fn overlaps(&self, extent: Extent) -> bool {
-        self.extent.start() < extent.end() && extent.start() < self.extent.end()
+        overlap(self.extent, extent)
     }
+}
+
+fn overlap(one: Extent, other: Extent) -> bool {
+    one.start() < other.end() && other.start() < one.end()
 }
 
 struct Inner {
@@ -112,6 +121,8 @@ struct Inner {
     held: slab::Slab<Held>,
     /// Somebody waits for an extent that a request holds.
     waiting: bool,
+    /// What a write waits for that reads must not overtake: one that is held is in its way.
+    wanted: Option<Extent>,
     /// Somebody waits for a re-encryption to move on.
     barred: bool,
     /// Requests admitted so far.
@@ -149,6 +160,7 @@ impl View {
             rotation,
             held: slab::Slab::new(),
             waiting: false,
+            wanted: None,
             barred: false,
             admitted: 0,
         };
@@ -208,10 +220,18 @@ impl View {
             Ruling::Lost => return Err(Refusal::Lost),
         };
         let extent = segments.widen(extent, until).expect("boundaries lie between data units");
-        if access == Access::Write
-            && inner.held.iter().any(|(_, held)| held.access == Access::Write && held.overlaps(extent))
-        {
+        let chained = !segments.is_separable();
+        let excluded = |other: Access| match (access, other) {
+            (Access::Write, Access::Write) => true,
+            (Access::Read, Access::Read) => false,
+            _ => chained,
+        };
+        let overtakes = access == Access::Read && inner.wanted.is_some_and(|wanted| overlap(wanted, extent));
+        if overtakes || inner.held.iter().any(|(_, held)| excluded(held.access) && held.overlaps(extent)) {
             inner.waiting = true;
+            if chained && access == Access::Write {
+                inner.wanted.get_or_insert(extent);
+            }
             return Err(Refusal::Wait);
         }
         inner.admitted += 1;
@@ -224,6 +244,10 @@ impl View {
         let (woken, quiet) = {
             let mut inner = self.inner();
             let held = inner.held.remove(grant.key);
+            let inner = &mut *inner;
+            // Who is first to ask now has it: the write, unless it has gone.
+            inner.wanted =
+                inner.wanted.filter(|wanted| inner.held.iter().any(|(_, held)| held.overlaps(*wanted)));
             let quiet = inner.rotation.as_mut().and_then(|rotation| rotation.left(self.total, &held));
             (std::mem::take(&mut inner.waiting), quiet)
         };

@@ -138,6 +138,24 @@ impl View {
         Ok(())
     }
 
+    /// Is it served as nothing but old, so that a re-encryption may begin? To be asked before anything is written for that.
+    ///
+    /// # Errors
+    /// `Conflict`: another one runs, or what became of one is not known here.
+    pub fn check_whole(&self) -> Result<()> {
+        match &self.inner().rotation {
+            None => Ok(()),
+            Some(running) if running.quiet.is_some() => {
+                Err(Error::new(ErrorKind::Conflict, "the volume is being re-encrypted"))
+            }
+            Some(_) => {
+                let what = "the volume is served as if it were in the middle of a re-encryption, of which its header says nothing";
+                Err(Error::new(ErrorKind::Conflict, what)
+                    .hint("stop its export, and see what its header says (cryptctl luks dump)"))
+            }
+        }
+    }
+
     /// Rule 1: foreign writes keep out of what lies before this order, from now on. True: none is in flight there. Else ask again, when
     /// told so.
     ///

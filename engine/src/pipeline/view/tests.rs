@@ -67,6 +67,44 @@ fn writes_of_one_data_unit_go_one_by_one_and_reads_beside_them() {
     assert_eq!(ask(&view, Access::Write, 1000, 1001), Some((512, 1024, false)));
 }
 
+/// Blocks of a data unit hang together.
+struct Chained;
+
+impl crate::crypto::SectorCipher for Chained {
+    fn encrypt(&self, _: crate::units::DataUnit, _: &mut [u8]) {}
+
+    fn decrypt(&self, _: crate::units::DataUnit, _: &mut [u8]) {}
+
+    fn is_separable(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn where_blocks_are_chained_reads_and_writes_keep_away_from_each_other() {
+    let view = View::new(Segments::one(Box::new(Chained), 4096, 0), TOTAL);
+    let admit = |access, start, end| view.admit(access, extent(start, end)).ok();
+    let write = admit(Access::Write, 0, 512).expect("free");
+    // Of another part of the same data unit.
+    assert!(admit(Access::Read, 1024, 1536).is_none());
+    view.done(admit(Access::Read, 4096, 8192).expect("another data unit"));
+    view.done(write);
+    let (first, second) = (admit(Access::Read, 0, 4096), admit(Access::Read, 0, 8192));
+    let (first, second) = (first.expect("free"), second.expect("shared"));
+    assert!(admit(Access::Write, 512, 1024).is_none());
+    assert!(admit(Access::Read, 0, 512).is_none(), "nobody overtakes who waits to write");
+    view.done(admit(Access::Read, 8192, 12288).expect("elsewhere"));
+    view.done(first);
+    assert!(admit(Access::Read, 0, 512).is_none(), "one still reads");
+    view.done(second);
+    view.done(admit(Access::Write, 512, 1024).expect("its turn"));
+    // It may also have left without a word.
+    let read = admit(Access::Read, 0, 512).expect("free");
+    assert!(admit(Access::Write, 0, 512).is_none());
+    view.done(read);
+    view.done(admit(Access::Read, 0, 512).expect("free"));
+}
+
 #[test]
 fn each_zone_has_its_rules_whichever_way_it_goes() {
     for way in [Way::Forward, Way::Backward] {

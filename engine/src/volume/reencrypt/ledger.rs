@@ -60,13 +60,19 @@ pub trait Ledger {
     /// Make the area durable, then say that this hotzone is being rewritten, durably.
     ///
     /// # Errors
-    /// `Conflict`: another program changed the header. Else of the device.
+    /// `Conflict`: another program has locked the header or changed it; nothing of it was written, and the step has not begun. Else of
+    /// the device: what the header says is not known.
     fn begin(&mut self, hot: Extent) -> Result<()>;
 
     /// The hotzone, or (without protection, when stopped early) the part of it that was begun with, is new and durable: say so, durably. Behind
     /// the last one the re-encryption is over, and what belonged to the old key is gone.
     ///
     /// # Errors
-    /// As [`Ledger::begin`].
+    /// `Conflict`: another program has locked the header or changed it, see [`Ledger::is_locked_out`]. Else of the device.
     fn commit(&mut self, hot: Extent) -> Result<()>;
+
+    /// Did the call before fail only because another program has locked the header? Then nothing was written, and it may be made again.
+    fn is_locked_out(&self) -> bool {
+        false
+    }
 }

@@ -23,7 +23,10 @@
 //! the volume to re-encrypt it next does 3 and 4, without any key ([`sweep`]). Places that have become another program's keyslot since
 //! are left alone.
 //!
-//! The metadata lock is held around each header write only (and from 2 to 4), so that other programs can read the header in between.
+//! The metadata lock is held around each header write only (and from 1 to 4), so that other programs can read the header in between.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -52,13 +55,15 @@ pub struct LuksLedger {
     hot: Option<Extent>,
     /// A write failed: what is on disk is not known any more.
     broken: bool,
+    /// See [`Ledger::is_locked_out`].
+    locked_out: bool,
 }
 
 impl LuksLedger {
     /// At rest at `boundary`. `loaded`: the header on disk.
     #[must_use]
     pub fn new(header: Blocking, loaded: Loaded, process: Process, total: u64, boundary: u64) -> Self {
-        Self { header, loaded, process, total, boundary, hot: None, broken: false }
+        Self { header, loaded, process, total, boundary, hot: None, broken: false, locked_out: false }
     }
 
     /// A hotzone that follows the boundary and is as its protection wants it.
@@ -94,6 +99,14 @@ impl LuksLedger {
         Err(Error::new(ErrorKind::Io, what)
             .at(self.header.name())
             .hint("resume the re-encryption: that reads the header anew, and recovers the step"))
+    }
+
+    /// The metadata lock: who does not get it has touched nothing.
+    fn lock(&mut self) -> Result<HeaderLock> {
+        self.refuse_if_broken()?;
+        let held = store::lock_device(&self.header, true);
+        self.locked_out = matches!(&held, Err(error) if error.kind() == ErrorKind::Conflict);
+        held
     }
 
     /// Whatever fails in `work` leaves the ledger refusing.
@@ -145,15 +158,16 @@ impl Ledger for LuksLedger {
 
     fn begin(&mut self, hot: Extent) -> Result<()> {
         self.check(hot)?;
+        // 3.
+        if matches!(self.process.resilience, Resilience::Checksum(_) | Resilience::Journal) {
+            self.guarded(|ledger| ledger.header.flush())?;
+        }
+        // 4.
+        let held = self.lock()?;
         self.guarded(|ledger| {
-            // 3.
-            if matches!(ledger.process.resilience, Resilience::Checksum(_) | Resilience::Journal) {
-                ledger.header.flush()?;
-            }
-            // 4.
             let mut next = ledger.loaded.clone();
             write::hot(&mut next.header.metadata, &ledger.process, hot, ledger.total)?;
-            put(&mut ledger.header, &mut ledger.loaded, next)
+            put(&mut ledger.header, &mut ledger.loaded, next, &held)
         })?;
         self.hot = Some(hot);
         Ok(())
@@ -172,14 +186,23 @@ impl Ledger for LuksLedger {
         self.check(hot)?;
         let boundary = self.process.boundary_after(hot);
         // 5.
+        let held = self.lock()?;
         self.guarded(|ledger| {
-            commit(&mut ledger.header, &mut ledger.loaded, &ledger.process, boundary, ledger.total)
+            let LuksLedger { header, loaded, process, total, .. } = ledger;
+            commit_locked(header, loaded, process, (boundary, *total), &held)
         })?;
         self.boundary = boundary;
         self.hot = None;
         Ok(())
     }
+
+    fn is_locked_out(&self) -> bool {
+        self.locked_out
+    }
 }
+
+/// The metadata lock of a header's file.
+type HeaderLock = store::Lock<Arc<OwnedFd>>;
 
 /// Make durable what is visible: what whoever goes on from a header does before the first write to data, area or key material.
 ///
@@ -221,8 +244,7 @@ fn settle_header(header: &mut Blocking, loaded: &Loaded) -> Result<()> {
 }
 
 /// One header write under the metadata lock.
-fn put(header: &mut Blocking, loaded: &mut Loaded, mut next: Loaded) -> Result<()> {
-    let _held = store::lock_device(header, true)?;
+fn put(header: &mut Blocking, loaded: &mut Loaded, mut next: Loaded, _held: &HeaderLock) -> Result<()> {
     store::write_luks2(header, &mut next)?;
     *loaded = next;
     Ok(())
@@ -239,12 +261,23 @@ pub fn commit(
     boundary: u64,
     total: u64,
 ) -> Result<()> {
+    let held = store::lock_device(header, true)?;
+    commit_locked(header, loaded, process, (boundary, total), &held)
+}
+
+fn commit_locked(
+    header: &mut Blocking,
+    loaded: &mut Loaded,
+    process: &Process,
+    (boundary, total): (u64, u64),
+    held: &HeaderLock,
+) -> Result<()> {
     if boundary == process.ends_at(total) {
-        return take_down(header, loaded, process, total);
+        return take_down_locked(header, loaded, process, total, held);
     }
     let mut next = loaded.clone();
     write::clean(&mut next.header.metadata, process, boundary, total)?;
-    put(header, loaded, next)
+    put(header, loaded, next, held)
 }
 
 /// All data is new and durable: end it, in the order of the module's head.
@@ -252,11 +285,22 @@ pub fn commit(
 /// # Errors
 /// As [`commit`]; once more is harmless.
 pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, total: u64) -> Result<()> {
+    let held = store::lock_device(header, true)?;
+    take_down_locked(header, loaded, process, total, &held)
+}
+
+fn take_down_locked(
+    header: &mut Blocking,
+    loaded: &mut Loaded,
+    process: &Process,
+    total: u64,
+    held: &HeaderLock,
+) -> Result<()> {
     // 1. Data was moved only out of the way of a header that lies on the same device.
     if let (Some(moved), Mode::Encrypt) = (process.moved, process.mode) {
         let mut next = loaded.clone();
         write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
-        put(header, loaded, next)?;
+        put(header, loaded, next, held)?;
         store::random_fill(header, moved.offset, moved.bytes)?;
         header.flush()?;
     }
@@ -266,9 +310,7 @@ pub fn take_down(header: &mut Blocking, loaded: &mut Loaded, process: &Process, 
     write::clean(&mut next.header.metadata, process, process.ends_at(total), total)?;
     gone.extend(write::finish(&mut next.header.metadata, process)?.into_iter().map(|(_, area)| area));
     let noted = note(&mut next, &gone);
-    let _held = store::lock_device(header, true)?;
-    store::write_luks2(header, &mut next)?;
-    *loaded = next;
+    put(header, loaded, next, held)?;
     // 3. and 4.
     overwrite(header, loaded, &gone, noted)
 }
