@@ -392,8 +392,9 @@ fn what_is_left_of_a_finished_one_is_swept_and_only_that_is_no_error() {
         assert!(message.contains("was finished"), "write {nth}: {message}");
     }
     assert!(stopped > swept && swept > 0, "{stopped} were stopped, {swept} of them behind their last step");
-    // Only the last write of all, of the second copy of that there is nothing left, leaves nothing for the next one.
-    assert_eq!(over, 1);
+    // Only the last two writes of all, of the two copies that say that there is nothing left, can leave nothing for the next one: the
+    // last does, and the one before if it failed behind the medium (the seed decides).
+    assert!((1..=2).contains(&over), "{over} left nothing");
 }
 
 #[test]
