@@ -96,7 +96,7 @@ pub const EXPORT_DESCRIPTION_MAX: usize = 4096;
 /// Longest address of a listening socket, bytes: a host's name is at most 255, a Unix socket's path 107.
 pub const EXPORT_ADDRESS_MAX: usize = 512;
 /// A client for which one buffer has waited so long, to be taken or to be filled, is disconnected when buffers run short: it keeps them from
-/// others. However little comes and goes: that of 256 KiB, some KiB each second are little enough.
+/// others. However little comes and goes: of what a client may have waiting, some MiB, 100 KiB each second are enough.
 pub const CLIENT_STALLED: Duration = Duration::from_secs(60);
 /// Shared buffers of exports on each worker, bytes: taken with the first export, beside [`ALL_WORKERS_MEMORY`], and kept.
 pub const EXPORT_WORKER_MEMORY: u64 = 19 << 20;

@@ -25,7 +25,7 @@ pub trait Turns: Send + Sync {
     /// Has one failed? Then it stays so.
     fn is_lost(&self) -> bool;
 
-    /// Wait for the turn; [`Turns::end`] follows.
+    /// Wait for the turn; [`Turns::end_in_turn`] follows.
     ///
     /// # Errors
     /// One has failed: the next would succeed, and say of lost bytes that they are durable.

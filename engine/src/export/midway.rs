@@ -5,6 +5,7 @@
 //! or a power cut could bring back an older one, whose recovery would undo what clients have written; so is one that says that it is over
 //! ([`settle`]).
 
+use std::error::Error as _;
 use std::sync::Arc;
 
 use crate::backend::blocking::Blocking;
@@ -44,8 +45,20 @@ pub fn settle(header: Header, blocking: &mut Blocking, detached: bool) -> Result
             }
             luks::sweep(blocking, &mut loaded).map(drop)
         }
-        _ => blocking.flush(),
+        _ => match blocking.flush() {
+            // A filesystem that cannot be written (squashfs, iso9660) may not know the call: it has nothing unwritten.
+            Err(error) if detached && is_refused(&error) => Ok(()),
+            flushed => flushed,
+        },
     }
+}
+
+/// The file has no such operation, or may not be written.
+fn is_refused(error: &Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    cause
+        .and_then(std::io::Error::raw_os_error)
+        .is_some_and(|errno| [libc::EINVAL, libc::EROFS].contains(&errno))
 }
 
 /// Open it with passphrases of both volume keys, through the page cache. `None`: it was over after all, and the header says so now.

@@ -626,7 +626,9 @@ fn chunk_bytes(source: &Device, sink: &Device, align: Align, tuning: &Tuning, me
         None if is_memory(source) && is_memory(sink) => CHUNK_BYTES_MEMORY.min(means.buffer_bytes),
         None => source.hints().chunk_bytes.max(sink.hints().chunk_bytes).min(means.buffer_bytes),
     };
-    let align = align.source.max(align.sink);
+    // Of a stream the blocks of a server are filled.
+    let block = sink.remote().map_or(1, |volume| volume.facts().block_min);
+    let align = align.source.max(align.sink).max(block);
     if !chunk.is_multiple_of(align) {
         let what = format!("chunk of {chunk} bytes: the device wants multiples of {align}");
         return Err(Error::new(ErrorKind::Invalid, what));

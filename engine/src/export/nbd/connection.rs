@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::net::sockopt;
 
@@ -127,6 +128,10 @@ pub struct Connection {
     pub ready: VecDeque<Ready>,
     /// What is in flight.
     pub sending: Option<Sending>,
+    /// When the last of that began.
+    pub send_began: Instant,
+    /// Since when something is, one after the other: since then the client is waited for.
+    pub sending_since: Option<Instant>,
     /// An in-order read has begun to be sent: nothing else is until its end.
     pub stream: Option<usize>,
     /// Its next part is ready.
@@ -175,6 +180,20 @@ impl Connection {
     pub fn waiting(&self) -> u64 {
         let sent = if let Some(Sending::Gathered(bytes)) = self.sending { bytes } else { 0 };
         self.reading + u64::from(self.gathered) + u64::from(sent)
+    }
+
+    /// Let the socket hold all it can: the client does not read for now.
+    pub fn give_room(&mut self) {
+        if let Some(size) = self.pace.as_mut().and_then(Pace::give_room) {
+            let _ = sockopt::set_socket_send_buffer_size(&self.socket, size);
+        }
+    }
+
+    /// A send waits behind a buffer that could be larger: since when?
+    #[must_use]
+    pub fn held_back_since(&self) -> Option<Instant> {
+        let narrow = self.pace.as_ref().is_some_and(Pace::is_narrow);
+        (narrow && self.sending.is_some() && self.ending != Ending::Hard).then_some(self.send_began)
     }
 
     /// Let the socket hold as much as the client's depth asks for.

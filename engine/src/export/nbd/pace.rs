@@ -12,6 +12,8 @@
 //!
 //! Only for sockets of this machine: on a network the buffer has to hold what the network does.
 
+use std::time::Duration;
+
 use crate::export::nbd::hub::SOCKET_BYTES;
 
 /// Its part of the bytes that are read for the client. The kernel doubles it, for what it needs besides.
@@ -25,6 +27,10 @@ const MOST: u64 = SOCKET_BYTES as u64;
 
 /// So many receives are looked at before the buffer shrinks: a client's pause is no smaller depth.
 const WINDOW: u32 = 64;
+
+/// A send that takes so long waits for a client that does something else. One that sends on before it reads, and is waited for by the
+/// server as well, would never read: it gets all the room there is.
+pub const STALL: Duration = Duration::from_millis(10);
 
 /// Follows the bytes that a client waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +47,19 @@ impl Pace {
     #[must_use]
     pub fn new() -> Self {
         Self { size: MOST, peak: 0, seen: 0 }
+    }
+
+    /// A send waits for the client, see [`STALL`]. Returns the new size of the send buffer, if it can grow.
+    pub fn give_room(&mut self) -> Option<usize> {
+        let grows = self.is_narrow();
+        *self = Self::new();
+        grows.then_some(SOCKET_BYTES)
+    }
+
+    /// The buffer could be larger.
+    #[must_use]
+    pub fn is_narrow(&self) -> bool {
+        self.size < MOST
     }
 
     /// The client waits for so many bytes, just when more is asked for. Returns the new size of the send buffer, if it is time for one.
@@ -83,6 +102,16 @@ mod tests {
             assert_eq!(pace.see(200 << 10), None);
             assert_eq!(pace.see(380 << 10), None);
         }
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_gets_all_room_and_has_to_earn_less() {
+        let mut pace = Pace { size: 16 << 10, ..Pace::new() };
+        assert!(pace.is_narrow());
+        assert_eq!(pace.give_room(), Some(SOCKET_BYTES));
+        assert_eq!(pace.give_room(), None);
+        assert!((1..WINDOW).all(|_| pace.see(4096).is_none()));
+        assert_eq!(pace.see(4096), Some(16 << 10));
     }
 
     #[test]

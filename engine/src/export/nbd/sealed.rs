@@ -19,6 +19,7 @@ use rustix::net::{SendFlags, send};
 
 use crate::backend::{Done, Position, Queue, What};
 use crate::export::nbd::connection::{Connection, Ending, Sending};
+use crate::export::nbd::pace::STALL;
 use crate::export::nbd::served::Served;
 use crate::export::nbd::server::{Server, Whose, push};
 use crate::export::nbd::tls::TlsStream;
@@ -108,6 +109,11 @@ impl Server {
     ) {
         let connection = &mut self.connections[key];
         connection.sending = Some(sending);
+        connection.send_began = self.now;
+        let _ = connection.sending_since.get_or_insert(self.now);
+        if connection.held_back_since().is_some() {
+            let _ = self.room_due.get_or_insert(self.now + STALL);
+        }
         let (buf, span) = match &mut connection.sealed {
             None => buf.expect("only TLS speaks for itself"),
             Some(sealed) => {

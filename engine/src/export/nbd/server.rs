@@ -37,7 +37,7 @@ use crate::export::exported::{Course, Exported};
 use crate::export::nbd::Negotiated;
 use crate::export::nbd::connection::{Connection, Ending, Intake};
 use crate::export::nbd::hub::{Admission, News, Shared};
-use crate::export::nbd::pace::Pace;
+use crate::export::nbd::pace::{Pace, STALL};
 use crate::export::nbd::pool::{Class, Pool};
 use crate::export::nbd::sealed::Sealed;
 use crate::export::nbd::served::Served;
@@ -80,6 +80,8 @@ pub struct Server {
     /// Clients that were turned away since that was logged.
     refused: u32,
     refused_logged: Option<Instant>,
+    /// When to look for sends that wait behind a buffer that could be larger.
+    pub(super) room_due: Option<Instant>,
     /// Something was crypted since the stack was last burnt.
     pub(super) crypted: bool,
     /// When the present turn, or completion, began.
@@ -110,6 +112,7 @@ impl Server {
             leaving: false,
             refused: 0,
             refused_logged: None,
+            room_due: None,
             crypted: false,
             now: Instant::now(),
         }
@@ -180,6 +183,8 @@ impl Server {
             spare: Some(spare),
             ready: VecDeque::with_capacity(64),
             sending: None,
+            send_began: self.now,
+            sending_since: None,
             stream: None,
             stream_ready: false,
             own: Some(own),
@@ -418,9 +423,31 @@ impl Server {
         if self.connections[key].ending != Ending::Hard {
             self.send(key, queue);
         }
-        if self.connections[key].is_gone() {
+        let connection = &mut self.connections[key];
+        if connection.sending.is_none() {
+            connection.sending_since = None;
+        }
+        if connection.is_gone() {
             self.disconnect(key, queue);
         }
+    }
+
+    /// Give room to clients that do not read for now. Returns when to look again.
+    fn give_room(&mut self) -> Option<Instant> {
+        if self.room_due.is_none_or(|due| due > self.now) {
+            return self.room_due;
+        }
+        self.room_due = None;
+        for (_, connection) in &mut self.connections {
+            let Some(since) = connection.held_back_since() else { continue };
+            let end = since + STALL;
+            if end <= self.now {
+                connection.give_room();
+            } else {
+                self.room_due = Some(self.room_due.map_or(end, |due| due.min(end)));
+            }
+        }
+        self.room_due
     }
 
     /// Disconnect clients that keep buffers waiting while they are short. Returns when to look again.
@@ -432,7 +459,10 @@ impl Server {
             let connections = &self.connections;
             let alive = |key: &usize| connections[*key].ending != Ending::Hard;
             let pieces = self.pieces.iter().filter(|(_, piece)| alive(&piece.connection));
-            let kept = pieces.filter_map(|(_, piece)| Some((piece.kept_since()?, piece.connection)));
+            let kept = pieces.filter_map(|(_, piece)| {
+                let sending_since = connections[piece.connection].sending_since;
+                Some((piece.kept_since(sending_since)?, piece.connection))
+            });
             let (since, key) = kept.min()?;
             let end = since + limits::CLIENT_STALLED;
             if end > self.now {
@@ -498,7 +528,7 @@ impl Service for Server {
             // Once a batch: no frame keeps a round key while the worker sleeps.
             burn_stack();
         }
-        next
+        next.into_iter().chain(self.give_room()).min()
     }
 
     fn complete(&mut self, done: Done, queue: &mut dyn Queue) {

@@ -120,12 +120,17 @@ impl Piece {
         self.place(self.position)..self.place(self.until)
     }
 
-    /// Since when it has kept a shared buffer while it waits for its client: for all of a payload, or to take what is sent. Not since the
-    /// client did something last: one that does a little all the time keeps it as long as one that does nothing.
+    /// Since when it has kept a shared buffer while it waits for its client: for all of a payload, or to take what is sent, where
+    /// something has been on its way to the client without a pause since `sending_since`. Not since the client did something last: one
+    /// that does a little all the time keeps it as long as one that does nothing.
     #[must_use]
-    pub fn kept_since(&self) -> Option<Instant> {
-        let waits = matches!(self.step, Step::Payload | Step::Send) && self.class != Class::Own;
-        waits.then_some(self.since)
+    pub fn kept_since(&self, sending_since: Option<Instant>) -> Option<Instant> {
+        match self.step {
+            _ if self.class == Class::Own => None,
+            Step::Payload => Some(self.since),
+            Step::Send => sending_since.map(|since| since.max(self.since)),
+            Step::Grant | Step::Read | Step::Edge | Step::Write => None,
+        }
     }
 
     /// Is it among its request's pieces that are not done?
@@ -212,6 +217,7 @@ impl Cut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     const BLOCK: u64 = 4096;
     const TOTAL: u64 = 100 * BLOCK + 512;
@@ -274,12 +280,23 @@ mod tests {
             since,
         };
         for class in [Class::Small, Class::Large] {
+            let (before, after) = (since - Duration::from_secs(1), since + Duration::from_secs(1));
             for step in [Step::Payload, Step::Send] {
-                assert_eq!(piece(step, class).kept_since(), Some(since));
-                assert_eq!(piece(step, Class::Own).kept_since(), None, "nobody else wants it");
+                assert_eq!(piece(step, class).kept_since(Some(before)), Some(since));
+                assert_eq!(piece(step, Class::Own).kept_since(Some(before)), None, "nobody else wants it");
             }
+            assert_eq!(
+                piece(Step::Send, class).kept_since(Some(after)),
+                Some(after),
+                "it waited for the device"
+            );
+            assert_eq!(
+                piece(Step::Send, class).kept_since(None),
+                None,
+                "nothing is sent: it waits for the device"
+            );
             for step in [Step::Grant, Step::Read, Step::Edge, Step::Write] {
-                assert_eq!(piece(step, class).kept_since(), None, "the client is not to blame");
+                assert_eq!(piece(step, class).kept_since(Some(before)), None, "the client is not to blame");
             }
         }
     }

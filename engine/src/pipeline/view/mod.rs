@@ -245,9 +245,10 @@ impl View {
             let mut inner = self.inner();
             let held = inner.held.remove(grant.key);
             let inner = &mut *inner;
-            // Who is first to ask now has it: the write, unless it has gone.
-            inner.wanted =
-                inner.wanted.filter(|wanted| inner.held.iter().any(|(_, held)| held.overlaps(*wanted)));
+            // Who is first to ask now has it: the write, unless it has gone. Behind another write all ask again, or writes in a row to
+            // parts of what is wanted would keep reads from the rest of it.
+            let still = |wanted: &Extent| inner.held.iter().any(|(_, held)| held.overlaps(*wanted));
+            inner.wanted = inner.wanted.filter(|wanted| held.access == Access::Read && still(wanted));
             let quiet = inner.rotation.as_mut().and_then(|rotation| rotation.left(self.total, &held));
             (std::mem::take(&mut inner.waiting), quiet)
         };
