@@ -28,7 +28,12 @@ struct Monitor(BufReader<UnixStream>);
 
 impl Monitor {
     fn at(path: &Path) -> Self {
-        let stream = UnixStream::connect(path).expect("the monitor listens");
+        let mut stream = None;
+        eventually("the monitor listens", || {
+            stream = UnixStream::connect(path).ok();
+            stream.is_some()
+        });
+        let stream = stream.expect("connected");
         stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
         let mut monitor = Self(BufReader::new(stream));
         assert!(monitor.line()["QMP"].is_object(), "it greets");
