@@ -217,9 +217,9 @@ fn either_copy_of_a_luks2_header_is_enough() {
         scene.format(&format!("--luks2-metadata-size {metadata} {QUICK}"));
         let key = scene.volume_key("volume", "");
         let copy_bytes = loaded(scene.load("volume").1).header.copy_bytes;
-        // All zero, a zero sector of the JSON, a flipped bit of the checksum.
+        // All zero, a zero sector of the JSON, a part of the checksum that is long enough to be another one.
         let copy = usize::try_from(copy_bytes).expect("a length");
-        let damages: [(u64, Vec<u8>); 3] = [(0, vec![0; copy]), (4096, vec![0; 512]), (450, vec![0x55; 1])];
+        let damages: [(u64, Vec<u8>); 3] = [(0, vec![0; copy]), (4096, vec![0; 512]), (450, vec![0x55; 16])];
         for (at, bytes) in damages {
             for (index, offset) in [(0, 0), (1, copy_bytes)] {
                 let whole = std::fs::read(scene.path("volume")).expect("read");
