@@ -37,6 +37,12 @@ impl Extent {
         self.end
     }
 
+    /// Is there a byte in both?
+    #[must_use]
+    pub fn overlaps(self, other: Self) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
     /// Bytes in it; never zero.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "an extent is never empty")]

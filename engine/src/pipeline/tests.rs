@@ -242,7 +242,7 @@ impl Heard {
 fn covers(pieces: &[Extent], extent: Extent) -> bool {
     let mut inside: Vec<_> = pieces
         .iter()
-        .filter(|piece| piece.start() < extent.end() && extent.start() < piece.end())
+        .filter(|piece| piece.overlaps(extent))
         .map(|piece| (piece.start(), piece.end()))
         .collect();
     inside.sort_unstable();

@@ -221,7 +221,7 @@ impl Clients {
     fn is_shared(&self, at: usize, extent: Extent) -> bool {
         self.under.iter().enumerate().any(|(other, under)| match under {
             Some(Under::Request(Request { part: Some((part, _)), .. })) => {
-                other != at && part.start() < extent.end() && extent.start() < part.end()
+                other != at && part.overlaps(extent)
             }
             _ => false,
         })

@@ -104,16 +104,6 @@ struct Held {
     access: Access,
 }
 
-impl Held {
-    fn overlaps(&self, extent: Extent) -> bool {
-        overlap(self.extent, extent)
-    }
-}
-
-fn overlap(one: Extent, other: Extent) -> bool {
-    one.start() < other.end() && other.start() < one.end()
-}
-
 struct Inner {
     /// Of a re-encryption under way: what it goes from.
     old: Arc<Segments>,
@@ -226,8 +216,10 @@ impl View {
             (Access::Read, Access::Read) => false,
             _ => chained,
         };
-        let overtakes = access == Access::Read && inner.wanted.is_some_and(|wanted| overlap(wanted, extent));
-        if overtakes || inner.held.iter().any(|(_, held)| excluded(held.access) && held.overlaps(extent)) {
+        let overtakes = access == Access::Read && inner.wanted.is_some_and(|wanted| wanted.overlaps(extent));
+        if overtakes
+            || inner.held.iter().any(|(_, held)| excluded(held.access) && held.extent.overlaps(extent))
+        {
             inner.waiting = true;
             if chained && access == Access::Write {
                 inner.wanted.get_or_insert(extent);
@@ -247,7 +239,7 @@ impl View {
             let inner = &mut *inner;
             // Who is first to ask now has it: the write, unless it has gone. Behind another write all ask again, or writes in a row to
             // parts of what is wanted would keep reads from the rest of it.
-            let still = |wanted: &Extent| inner.held.iter().any(|(_, held)| held.overlaps(*wanted));
+            let still = |wanted: &Extent| inner.held.iter().any(|(_, held)| held.extent.overlaps(*wanted));
             inner.wanted = inner.wanted.filter(|wanted| held.access == Access::Read && still(wanted));
             let quiet = inner.rotation.as_mut().and_then(|rotation| rotation.left(self.total, &held));
             (std::mem::take(&mut inner.waiting), quiet)

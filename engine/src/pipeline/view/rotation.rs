@@ -77,7 +77,7 @@ impl Rotation {
     /// An extent was given back: who is to be told.
     pub(super) fn left(&mut self, total: u64, held: &Held) -> Option<Quiet> {
         let barred = self.extent(total, self.passed, self.frozen)?;
-        let tell = self.awaited && held.overlaps(barred);
+        let tell = self.awaited && held.extent.overlaps(barred);
         self.awaited &= !tell;
         if tell { self.quiet.clone() } else { None }
     }
@@ -189,7 +189,7 @@ impl View {
         let rotation = inner.rotation.as_mut().expect("a re-encryption runs");
         let (from, to, access) = put(rotation);
         let Some(zone) = rotation.extent(self.total, from, to) else { return true };
-        let busy = inner.held.iter().any(|(_, held)| held.access == access && held.overlaps(zone));
+        let busy = inner.held.iter().any(|(_, held)| held.access == access && held.extent.overlaps(zone));
         inner.rotation.as_mut().expect("a re-encryption runs").awaited |= busy;
         !busy
     }
