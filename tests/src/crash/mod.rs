@@ -3,6 +3,7 @@
 //!
 //! | file | its one purpose |
 //! |---|---|
+//! | `around` | a ledger around another one |
 //! | `mod` | the shapes of volumes and re-encryptions, and the disks they begin on |
 //! | `course` | the production code, from the beginning or from what was found to the end |
 //! | `judge` | what a disk holds, compared with the plaintext byte by byte |
@@ -12,6 +13,7 @@
 //! | `same_boot` | failures that leave what is visible without being durable, and power cuts of what is resumed from that |
 //! | `wrong` | orders that lose data, to see that they are found |
 
+pub mod around;
 pub mod course;
 pub mod judge;
 pub mod online;

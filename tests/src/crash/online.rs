@@ -26,9 +26,10 @@ use engine::pipeline::segment::Segments;
 use engine::pipeline::view::{Access, Grant, View, Way};
 use engine::sys::buffer::{Arena, Buf};
 use engine::units::{DataUnit, Extent};
-use engine::volume::reencrypt::ledger::{Ledger, Protection};
+use engine::volume::reencrypt::ledger::Ledger;
 use engine::volume::reencrypt::{Opened, Side};
 
+use super::around::{Around, Wrapped};
 use super::course::{Wrap, course_shape};
 use super::judge::{Judge, Standing};
 use super::proof::{Proof, mix, number_of};
@@ -410,25 +411,13 @@ struct CommitsLate {
     total: u64,
 }
 
-impl Ledger for FlushesItself {
-    fn protection(&self) -> Protection {
-        self.inner.protection()
+impl Around for FlushesItself {
+    fn inner(&self) -> &dyn Ledger {
+        &*self.inner
     }
 
-    fn step_bytes(&self) -> u64 {
-        self.inner.step_bytes()
-    }
-
-    fn hotzone_max(&self) -> Option<u64> {
-        self.inner.hotzone_max()
-    }
-
-    fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
-        self.inner.save(hot, checksums)
-    }
-
-    fn begin(&mut self, hot: Extent) -> Result<()> {
-        self.inner.begin(hot)
+    fn inner_mut(&mut self) -> &mut dyn Ledger {
+        &mut *self.inner
     }
 
     fn commit(&mut self, hot: Extent) -> Result<()> {
@@ -452,21 +441,13 @@ impl LockedOut {
     }
 }
 
-impl Ledger for LockedOut {
-    fn protection(&self) -> Protection {
-        self.inner.protection()
+impl Around for LockedOut {
+    fn inner(&self) -> &dyn Ledger {
+        &*self.inner
     }
 
-    fn step_bytes(&self) -> u64 {
-        self.inner.step_bytes()
-    }
-
-    fn hotzone_max(&self) -> Option<u64> {
-        self.inner.hotzone_max()
-    }
-
-    fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
-        self.inner.save(hot, checksums)
+    fn inner_mut(&mut self) -> &mut dyn Ledger {
+        &mut *self.inner
     }
 
     fn begin(&mut self, hot: Extent) -> Result<()> {
@@ -490,17 +471,13 @@ impl CommitsLate {
     }
 }
 
-impl Ledger for CommitsLate {
-    fn protection(&self) -> Protection {
-        self.inner.protection()
+impl Around for CommitsLate {
+    fn inner(&self) -> &dyn Ledger {
+        &*self.inner
     }
 
-    fn step_bytes(&self) -> u64 {
-        self.inner.step_bytes()
-    }
-
-    fn hotzone_max(&self) -> Option<u64> {
-        self.inner.hotzone_max()
+    fn inner_mut(&mut self) -> &mut dyn Ledger {
+        &mut *self.inner
     }
 
     fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
@@ -525,9 +502,9 @@ fn finish(world: &World, volume: &Volume, opened: Opened, seed: u64, broken: Bro
     let total = opened.total;
     let wrap = |inner: Box<dyn Ledger>| match broken {
         Broken::NotDurable => {
-            Box::new(FlushesItself { inner, world: world.clone(), disk }) as Box<dyn Ledger>
+            Box::new(Wrapped(FlushesItself { inner, world: world.clone(), disk })) as Box<dyn Ledger>
         }
-        Broken::PassedTooSoon => Box::new(CommitsLate { inner, late: None, total }),
+        Broken::PassedTooSoon => Box::new(Wrapped(CommitsLate { inner, late: None, total })),
         _ => inner,
     };
     let (ended, history) = run(world, volume, opened, seed, broken, &wrap)?;
@@ -548,7 +525,8 @@ pub fn locked_out(volume: &Volume, seed: u64, at: Option<usize>) -> Result<Ended
         world.add(image.clone(), *options)?;
     }
     let opened = super::course::begin(&world, volume)?;
-    let wrap = |inner| Box::new(LockedOut { inner, at, steps: 0, refused: false }) as Box<dyn Ledger>;
+    let wrap =
+        |inner| Box::new(Wrapped(LockedOut { inner, at, steps: 0, refused: false })) as Box<dyn Ledger>;
     run(&world, volume, opened, seed, Broken::Nothing, &wrap).map(|(ended, _)| ended)
 }
 

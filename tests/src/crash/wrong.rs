@@ -7,9 +7,11 @@ use engine::error::{Error, ErrorKind, Result};
 use engine::format::luks2::Loaded;
 use engine::format::luks2::reencrypt::{Process, Resilience, read, write};
 use engine::units::Extent;
-use engine::volume::reencrypt::ledger::{Ledger, Protection};
+use engine::volume::reencrypt::ledger::Ledger;
 use engine::volume::reencrypt::luks;
 use engine::volume::{Header, store};
+
+use super::around::{Around, Wrapped};
 
 /// Which rule is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,21 +34,17 @@ impl WrongLedger {
     /// Around a ledger.
     #[must_use]
     pub fn around(inner: Box<dyn Ledger>, wrong: Wrong) -> Box<dyn Ledger> {
-        Box::new(Self { inner, wrong })
+        Box::new(Wrapped(Self { inner, wrong }))
     }
 }
 
-impl Ledger for WrongLedger {
-    fn protection(&self) -> Protection {
-        self.inner.protection()
+impl Around for WrongLedger {
+    fn inner(&self) -> &dyn Ledger {
+        &*self.inner
     }
 
-    fn step_bytes(&self) -> u64 {
-        self.inner.step_bytes()
-    }
-
-    fn hotzone_max(&self) -> Option<u64> {
-        self.inner.hotzone_max()
+    fn inner_mut(&mut self) -> &mut dyn Ledger {
+        &mut *self.inner
     }
 
     fn save(&mut self, hot: Extent, checksums: &[u8]) -> Result<()> {
@@ -119,21 +117,18 @@ impl FreeLedger {
         let Some((process, _)) = read::read(&loaded.header.metadata)? else {
             return Err(Error::new(ErrorKind::Internal, "nothing is under way"));
         };
-        Ok(Box::new(Self { header, loaded: *loaded, process, total, area, saved: Vec::new(), inner }))
+        let saved = Vec::new();
+        Ok(Box::new(Wrapped(Self { header, loaded: *loaded, process, total, area, saved, inner })))
     }
 }
 
-impl Ledger for FreeLedger {
-    fn protection(&self) -> Protection {
-        self.inner.protection()
+impl Around for FreeLedger {
+    fn inner(&self) -> &dyn Ledger {
+        &*self.inner
     }
 
-    fn step_bytes(&self) -> u64 {
-        self.inner.step_bytes()
-    }
-
-    fn hotzone_max(&self) -> Option<u64> {
-        self.inner.hotzone_max()
+    fn inner_mut(&mut self) -> &mut dyn Ledger {
+        &mut *self.inner
     }
 
     fn save(&mut self, _: Extent, checksums: &[u8]) -> Result<()> {
